@@ -1,0 +1,57 @@
+# Each target makes its own .venv from constraints.txt and uses it again while it is up to date.
+#   make test PYTHON=python3.12      with another interpreter (once: it is the one that makes .venv)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* build_backend/*.py) aligntok/_cuda_toolkit.py
+INSTALLED := $(VENV)/.installed
+TESTABLE := $(VENV)/.testable
+RUFF := $(VENV)/.ruff
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart test lint clean
+
+help:  ## this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+install: $(INSTALLED)  ## .venv with aligntok in editable mode, its C++ extension compiled
+
+quickstart: $(INSTALLED)  ## install, then train a small tokenizer and generator and write runs/quickstart/report.html
+	$(BIN)/aligntok quickstart
+
+test: $(TESTABLE)  ## install with the development tools, then run all tests
+	$(BIN)/python -m pytest -q
+
+lint: $(RUFF)  ## ruff: rules and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:  ## remove .venv, build results and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info aligntok/_C.* .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	  { echo "aligntok needs Python 3.10 or newer, '$(PYTHON)' is not; choose one with: make PYTHON=python3.11"; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
+	  { echo "'$(PYTHON)' cannot make virtual environments; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# torch first: the extension is compiled against the release that constraints.txt names, and torch is unpacked only once.
+$(INSTALLED): $(SOURCES) | $(BIN)/python
+	$(PIP) install -c constraints.txt torch torchvision setuptools ninja
+	$(PIP) install -c constraints.txt --no-build-isolation -e .
+	@$(BIN)/python -W ignore -c 'from aligntok.kernels import _extension as e; print(e.unavailable() or "aligntok._C: built and loaded")'
+	@touch $@
+
+# aligntok itself is there already, so this adds the tools of the extra without compiling again.
+$(TESTABLE): $(INSTALLED)
+	$(PIP) install -c constraints.txt 'aligntok[dev]'
+	@touch $@
+
+$(RUFF): constraints.txt | $(BIN)/python
+	$(PIP) install -c constraints.txt ruff
+	@touch $@

@@ -1,0 +1,319 @@
+"""The `aligntok` command: one thin function per job.
+
+Nothing heavy is imported before the job is known, so that `aligntok --help` answers at once. A mistake of the user's ends with
+one line on standard error and status 2; a signal with 128 + its number after a checkpoint; anything else is a defect of ours and
+keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Any, Literal
+
+from aligntok.errors import UserError
+
+if TYPE_CHECKING:
+    from aligntok.config import Recipe
+
+OVERVIEW = """\
+usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its options
+
+  quickstart        the whole method at small size, on a laptop: three stages, generator, evaluation, a page of pictures
+  train-tokenizer   a pretrained vision encoder becomes a tokenizer, in three stages
+  train-generator   LightningDiT on the latents of a trained tokenizer
+  sample            pictures from a trained generator
+  reconstruct       pictures through a tokenizer and back
+  evaluate          reconstruction, linear probe and generation metrics, each with its protocol
+  statistics        latent statistics for a tokenizer that has none
+  doctor            what is installed, built and selected here, and why not otherwise
+
+  aligntok quickstart                                                     twelve minutes on two cores, no GPU
+  aligntok quickstart --data ~/pictures                                   the same on your own images
+  aligntok train-tokenizer --config imagenet256_f16d32 --data.path /data/imagenet/train
+  aligntok train-tokenizer --config imagenet256_f16d32 --print_config     every value, with your overrides
+
+Recipes are YAML files (configs/); --config takes a path or the name of one that ships. Any value can be overridden with its
+dotted name. Interrupted training is resumed by giving the same command again.
+"""
+
+
+@dataclass
+class SampleConfig:
+    """`aligntok sample`: pictures from a trained generator.
+
+    Args:
+        generator: folder written by train-generator.
+        tokenizer: folder of the tokenizer that it was trained on.
+        output: PNG file of the grid; single pictures go to a folder of the same name with --separate true.
+        labels: class names or numbers; empty = every class.
+        per_class: pictures per class.
+        steps: network evaluations per picture; null = the generator's own setting.
+        guidance: classifier-free guidance scale, 1 = none; null = the generator's own setting.
+        guidance_channels: null = all, 3 = the first three (the reference code's way).
+        seed: of the noise.
+        separate: also write every picture as its own file.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    generator: str
+    tokenizer: str
+    output: str = "samples.png"
+    labels: list[str] | None = None
+    per_class: int = 8
+    steps: int | None = None
+    guidance: float | None = None
+    guidance_channels: int | None = None
+    seed: int = 0
+    separate: bool = False
+    device: str = "auto"
+
+
+@dataclass
+class ReconstructConfig:
+    """`aligntok reconstruct`: pictures through a tokenizer and back.
+
+    Args:
+        tokenizer: folder written by train-tokenizer.
+        images: folder, .tar or "embedded".
+        output: PNG file: originals above, reconstructions below.
+        image_size: centre crops of this size, a multiple of the tokenizer's downsampling.
+        count: how many pictures.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    tokenizer: str
+    images: str = "embedded"
+    output: str = "reconstructions.png"
+    image_size: int = 256
+    count: int = 16
+    device: str = "auto"
+
+
+@dataclass
+class EvaluateConfig:
+    """`aligntok evaluate`: metrics of a tokenizer and, if given, of a generator on it.
+
+    Args:
+        tokenizer: folder written by train-tokenizer.
+        generator: folder written by train-generator; null = tokenizer only.
+        images: folder, .tar or "embedded": the reference of every metric.
+        held_out: share of the images kept out of training; reconstruction is measured on them. 0 = measure on all.
+        image_size: centre crops of this size.
+        samples: generated pictures behind gFD and gKD.
+        guidance: scales to evaluate the generator at.
+        output: JSON file for the numbers; null = print only.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    tokenizer: str
+    generator: str | None = None
+    images: str = "embedded"
+    held_out: float = 0.0
+    image_size: int = 256
+    samples: int = 1024
+    guidance: tuple[float, ...] = (1.0, 2.0)
+    output: str | None = None
+    device: str = "auto"
+
+
+@dataclass
+class StatisticsConfig:
+    """`aligntok statistics`: compute and store the latent statistics of a tokenizer.
+
+    Args:
+        tokenizer: folder to complete.
+        images: folder, .tar or "embedded".
+        image_size: centre crops of this size.
+        count: images to use.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    tokenizer: str
+    images: str
+    image_size: int = 256
+    count: int = 10_000
+    device: str = "auto"
+
+
+def _quickstart(arguments: list[str]) -> None:
+    arguments = ["--data.path" + a[6:] if a == "--data" or a.startswith("--data=") else a for a in arguments]
+    recipe = parse_recipe("quickstart", arguments, default_recipe="quickstart")
+    from aligntok.quickstart import quickstart
+
+    quickstart(recipe, " ".join(["aligntok quickstart", *arguments]))
+
+
+def _train_tokenizer(arguments: list[str]) -> None:
+    recipe = parse_recipe("train-tokenizer", arguments)
+    from aligntok.training.train_tokenizer import train_tokenizer
+
+    train_tokenizer(recipe)
+
+
+def _train_generator(arguments: list[str]) -> None:
+    recipe = parse_recipe("train-generator", arguments)
+    from aligntok.training.train_generator import train_generator
+
+    train_generator(recipe)
+
+
+def _sample(arguments: list[str]) -> None:
+    options = parse_options("sample", SampleConfig, arguments)
+    from aligntok.jobs import sample
+
+    sample(**asdict(options))
+
+
+def _reconstruct(arguments: list[str]) -> None:
+    options = parse_options("reconstruct", ReconstructConfig, arguments)
+    from aligntok.jobs import reconstruct
+
+    reconstruct(**asdict(options))
+
+
+def _evaluate(arguments: list[str]) -> None:
+    options = parse_options("evaluate", EvaluateConfig, arguments)
+    from aligntok.jobs import evaluate
+
+    evaluate(**asdict(options))
+
+
+def _statistics(arguments: list[str]) -> None:
+    options = parse_options("statistics", StatisticsConfig, arguments)
+    from aligntok.jobs import statistics
+
+    statistics(**asdict(options))
+
+
+def _doctor(arguments: list[str]) -> None:
+    if arguments:
+        print("usage: aligntok doctor\n\nPrints what is installed, built and selected here, and why not otherwise.")
+        return
+    from aligntok.doctor import print_report
+
+    print_report()
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "quickstart": _quickstart,
+    "train-tokenizer": _train_tokenizer,
+    "train-generator": _train_generator,
+    "sample": _sample,
+    "reconstruct": _reconstruct,
+    "evaluate": _evaluate,
+    "statistics": _statistics,
+    "doctor": _doctor,
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(OVERVIEW, end="")
+        return 0
+    name, rest = arguments[0], arguments[1:]
+    try:
+        if name == "--version":
+            from importlib.metadata import version
+
+            print(f"aligntok {version('aligntok')}")
+        elif name not in COMMANDS:
+            raise UserError(f"unknown command {name!r}{_nearest(name, COMMANDS)}; aligntok --help lists them")
+        else:
+            COMMANDS[name](rest)
+    except UserError as error:
+        print(f"aligntok: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("aligntok: stopped", file=sys.stderr)
+        return 130
+    except Exception as error:
+        code = getattr(error, "exit_code", None)  # training.guard.Interrupted, not imported: it would load torch
+        if code is None:
+            raise
+        print(f"aligntok: {error}", file=sys.stderr)
+        return code
+    return 0
+
+
+def parse_recipe(command: str, arguments: list[str], default_recipe: str | None = None) -> Recipe:
+    """The recipe of a command line: defaults, then --config files, then dotted overrides."""
+    from aligntok.config import Recipe
+
+    return _parse(command, Recipe, arguments, config_files=True, default_recipe=default_recipe)
+
+
+def parse_options(command: str, cls: type, arguments: list[str]) -> Any:
+    """The options of a command without recipe."""
+    return _parse(command, cls, arguments, config_files=False)
+
+
+def _parse(
+    command: str, cls: type, arguments: list[str], config_files: bool, default_recipe: str | None = None
+) -> Any:
+    from jsonargparse import ArgumentParser
+
+    from aligntok.config import from_dict
+
+    class Parser(ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> None:
+            raise UserError(_one_line(message, self)) from ex
+
+    files = [recipe_path(default_recipe)] if default_recipe else []
+    parser = Parser(prog=f"aligntok {command}", default_config_files=files, description=(cls.__doc__ or "").split("\n")[0])
+    if config_files:
+        parser.add_argument("--config", action="config", help="a recipe: YAML file, or the name of one that ships")
+        arguments = _resolve_recipes(arguments)
+    parser.add_class_arguments(cls)
+    values = parser.parse_args(arguments).as_dict()
+    values.pop("config", None)
+    return from_dict(cls, {key: value for key, value in values.items() if not key.startswith("__")})
+
+
+def recipe_path(name: str) -> str:
+    """Path of a recipe given by path or by the name of a shipped one.
+
+    Raises:
+        UserError: neither exists.
+    """
+    from importlib.resources import files
+    from pathlib import Path
+
+    if Path(name).is_file():
+        return name
+    shipped = {p.name.removesuffix(".yaml"): p for p in files("aligntok.configs").iterdir() if p.name.endswith(".yaml")}
+    if name.removesuffix(".yaml") in shipped:
+        return str(shipped[name.removesuffix(".yaml")])
+    raise UserError(f"no recipe {name!r}: not a file, and not one of {', '.join(sorted(shipped))}{_nearest(name, shipped)}")
+
+
+def _resolve_recipes(arguments: list[str]) -> list[str]:
+    resolved = list(arguments)
+    for index, argument in enumerate(arguments):
+        if argument == "--config" and index + 1 < len(arguments):
+            resolved[index + 1] = recipe_path(arguments[index + 1])
+        elif argument.startswith("--config="):
+            resolved[index] = "--config=" + recipe_path(argument.removeprefix("--config="))
+    return resolved
+
+
+def _one_line(message: str, parser: Any) -> str:
+    """jsonargparse's message on one line, with the nearest known option for an unknown one."""
+    text = " ".join(message.split())
+    unknown = re.search(r"unrecognized arguments: --(?P<key>[^ =]+)", text)
+    unknown = unknown or re.search(r"Group '(?P<group>[^']+)' does not accept option '(?P<key>[^']+)'", text)
+    if unknown is None:
+        return text
+    key = ".".join(part for part in (unknown.groupdict().get("group"), unknown["key"]) if part)
+    known = [option.removeprefix("--") for action in parser._actions for option in action.option_strings]
+    return text + _nearest(key, known)
+
+
+def _nearest(name: str, known: Any) -> str:
+    close = get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""

@@ -1,0 +1,278 @@
+"""Typed configuration: every default of the method, in one place, each with its source.
+
+Dataclasses only, and no import of torch, so that `aligntok --help` answers at once. YAML files and dotted overrides are laid
+on top by `aligntok.cli`; nothing else in the package invents a default. "unknown" in a comment means that the paper does not
+state the value and that the number is this project's choice (docs/decisions.md has the reasons).
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from aligntok.errors import UserError
+
+Part = Literal["encoder", "adapter", "decoder"]
+
+
+@dataclass
+class EncoderConfig:
+    """A timm vision transformer that is turned into the encoder of a tokenizer."""
+
+    name: str = "vit_large_patch14_dinov2.lvd142m"  # AlignTok 4.1: DINOv2 ViT-L/14; no registers as in VA-VAE's code
+    weights: str = "pretrained"  # "pretrained" (timm, downloads), "random", "embedded" (package of the quickstart), or a path
+    layer: int = -1  # tapped block, -1 = last; the paper does not say, VA-VAE's code uses the last
+    final_norm: bool = True  # LayerNorm after the tapped block (VA-VAE foundation_models.py)
+    downsample: int = 16  # f: 256 px -> 16x16 tokens; patch-14 encoders see the image resized by 14/16
+
+
+@dataclass
+class AdapterConfig:
+    """Token-wise map from encoder width to latent channels."""
+
+    kind: Literal["mlp", "linear"] = "mlp"  # two-layer MLP (paper); "linear" is the single-layer variant
+    hidden: int | None = None  # None = encoder width; unknown in the paper
+    latent_channels: int = 32  # d = 32 default, 64 as variant (paper, table 1)
+
+
+@dataclass
+class DecoderConfig:
+    """The LDM convolutional decoder; the defaults are VA-VAE's f16d32 (41.42 M parameters)."""
+
+    base_channels: int = 128
+    channel_multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    blocks: int = 2  # a decoder level has blocks + 1 residual blocks, as in LDM
+    groups: int = 32  # of every GroupNorm (LDM); fewer for narrow decoders, so that a group has several channels
+    attention_levels: tuple[int, ...] = (4,)  # index into channel_multipliers; 4 = the 16x16 level at 256 px
+
+
+@dataclass
+class TokenizerConfig:
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)
+    adapter: AdapterConfig = field(default_factory=AdapterConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+
+
+@dataclass
+class DataConfig:
+    """Where images come from and how they are cut."""
+
+    path: str = "embedded"  # folder (class sub-folders or flat), WebDataset .tar, or "embedded" (Fluent emoji)
+    image_size: int = 256
+    flip: bool = True  # horizontal flips; VA-VAE uses none for its tokenizer, LightningDiT caches both
+    held_out: float = 0.0  # share of images kept for evaluation, chosen by a seeded shuffle
+    workers: int = 8
+    memory_limit_gib: float = 2.0  # centre-cropped sets below this size are decoded once and kept in memory
+    max_images: int | None = None
+
+
+@dataclass
+class PerceptualConfig:
+    kind: Literal["lpips-vgg", "lpips-alex", "st-lpips-alex", "st-lpips-vgg", "none"] = "lpips-vgg"  # VGG16: all siblings
+    weights: str | None = None  # trunk weights by path; None = torchvision's, or the embedded ones for st-lpips
+
+
+@dataclass
+class DiscriminatorConfig:
+    """PatchGAN as in VA-VAE: 2.77 M parameters with the defaults."""
+
+    base_channels: int = 64
+    layers: int = 3
+
+
+@dataclass
+class LossConfig:
+    """L_rec = L1 + w_p LPIPS + w_g GAN; every term is a mean over elements (see docs/decisions.md)."""
+
+    perceptual: PerceptualConfig = field(default_factory=PerceptualConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    perceptual_weight: float = 1.0  # w_p (paper)
+    perceptual_share: float = 1.0  # share of each batch that LPIPS sees: an unbiased estimate at part of the cost
+    gan: Literal["hinge", "non_saturating"] = "hinge"  # VA-VAE
+    gan_weight: float = 0.5  # factor on the adaptive ratio: VA-VAE config; unknown in the paper
+    gan_weight_max: float = 1e4  # clamp of the adaptive ratio: VA-VAE contperceptual.py
+
+
+@dataclass
+class SemanticConfig:
+    """Stage 2's tie to the frozen Stage-1 encoder and adapter."""
+
+    weight: float = 0.0  # w_sp; Stage 2 has 1 on ImageNet, 3 on LAION (paper); 0 = off
+    kind: Literal["l2", "cosine"] = "l2"  # "cosine" is the ablation
+    position: Literal["after_adapter", "before_adapter"] = "after_adapter"  # "before_adapter" is the ablation
+
+
+@dataclass
+class StageConfig:
+    """One stage of tokenizer training, as data for the one loop."""
+
+    trains: tuple[Part, ...]
+    steps: int
+    learning_rate: float = 1e-4  # adapter and decoder; unknown in the paper, VA-VAE's value
+    encoder_learning_rate: float = 1e-5  # only used where the encoder trains; unknown, siblings use 5e-6 to 1e-4
+    discriminator_learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    final_learning_rate: float = 1.0  # share of the rate left at the last step, reached along a cosine; 1 = constant
+    gan_start: int = 0  # first step with the adversarial loss; steps or more = never
+    semantic: SemanticConfig = field(default_factory=SemanticConfig)  # Stage 2 only
+    ema_decay: float | None = None  # None = no EMA; warmed up as min(decay, (1+n)/(10+n))
+    gradient_clip: float | None = None
+    decoder_noise: float = 0.0  # sd of noise added to normalised latents (RAE's option tau); off in AlignTok
+
+
+def _stage1() -> StageConfig:
+    return StageConfig(trains=("adapter", "decoder"), steps=50_000, gan_start=5_000)  # GAN start: VA-VAE disc_start
+
+
+def _stage2() -> StageConfig:
+    return StageConfig(
+        trains=("encoder", "adapter", "decoder"),
+        steps=150_000,
+        warmup_steps=1_000,
+        semantic=SemanticConfig(weight=1.0),
+        ema_decay=0.9999,
+        gradient_clip=1.0,
+    )
+
+
+def _stage3() -> StageConfig:
+    return StageConfig(trains=("decoder",), steps=50_000)
+
+
+@dataclass
+class StagesConfig:
+    """Steps per stage: 50 K / 150 K / 50 K at batch 256, 50 ImageNet epochs in all (unknown in the paper)."""
+
+    stage1: StageConfig = field(default_factory=_stage1)
+    stage2: StageConfig = field(default_factory=_stage2)
+    stage3: StageConfig = field(default_factory=_stage3)
+
+
+@dataclass
+class TrainingConfig:
+    """What the loop and its services need, whatever the objective."""
+
+    batch_size: int = 256  # per step over all processes; VA-VAE's author recommends 256-512
+    precision: Literal["bf16", "fp32"] = "bf16"  # autocast; losses, norms and the adaptive weight stay in fp32
+    seed: int = 0
+    device: str = "auto"
+    checkpoint_every: int = 5_000  # steps
+    keep_checkpoints: int = 2
+    log_every: int = 50
+    nonfinite_limit: int = 20  # skipped steps in a row after which the run stops
+
+
+@dataclass
+class TokenizerTrainingConfig:
+    """The tokenizer and its three stages."""
+
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    crop: Literal["random", "center"] = "random"  # short side + random crop (taming data/base.py), or ADM's centre crop
+    losses: LossConfig = field(default_factory=LossConfig)
+    stages: StagesConfig = field(default_factory=StagesConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    statistics_images: int = 10_000  # images behind the latent statistics: LightningDiT img_latent_dataset.py
+
+
+@dataclass
+class LightningDiTConfig:
+    """LightningDiT (VA-VAE's repository, models/lightningdit.py); a named size fills depth, width and heads."""
+
+    size: Literal["S", "B", "L", "XL", "custom"] = "XL"
+    depth: int | None = None  # only with size "custom"
+    width: int | None = None
+    heads: int | None = None
+    patch_size: int = 1
+    classes: int | None = None  # None = as many as the images have
+    label_dropout: float = 0.1
+    qk_norm: bool = False  # off for 64 epochs, on for longer runs, without it losses turn NaN (project page, plot)
+    shift: bool = True  # adaLN with shift; False = "wo_shift"
+
+
+@dataclass
+class FlowConfig:
+    """z_t = (1-t) z_0 + t z_1, target z_1 - z_0 (paper's direction: t = 1 is noise)."""
+
+    time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"  # LightningDiT
+    direction_weight: float = 1.0  # LightningDiT's cosine term on the velocity; 0 = off
+
+
+@dataclass
+class SamplerConfig:
+    solver: Literal["euler", "heun"] = "euler"
+    steps: int = 250  # network evaluations per sample (Heun takes steps / 2 solver steps)
+    time_shift: float = 3.3333333  # LightningDiT's s = .3 seen from t = 1 noise: 1 / .3
+    guidance: float = 1.0  # 1 = none
+    guidance_channels: int | None = None  # None = all; 3 = the first three (LightningDiT's code, paper parity)
+    guidance_interval: tuple[float, float] = (0.0, 0.9)  # LightningDiT's interval start .10, 64 epochs: off above t = .9
+
+
+@dataclass
+class GeneratorTrainingConfig:
+    """LightningDiT on the latents of a trained tokenizer; images are always centre-cropped."""
+
+    tokenizer: str | None = None  # folder of the tokenizer; None = OUTPUT/tokenizer
+    model: LightningDiTConfig = field(default_factory=LightningDiTConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    training: TrainingConfig = field(
+        default_factory=lambda: TrainingConfig(batch_size=1024, checkpoint_every=20_000)  # LightningDiT
+    )
+    steps: int = 80_000  # 64 ImageNet epochs at batch 1024
+    learning_rate: float = 2e-4  # AdamW (.9, .95), no decay: LightningDiT train.py
+    betas: tuple[float, float] = (0.9, 0.95)
+    warmup_steps: int = 0
+    final_learning_rate: float = 1.0
+    ema_decay: float = 0.9999
+    gradient_clip: float | None = 1.0  # LightningDiT's authors advise it against NaN
+
+
+@dataclass
+class EvaluationConfig:
+    """What the quickstart measures at its end; `aligntok evaluate` takes the same numbers as options."""
+
+    samples: int = 1024  # generated pictures behind gFD and gKD
+    guidance: float = 2.0  # the guided column, on all channels
+    ablation: bool = False  # also train and evaluate a Stage-2 branch with w_sp = 0
+
+
+@dataclass
+class Recipe:
+    """One published setting from images to samples; the YAML files of configs/ lay their values over these."""
+
+    output: str = "runs/aligntok"
+    data: DataConfig = field(default_factory=DataConfig)
+    tokenizer: TokenizerTrainingConfig = field(default_factory=TokenizerTrainingConfig)
+    generator: GeneratorTrainingConfig = field(default_factory=GeneratorTrainingConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+
+
+def from_dict(cls: type, data: dict[str, Any], where: str = "") -> Any:
+    """Build a configuration dataclass from nested dictionaries, as `dataclasses.asdict` writes them.
+
+    Raises:
+        UserError: an unknown key (with the nearest right name) or a missing one.
+    """
+    names = {f.name: f for f in fields(cls)}
+    for key in data:
+        if key not in names:
+            close = get_close_matches(key, names, n=1)
+            hint = f"; did you mean {where}{close[0]}?" if close else f"; known: {', '.join(names)}"
+            raise UserError(f"unknown configuration key {where}{key}{hint}")
+    hints = get_type_hints(cls)
+    values = {key: _value(hints[key], value, f"{where}{key}.") for key, value in data.items()}
+    missing = [n for n, f in names.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]
+    if missing:
+        raise UserError(f"configuration lacks {', '.join(where + name for name in missing)}")
+    return cls(**values)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    options = [hint, *get_args(hint)]
+    for option in options:
+        if isinstance(option, type) and is_dataclass(option) and isinstance(value, dict):
+            return from_dict(option, value, where)
+    if any(get_origin(option) is tuple for option in options) and isinstance(value, list):
+        return tuple(value)
+    return value

@@ -1,0 +1,1 @@
+"""Images in: folders, WebDataset tars, the embedded set; frozen outputs kept in memory."""

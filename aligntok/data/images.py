@@ -1,0 +1,183 @@
+"""Image sets: a folder or a WebDataset tar becomes a list of labelled pictures that can be read in any order.
+
+A folder with sub-folders has one class per sub-folder, a flat one has the single class "all". In a tar, `KEY.cls` is the label
+and an optional JSON file of the same name beside it has the class names. A picture that cannot be read never stops a run: it is
+left out, counted and named.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from aligntok.data.geometry import center_crop, to_tensor
+from aligntok.errors import UserError
+
+EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+EMBEDDED = Path(__file__).parent / "fluent-emoji-128.tar"
+
+
+@dataclass
+class Entry:
+    """Where one picture lies: a file, or a byte range of a tar."""
+
+    name: str
+    path: Path
+    label: int
+    offset: int = 0
+    size: int | None = None
+
+    def read_bytes(self) -> bytes:
+        with open(self.path, "rb") as file:
+            file.seek(self.offset)
+            return file.read() if self.size is None else file.read(self.size)
+
+
+@dataclass
+class ImageSet:
+    """Pictures with labels; `skipped` collects the names and reasons of those that could not be read."""
+
+    name: str
+    entries: list[Entry]
+    classes: list[str]
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.tensor([entry.label for entry in self.entries])
+
+    def subset(self, indices: list[int]) -> ImageSet:
+        """The chosen pictures; skipped ones are reported to the same record."""
+        return ImageSet(self.name, [self.entries[i] for i in indices], self.classes, self.skipped)
+
+    def split(self, held_out: float) -> tuple[ImageSet, ImageSet]:
+        """(training, held-out) by a fixed shuffle, the same for every seed; `held_out` is the share of the second."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).tolist()
+        count = round(held_out * len(self))
+        return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
+
+    def open(self, index: int) -> Image.Image | None:
+        """The picture as RGB, or None where it is unreadable (then it is recorded in `skipped`)."""
+        entry = self.entries[index]
+        try:
+            return to_rgb(Image.open(io.BytesIO(entry.read_bytes())))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            self.skipped[entry.name] = str(error) or type(error).__name__
+            return None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any picture -> RGB: orientation tag applied, first frame, transparency over white, grey and palette expanded."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    if image.mode.startswith(("I;16", "I", "F")):
+        image = _stretch(image)
+    return image.convert("RGB")
+
+
+def _stretch(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float grey pictures -> 8 bit; Pillow's own conversion clips everything above 255."""
+    low, high = image.convert("F").getextrema()
+    return image.convert("F").point(lambda v: (v - low) * (255.0 / max(high - low, 1e-9)) + 0).convert("L")
+
+
+def open_images(path: str, max_images: int | None = None) -> ImageSet:
+    """The pictures of "embedded", a folder or a .tar file.
+
+    Raises:
+        UserError: nothing there, or no pictures in it.
+    """
+    source = EMBEDDED if path == "embedded" else Path(path).expanduser()
+    if not source.exists():
+        raise UserError(f"no images at {path}: the path does not exist; give a folder, a .tar file, or 'embedded'")
+    if source.is_dir():
+        entries, classes = _scan_folder(source)
+    elif source.suffix == ".tar":
+        entries, classes = _scan_tar(source)
+    else:
+        raise UserError(f"{path} is a {source.suffix or 'plain'} file, expected a folder of images or a WebDataset .tar")
+    if not entries:
+        raise UserError(f"no images in {path}: expected files ending in {', '.join(sorted(EXTENSIONS))}")
+    if max_images is not None and max_images < len(entries):
+        keep = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))[:max_images]
+        entries = [entries[i] for i in sorted(keep.tolist())]
+    name = "Fluent emoji" if path == "embedded" else source.name
+    return ImageSet(name, entries, classes)
+
+
+def _scan_folder(folder: Path) -> tuple[list[Entry], list[str]]:
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
+    tops = [p.relative_to(folder).parts[0] if p.parent != folder else None for p in files]
+    classes = sorted({top for top in tops if top is not None})
+    if not classes or None in tops:
+        classes, tops = ["all"], ["all"] * len(files)
+    number = {name: i for i, name in enumerate(classes)}
+    return [Entry(str(p.relative_to(folder)), p, number[t]) for p, t in zip(files, tops, strict=True)], classes
+
+
+def _scan_tar(path: Path) -> tuple[list[Entry], list[str]]:
+    pictures: dict[str, tuple[str, int, int]] = {}
+    labels: dict[str, int] = {}
+    try:
+        with tarfile.open(path) as tar:
+            for member in tar:
+                key, _, extension = member.name.partition(".")
+                if "." + extension.lower() in EXTENSIONS:
+                    pictures[key] = (member.name, member.offset_data, member.size)
+                elif extension == "cls":
+                    labels[key] = int(tar.extractfile(member).read())
+    except (tarfile.TarError, ValueError) as error:
+        raise UserError(f"{path} is not a WebDataset tar that can be read: {error}") from error
+    entries = [Entry(n, path, labels.get(key, 0), offset, size) for key, (n, offset, size) in pictures.items()]
+    return entries, _class_names(path, max(labels.values(), default=0) + 1)
+
+
+def _class_names(path: Path, count: int) -> list[str]:
+    listing = path.with_suffix(".json")
+    if listing.is_file():
+        names = json.loads(listing.read_text()).get("classes", [])
+        if len(names) >= count:
+            return names
+    return ["all"] if count == 1 else [f"class {i}" for i in range(count)]
+
+
+def load_center_crops(
+    images: ImageSet, size: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(uint8 [N, 3, size, size], labels [N]) of every readable picture, decoded once, in order.
+
+    Raises:
+        UserError: not a single picture could be read.
+    """
+
+    def cut(index: int) -> Tensor | None:
+        picture = images.open(index)
+        return None if picture is None else to_tensor(center_crop(picture, size))
+
+    kept, labels = [], []
+    with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow's decoders release the GIL
+        for index, picture in enumerate(pool.map(cut, range(len(images)))):
+            if picture is not None:
+                kept.append(picture)
+                labels.append(images.entries[index].label)
+            if progress is not None:
+                progress(index + 1, len(images))
+    if not kept:
+        name, reason = next(iter(images.skipped.items()))
+        raise UserError(f"none of the {len(images)} images of {images.name} could be read; the first, {name}: {reason}")
+    return torch.stack(kept), torch.tensor(labels)

@@ -1,0 +1,88 @@
+"""Samplers: integrate dz/dt = v(z, t) from noise (t = 1) to data (t = 0).
+
+    grid:      u = 1, 1 - 1/n, ..., 0;   t = s u / (1 + (s - 1) u)     (time shift s; s = 1 is uniform)
+    Euler:     z <- z + (t' - t) v(z, t)
+    Heun:      z <- z + (t' - t) (v(z, t) + v(z + (t' - t) v(z, t), t')) / 2
+    guidance:  v = v_null + w (v_label - v_null), on all channels or on the first k, for t inside an interval
+
+`steps` counts evaluations of the network per sample: N Euler steps, or N / 2 Heun steps. (LightningDiT's `num_steps` counts
+grid points, one more than its evaluations.) Where guidance is off, the null half is not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from aligntok.config import SamplerConfig
+from aligntok.errors import UserError
+
+Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z [B, d, h, w], t [B], labels [B]) -> v like z
+Progress = Callable[[int, int], None]  # (steps done, steps in all)
+
+
+def time_grid(steps: int, shift: float) -> Tensor:
+    """Times from 1 to 0, [steps + 1], float64."""
+    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def guided_velocity(model: Velocity, z: Tensor, t: float, labels: Tensor, null_class: int, config: SamplerConfig) -> Tensor:
+    """Velocity [B, d, h, w] at one time with classifier-free guidance as configured, float32."""
+    low, high = config.guidance_interval
+    times = torch.full((z.shape[0],), t, device=z.device, dtype=torch.float32)
+    if config.guidance == 1.0 or not low <= t <= high:
+        return model(z, times, labels).float()
+    both = model(z.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, torch.full_like(labels, null_class)]))
+    labelled, null = both.float().chunk(2)
+    guided = null + config.guidance * (labelled - null)
+    if config.guidance_channels is None:
+        return guided
+    k = config.guidance_channels
+    return torch.cat([guided[:, :k], labelled[:, k:]], dim=1)
+
+
+@torch.no_grad()
+def integrate(
+    model: Velocity,
+    noise: Tensor,
+    labels: Tensor,
+    null_class: int,
+    config: SamplerConfig,
+    progress: Progress | None = None,
+) -> Tensor:
+    """Noise z_1 [B, d, h, w] and labels [B] -> latents z_0 [B, d, h, w], float32.
+
+    Raises:
+        UserError: labels out of range, an unknown solver, or an odd number of steps for Heun.
+    """
+    _check(labels, null_class, noise.shape[1], config)
+    solver_steps = config.steps if config.solver == "euler" else config.steps // 2
+    grid = time_grid(solver_steps, config.time_shift).tolist()
+    z = noise.float()
+    for index, (t, following) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+        velocity = guided_velocity(model, z, t, labels, null_class, config)
+        ahead = z + (following - t) * velocity
+        if config.solver == "heun":
+            second = guided_velocity(model, ahead, following, labels, null_class, config)
+            ahead = z + (following - t) * 0.5 * (velocity + second)
+        z = ahead
+        if progress is not None:
+            progress(index + 1, solver_steps)
+    return z
+
+
+def _check(labels: Tensor, null_class: int, channels: int, config: SamplerConfig) -> None:
+    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > null_class):
+        raise UserError(
+            f"label {int(labels.max() if labels.max() > null_class else labels.min())} is out of range: this generator knows "
+            f"0..{null_class - 1}, and {null_class} for no label"
+        )
+    if config.solver not in ("euler", "heun"):
+        raise UserError(f"sampler.solver is {config.solver!r}, expected euler or heun")
+    if config.steps < 1 or (config.solver == "heun" and config.steps % 2):
+        raise UserError(f"sampler.steps is {config.steps}: expected at least 1, and an even number for heun (2 evaluations a step)")
+    if config.guidance_channels is not None and not 0 < config.guidance_channels <= channels:
+        raise UserError(f"sampler.guidance_channels is {config.guidance_channels}, expected 1..{channels} or null for all")

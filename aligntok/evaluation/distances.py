@@ -1,0 +1,184 @@
+"""Distances between two sets of features: Frechet (as in FID) and kernel (as in KID).
+
+    FD = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)),    tr (S1 S2)^(1/2) = sum_i sqrt(eig_i(S1^(1/2) S2
+    S1^(1/2))) KD = unbiased MMD^2 with the kernel (x . y / d + 1)^3, mean over random subsets
+
+The symmetric form has real, non-negative eigenvalues; the general matrix square root of scipy, which some
+releases computed wrongly, is not used. Everything is float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aligntok.errors import UserError
+from aligntok.evaluation.features import FeatureExtractor
+
+
+class GaussianStatistics:
+    """Mean [d] and covariance [d, d] (divided by n - 1) of features that arrive in batches, in float64.
+
+    Batches are combined by their means and centred products (Chan et al. 1979), which does not lose digits
+    where the mean is large beside the spread.
+    """
+
+    def __init__(self, dimension: int) -> None:
+        self.count = 0
+        self._mean = torch.zeros(dimension, dtype=torch.float64)
+        self._products = torch.zeros(dimension, dimension, dtype=torch.float64)
+
+    @classmethod
+    def of(cls, features: Tensor) -> GaussianStatistics:
+        """Statistics of one set of features [n, d]."""
+        statistics = cls(features.shape[-1])
+        statistics.add(features)
+        return statistics
+
+    @property
+    def dimension(self) -> int:
+        return len(self._mean)
+
+    def add(self, features: Tensor) -> None:
+        """Take in a batch [n, d]. UserError on another width or on values that are not finite."""
+        if features.ndim != 2 or features.shape[1] != self.dimension:
+            raise UserError(f"expected features [n, {self.dimension}], got {list(features.shape)}")
+        if not features.isfinite().all():
+            raise UserError("the features hold values that are not finite; look at the images that gave them")
+        if not len(features):
+            return
+        batch = features.detach().double().cpu()
+        mean = batch.mean(0)
+        centred = batch - mean
+        self._combine(len(batch), mean, centred.T @ centred)
+
+    def merge(self, other: GaussianStatistics) -> None:
+        """Take in what another accumulator (another process) has seen."""
+        if other.dimension != self.dimension:
+            raise UserError(f"cannot merge statistics of width {other.dimension} into width {self.dimension}")
+        if other.count:
+            self._combine(other.count, other._mean, other._products)
+
+    def _combine(self, count: int, mean: Tensor, products: Tensor) -> None:
+        total = self.count + count
+        difference = mean - self._mean
+        self._products += products + torch.outer(difference, difference) * (self.count * count / total)
+        self._mean += difference * (count / total)
+        self.count = total
+
+    @property
+    def mean(self) -> Tensor:
+        """[d]; UserError before the first sample."""
+        if not self.count:
+            raise UserError("no features were added: a mean needs at least one sample")
+        return self._mean
+
+    @property
+    def cov(self) -> Tensor:
+        """[d, d], unbiased; UserError with fewer than two samples."""
+        if self.count < 2:
+            raise UserError(f"a covariance needs at least two samples, got {self.count}")
+        return self._products / (self.count - 1)
+
+    @property
+    def protocol(self) -> str:
+        """Sample count, with a warning where the covariance cannot have full rank."""
+        text = f"n={self.count}"
+        if self.count <= self.dimension:
+            text += f" (not more than d={self.dimension}: biased upwards, compare only at equal n)"
+        return text
+
+
+def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
+    """Squared Frechet (2-Wasserstein) distance of two Gaussians; rounding below zero is returned as 0."""
+    if a.dimension != b.dimension:
+        raise UserError(f"the two sets of features differ in width: {a.dimension} and {b.dimension}")
+    values, vectors = torch.linalg.eigh(a.cov)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    middle = root @ b.cov @ root
+    cross = torch.linalg.eigvalsh((middle + middle.T) / 2).clamp(min=0).sqrt().sum()
+    distance = (a.mean - b.mean).square().sum() + a.cov.trace() + b.cov.trace() - 2 * cross
+    return max(distance.item(), 0.0)
+
+
+@dataclass(frozen=True)
+class KernelDistance:
+    """Mean and standard deviation over subsets."""
+
+    mean: float
+    std: float
+    subsets: int
+    subset_size: int
+
+    @property
+    def protocol(self) -> str:
+        return f"{self.subsets} subsets of {self.subset_size}"
+
+
+def kernel_distance(
+    x: Tensor, y: Tensor, subsets: int = 100, subset_size: int | None = None, seed: int = 0
+) -> KernelDistance:
+    """Unbiased MMD^2 of features [n, d] and [m, d] with the cubic polynomial kernel; may be slightly
+    negative.
+
+    Subsets are drawn without replacement with `seed`. By default they have 1000 members (KID's usual size)
+    or half of the smaller set, whichever is less: larger ones would overlap so much that their spread means
+    nothing.
+    """
+    if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
+        raise UserError(f"expected features [n, d] and [m, d], got {list(x.shape)} and {list(y.shape)}")
+    smaller = min(len(x), len(y))
+    size = min(1000, smaller // 2) if subset_size is None else subset_size
+    if not 2 <= size <= smaller or subsets < 1:
+        raise UserError(
+            f"kernel distance: {subsets} subsets of {size} cannot be drawn from {len(x)} and {len(y)} "
+            "samples (a subset needs at least 2 members, its default is half of the smaller set)"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    x, y = x.detach().double().cpu(), y.detach().double().cpu()
+    values = torch.stack(
+        [
+            _unbiased_mmd2(
+                x[torch.randperm(len(x), generator=generator)[:size]],
+                y[torch.randperm(len(y), generator=generator)[:size]],
+            )
+            for _ in range(subsets)
+        ]
+    )
+    return KernelDistance(values.mean().item(), values.std(correction=0).item(), subsets, size)
+
+
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    return (x @ y.T / x.shape[1] + 1) ** 3
+
+
+def _unbiased_mmd2(x: Tensor, y: Tensor) -> Tensor:
+    """Equal sizes n: the sums within a set leave the diagonal out."""
+    n = len(x)
+    xx, yy = _kernel(x, x), _kernel(y, y)
+    within = (xx.sum() - xx.diagonal().sum() + yy.sum() - yy.diagonal().sum()) / (n * (n - 1))
+    return within - 2 * _kernel(x, y).mean()
+
+
+def feature_distances(
+    reference: Tensor, features: Tensor, extractor: FeatureExtractor, prefix: str, seed: int = 0
+) -> tuple[dict[str, float], str]:
+    """Both distances under their full names, and the protocol to print with them.
+
+    `prefix` is "r" for reconstructions and "g" for generated images: {"rFD-EffNetLite0": ...,
+    "rKD-EffNetLite0": ...}.
+    """
+    statistics = GaussianStatistics.of(reference), GaussianStatistics.of(features)
+    kernel = kernel_distance(reference, features, seed=seed)
+    metrics = {
+        f"{prefix}FD-{extractor.name}": frechet_distance(*statistics),
+        f"{prefix}KD-{extractor.name}": kernel.mean,
+    }
+    protocol = (
+        f"{extractor.protocol}; {prefix}FD: reference {statistics[0].protocol}, "
+        f"against {statistics[1].protocol}; "
+        f"{prefix}KD: {kernel.protocol}, seed {seed}, sd {kernel.std:.2g}"
+    )
+    return metrics, protocol

@@ -1,0 +1,103 @@
+"""A generator: draw samples through its tokenizer, and measure their distance to real images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from aligntok.config import SamplerConfig
+from aligntok.data.geometry import to_unit_range
+from aligntok.devices import Precision
+from aligntok.diffusion.sampler import integrate
+from aligntok.errors import UserError
+from aligntok.evaluation.distances import feature_distances
+from aligntok.evaluation.features import FeatureExtractor, extract
+from aligntok.evaluation.tokenizer import BATCH, Measured, decode_all
+from aligntok.models.tokenizer import AlignTok
+from aligntok.training.train_generator import Generator
+
+SAMPLING_BATCH = 128
+
+
+def check_pair(generator: Generator, tokenizer: AlignTok) -> None:
+    """Raise UserError unless the generator was trained on this tokenizer's latents (a refined decoder does
+    not matter)."""
+    if generator.tokenizer_fingerprint != tokenizer.fingerprint():
+        raise UserError(
+            f"this generator was trained on the latents of another tokenizer (fingerprint "
+            f"{generator.tokenizer_fingerprint}, this one has {tokenizer.fingerprint()}): give the one that it was trained on"
+        )
+
+
+@torch.no_grad()
+def draw(
+    generator: Generator,
+    tokenizer: AlignTok,
+    labels: Tensor,
+    sampler: SamplerConfig,
+    precision: Precision,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Images [n, 3, H, W] float32 in [-1, 1] for labels [n]; picture i depends on the seed, i and its label
+    alone."""
+    check_pair(generator, tokenizer)
+    model, latents = generator.model.to(precision.device), []
+    source = torch.Generator().manual_seed(seed)
+    noise = torch.randn(len(labels), *generator.latent_shape, generator=source)
+    for start in range(0, len(labels), SAMPLING_BATCH):
+        chunk = slice(start, start + SAMPLING_BATCH)
+        with precision.autocast():
+            drawn = integrate(
+                model,
+                noise[chunk].to(precision.device),
+                labels[chunk].to(precision.device),
+                model.null_class,
+                sampler,
+            )
+        latents.append(drawn.cpu())
+        if progress is not None:
+            progress(min(start + SAMPLING_BATCH, len(labels)), len(labels))
+    return decode_all(tokenizer, torch.cat(latents), precision)
+
+
+def evaluate_generation(
+    generator: Generator,
+    tokenizer: AlignTok,
+    reference: Tensor,
+    reference_labels: Tensor,
+    count: int,
+    guidance: float,
+    extractor: FeatureExtractor,
+    precision: Precision,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Measured:
+    """gFD and gKD of `count` samples against uint8 reference images [n, 3, H, W]; labels are drawn as the
+    reference has them."""
+    sampler = replace(generator.sampler, guidance=guidance)
+    order = torch.randint(len(reference_labels), (count,), generator=torch.Generator().manual_seed(seed))
+    samples = draw(generator, tokenizer, reference_labels[order], sampler, precision, seed, progress)
+    real = extract(extractor, (to_unit_range(batch) for batch in reference.split(BATCH)))
+    made = extract(extractor, samples.split(BATCH))
+    values, protocol = feature_distances(real, made, extractor, prefix="g", seed=seed)
+    return Measured(
+        values,
+        f"{protocol}; {describe(sampler)}; labels as in the reference, seed {seed}",
+        {"samples": samples},
+    )
+
+
+def describe(sampler: SamplerConfig) -> str:
+    """One line: solver, evaluations, time shift, guidance."""
+    text = f"{sampler.solver}, {sampler.steps} network evaluations, time shift {sampler.time_shift:g}"
+    if sampler.guidance == 1.0:
+        return f"{text}, no guidance"
+    channels = (
+        "all channels" if sampler.guidance_channels is None else f"first {sampler.guidance_channels} channels"
+    )
+    low, high = sampler.guidance_interval
+    return f"{text}, guidance {sampler.guidance:g} on {channels} for t in [{low:g}, {high:g}]"

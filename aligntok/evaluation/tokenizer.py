@@ -1,0 +1,98 @@
+"""A tokenizer on held-out images: what comes back (reconstruction) and what the latent knows (linear
+probe)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from aligntok.data.geometry import to_unit_range
+from aligntok.devices import Precision
+from aligntok.errors import UserError
+from aligntok.evaluation.features import FeatureExtractor
+from aligntok.evaluation.probe import linear_probe, probe_latents
+from aligntok.evaluation.reconstruction import ReconstructionMetrics
+from aligntok.losses.perceptual import PerceptualDistance
+from aligntok.models.tokenizer import AlignTok, Tokenizer
+
+BATCH = 32
+
+
+@dataclass
+class Measured:
+    """Numbers with the protocol that they were measured by."""
+
+    values: dict[str, float]
+    protocol: str
+    extra: dict[str, Tensor] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def encode_all(tokenizer: Tokenizer, images: Tensor, precision: Precision) -> Tensor:
+    """uint8 images [n, 3, H, W] -> normalised latents [n, d, h, w] on the CPU."""
+    latents = []
+    for batch in images.split(BATCH):
+        with precision.autocast():
+            latents.append(tokenizer.encode(to_unit_range(batch).to(precision.device)).float().cpu())
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def decode_all(tokenizer: Tokenizer, latents: Tensor, precision: Precision) -> Tensor:
+    """Normalised latents [n, d, h, w] -> images [n, 3, H, W] float32 in [-1, 1] on the CPU."""
+    images = []
+    for batch in latents.split(BATCH):
+        with precision.autocast():
+            images.append(tokenizer.decode(batch.to(precision.device)).float().clamp(-1, 1).cpu())
+    return torch.cat(images)
+
+
+def evaluate_reconstruction(
+    tokenizer: Tokenizer,
+    images: Tensor,
+    precision: Precision,
+    perceptual: PerceptualDistance | None,
+    extractor: FeatureExtractor | None,
+) -> Measured:
+    """PSNR, SSIM, perceptual and feature distances of uint8 images [n, 3, H, W] and their reconstructions.
+
+    `extra` holds "latents" [n, d, h, w] and "reconstructions" [n, 3, H, W].
+    """
+    latents = encode_all(tokenizer, images, precision)
+    reconstructions = decode_all(tokenizer, latents, precision)
+    metrics = ReconstructionMetrics(perceptual, extractor)
+    for original, reconstruction in zip(images.split(BATCH), reconstructions.split(BATCH), strict=True):
+        metrics.add(to_unit_range(original), reconstruction)
+    return Measured(
+        metrics.compute(), metrics.protocol, {"latents": latents, "reconstructions": reconstructions}
+    )
+
+
+def evaluate_probe(latents: Tensor, labels: Tensor) -> Measured | None:
+    """Linear probe on pooled (and on flattened) normalised latents [n, d, h, w]; None where there are no
+    two classes."""
+    try:
+        pooled, flattened = probe_latents(latents, labels)
+    except UserError:
+        if len(labels.unique()) > 1:
+            raise
+        return None
+    values = {"mean": pooled.mean, "std": pooled.std, "flattened": flattened.mean}
+    return Measured(values, pooled.protocol)
+
+
+@torch.no_grad()
+def encoder_probe(
+    tokenizer: AlignTok, images: Tensor, labels: Tensor, precision: Precision
+) -> Measured | None:
+    """The same probe on the pooled tokens of a tokenizer's encoder, before the adapter."""
+    if len(labels.unique()) < 2:
+        return None
+    pooled = []
+    for batch in images.split(BATCH):
+        with precision.autocast():
+            pooled.append(tokenizer.encoder(to_unit_range(batch).to(precision.device)).float().mean(1).cpu())
+    result = linear_probe(torch.cat(pooled), labels)
+    return Measured({"mean": result.mean, "std": result.std}, result.protocol)

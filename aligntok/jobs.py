@@ -1,0 +1,171 @@
+"""The short jobs of the command line: sample, reconstruct, evaluate, statistics. Each prints what it did and where it is."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from aligntok.config import DataConfig, PerceptualConfig
+from aligntok.data.geometry import to_unit_range
+from aligntok.data.images import ImageSet, load_center_crops, open_images
+from aligntok.data.sources import MemorySource
+from aligntok.devices import choose_precision
+from aligntok.errors import UserError
+from aligntok.evaluation.features import EfficientNetLite0
+from aligntok.evaluation.generation import check_pair, describe, draw, evaluate_generation
+from aligntok.evaluation.tokenizer import decode_all, encode_all, encoder_probe, evaluate_probe, evaluate_reconstruction
+from aligntok.files import write_bytes
+from aligntok.losses.perceptual import build_perceptual
+from aligntok.models.tokenizer import AlignTok, load_tokenizer
+from aligntok.report import pictures
+from aligntok.training.statistics import latent_statistics
+from aligntok.training.telemetry import Telemetry
+from aligntok.training.train_generator import Generator
+from aligntok.training.train_tokenizer import report_skipped
+
+STATISTICS_BATCH = 64
+
+
+def sample(
+    generator: str,
+    tokenizer: str,
+    output: str,
+    labels: list[str] | None,
+    per_class: int,
+    steps: int | None,
+    guidance: float | None,
+    guidance_channels: int | None,
+    seed: int,
+    separate: bool,
+    device: str,
+) -> None:
+    """`aligntok sample`; the options are those of aligntok.cli.SampleConfig."""
+    precision = choose_precision(device)
+    network, tok = Generator(generator), load_tokenizer(tokenizer).to(precision.device)
+    check_pair(network, tok)
+    wanted = class_numbers(labels, network.classes)
+    overrides: dict[str, Any] = {"steps": steps, "guidance": guidance, "guidance_channels": guidance_channels}
+    sampler = replace(network.sampler, **{k: v for k, v in overrides.items() if v is not None})
+    telemetry = Telemetry(Path(output).parent, log_every=1)
+    with telemetry.bar("sampling") as update:
+        drawn = draw(network, tok, torch.tensor(wanted).repeat_interleave(per_class), sampler, precision, seed, update)
+    rows = list(drawn.split(per_class))
+    write_bytes(output, pictures.grid(rows, [network.classes[i] for i in wanted]))
+    if separate:
+        folder = Path(output).with_suffix("")
+        for index, image in enumerate(drawn):
+            name = f"{network.classes[wanted[index // per_class]]}-{index % per_class:04d}.png"
+            write_bytes(folder / name, pictures.strip(image[None], gap=0))
+        telemetry.say(f"{len(drawn)} pictures in {folder}")
+    telemetry.say(f"{output}: {len(drawn)} pictures; {describe(sampler)}, seed {seed}")
+
+
+def class_numbers(labels: list[str] | None, classes: list[str]) -> list[int]:
+    """Class numbers of names or numbers given as text; None = every class.
+
+    Raises:
+        UserError: an unknown name or a number out of range.
+    """
+    if not labels:
+        return list(range(len(classes)))
+    numbers = []
+    for label in labels:
+        if label in classes:
+            numbers.append(classes.index(label))
+        elif label.isdigit() and int(label) < len(classes):
+            numbers.append(int(label))
+        else:
+            raise UserError(f"no class {label!r}: expected 0..{len(classes) - 1} or one of {', '.join(classes)}")
+    return numbers
+
+
+def reconstruct(tokenizer: str, images: str, output: str, image_size: int, count: int, device: str) -> None:
+    """`aligntok reconstruct`; the options are those of aligntok.cli.ReconstructConfig."""
+    precision = choose_precision(device)
+    tok = load_tokenizer(tokenizer).to(precision.device)
+    pixels, _ = _load(open_images(images, count), image_size, tok)
+    restored = decode_all(tok, encode_all(tok, pixels, precision), precision)
+    columns = min(count, 16)
+    rows = [part for pair in zip(to_unit_range(pixels).split(columns), restored.split(columns), strict=True) for part in pair]
+    write_bytes(output, pictures.grid(rows, ["original", "reconstruction"] * (len(rows) // 2)))
+    Console(stderr=True).print(f"{output}: {len(pixels)} originals, each above its reconstruction", highlight=False)
+
+
+def evaluate(
+    tokenizer: str,
+    generator: str | None,
+    images: str,
+    held_out: float,
+    image_size: int,
+    samples: int,
+    guidance: tuple[float, ...],
+    output: str | None,
+    device: str,
+) -> dict[str, Any]:
+    """`aligntok evaluate`; prints tables, returns (and with `output` writes) the numbers with their protocols."""
+    precision = choose_precision(device)
+    tok = load_tokenizer(tokenizer).to(precision.device)
+    everything = open_images(images)
+    training, kept = everything.split(held_out)
+    measured_set = kept if len(kept) else training
+    pixels, _ = _load(measured_set, image_size, tok)
+    extractor = EfficientNetLite0().to(precision.device)
+    perceptual = build_perceptual(PerceptualConfig(kind="st-lpips-alex")).to(precision.device)
+    found = {"reconstruction": evaluate_reconstruction(tok, pixels, precision, perceptual, extractor)}
+    all_pixels, all_labels = _load(everything, image_size, tok)
+    probes = {
+        "probe of latents": evaluate_probe(encode_all(tok, all_pixels, precision), all_labels),
+        "probe of encoder": encoder_probe(tok, all_pixels, all_labels, precision),
+    }
+    found |= {name: measured for name, measured in probes.items() if measured is not None}
+    if generator is not None:
+        network = Generator(generator)
+        for scale in guidance:
+            found[f"generation, guidance {scale:g}"] = evaluate_generation(
+                network, tok, all_pixels, all_labels, samples, scale, extractor, precision
+            )
+    _print({name: measured.values for name, measured in found.items()})
+    for name, measured in found.items():
+        print(f"{name}: {measured.protocol}")
+    numbers = {name: {"values": m.values, "protocol": m.protocol} for name, m in found.items()}
+    if output is not None:
+        write_bytes(output, json.dumps(numbers, indent=1).encode())
+    return numbers
+
+
+def statistics(tokenizer: str, images: str, image_size: int, count: int, device: str) -> None:
+    """`aligntok statistics`; completes the tokenizer folder in place."""
+    precision = choose_precision(device)
+    tok = load_tokenizer(tokenizer, require_statistics=False).to(precision.device)
+    pixels, labels = _load(open_images(images, count), image_size, tok)
+    source = MemorySource(pixels, labels, min(STATISTICS_BATCH, len(pixels)), seed=0, flip=DataConfig().flip)
+    tok.set_statistics(*latent_statistics(tok, source, len(pixels), precision))
+    tok.save(tokenizer)
+    print(f"{tokenizer}: latent statistics of {len(pixels)} images stored")
+
+
+def _load(images: ImageSet, size: int, tokenizer: AlignTok) -> tuple[Tensor, Tensor]:
+    if size % tokenizer.downsample:
+        raise UserError(f"image_size is {size}, expected a multiple of the tokenizer's downsampling {tokenizer.downsample}")
+    telemetry = Telemetry(".", log_every=1)
+    with telemetry.bar("reading images") as update:
+        pixels, labels = load_center_crops(images, size, update)
+    report_skipped(images, telemetry)
+    return pixels, labels
+
+
+def _print(tables: dict[str, dict[str, float]]) -> None:
+    console = Console()
+    for name, values in tables.items():
+        table = Table(title=name, title_justify="left")
+        for key in values:
+            table.add_column(key, justify="right")
+        table.add_row(*(f"{value:.4f}" for value in values.values()))
+        console.print(table)

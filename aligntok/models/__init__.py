@@ -1,0 +1,1 @@
+"""What is trained: encoder, adapter, decoder, tokenizer, discriminator, LightningDiT."""

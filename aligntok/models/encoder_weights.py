@@ -1,0 +1,111 @@
+"""Reading the weights of an encoder and loading them strictly, without executing anything that a file holds.
+
+Accepted: the embedded ONNX asset, and .safetensors or torch files in timm's layout. Every key must fit;
+keys of the parts that the encoder cuts away (later blocks, pooling, classifier) are left out, and a
+position table of another square grid is resampled.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from timm.layers import resample_abs_pos_embed
+from torch import Tensor, nn
+
+from aligntok import assets
+from aligntok.config import EncoderConfig
+from aligntok.errors import UserError
+from aligntok.models.dinov2_onnx import read_state_dict
+
+EMBEDDED_NAME = "vit_small_patch14_dinov2"  # the architecture whose weights the asset "dinov2-vits14" carries
+_CUT_KEYS = re.compile(r"^(head|fc_norm|attn_pool)\.")  # parts behind the tokens
+
+
+def read_weights(config: EncoderConfig) -> tuple[dict[str, Tensor], str]:
+    """State dict of weights "embedded" or of the file `config.weights`, and what to call it when printing."""
+    embedded = config.weights == "embedded"
+    path = Path(config.weights).expanduser()
+    if embedded or path.suffix == ".onnx":
+        if config.name.split(".")[0] != EMBEDDED_NAME:
+            raise UserError(
+                f"the embedded weights are those of {EMBEDDED_NAME}.lvd142m, not of {config.name}; "
+                f"set encoder.name={EMBEDDED_NAME}.lvd142m or give other weights"
+            )
+        file = assets.fetch("dinov2-vits14", None if embedded else path)
+        return read_state_dict(file), assets.ASSETS["dinov2-vits14"].what
+    if not path.is_file():
+        raise UserError(
+            f"encoder.weights={config.weights} is neither a file nor one of pretrained, random, embedded"
+        )
+    return _read_file(path), str(path)
+
+
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """Tensors of a .safetensors or torch file; a torch file may wrap them as timm's checkpoints do."""
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, pickle and zip each raise their own
+        raise UserError(f"{path} cannot be read as weights ({type(error).__name__}: {error})") from error
+    for key in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(key), dict):
+            state = state[key]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"{path} holds no state dict (names to tensors)")
+    return state
+
+
+def load_state(
+    backbone: nn.Module, state: dict[str, Tensor], source: str, layer: int, final_norm: bool
+) -> None:
+    """Load strictly what belongs to a backbone cut behind block `layer`; UserError lists what does not
+    fit."""
+    state = {key: value for key, value in state.items() if not _is_cut(key, layer, final_norm)}
+    _resample_positions(backbone, state)
+    wanted = backbone.state_dict()
+    missing = sorted(wanted.keys() - state.keys())
+    unexpected = sorted(state.keys() - wanted.keys())
+    misshapen = [
+        f"{key} {list(state[key].shape)} instead of {list(wanted[key].shape)}"
+        for key in wanted
+        if key in state and state[key].shape != wanted[key].shape
+    ]
+    if missing or unexpected or misshapen:
+        faults = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        told = "; ".join(f"{len(keys)} {what}: {_few(keys)}" for what, keys in faults if keys)
+        raise UserError(f"{source} does not fit the encoder in timm's layout: {told}")
+    backbone.load_state_dict(state)
+
+
+def _few(keys: list[str], limit: int = 5) -> str:
+    return ", ".join(keys[:limit]) + (", ..." if len(keys) > limit else "")
+
+
+def _is_cut(key: str, layer: int, final_norm: bool) -> bool:
+    block = re.match(r"^blocks\.(\d+)\.", key)
+    return bool(
+        _CUT_KEYS.match(key)
+        or (block and int(block.group(1)) > layer)
+        or (not final_norm and key.startswith("norm."))
+    )
+
+
+def _resample_positions(backbone: nn.Module, state: dict[str, Tensor]) -> None:
+    """Bring a square position table of another grid to the model's (bicubic, antialiased), within `state`."""
+    table, target = state.get("pos_embed"), backbone.pos_embed
+    if table is None or target is None or table.shape == target.shape or table.ndim != 3:
+        return
+    prefix = 0 if backbone.no_embed_class else backbone.num_prefix_tokens
+    side = round((table.shape[1] - prefix) ** 0.5) if table.shape[1] > prefix else 0
+    if side and side * side == table.shape[1] - prefix and table.shape[2] == target.shape[2]:
+        state["pos_embed"] = resample_abs_pos_embed(
+            table,
+            new_size=list(backbone.patch_embed.grid_size),
+            old_size=[side, side],
+            num_prefix_tokens=prefix,
+        )

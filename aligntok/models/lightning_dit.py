@@ -1,0 +1,257 @@
+"""LightningDiT: the diffusion transformer of VA-VAE (models/lightningdit.py there), velocity from noisy latents.
+
+    x = patches(z_t) + frozen sin-cos table;  c = time(t) + label(y)
+    x = x + gate_1 * attention(modulate(rms_norm(x), shift_1, scale_1))      (2-D RoPE on q and k, optional QK-norm)
+    x = x + gate_2 * swiglu(modulate(rms_norm(x), shift_2, scale_2))
+    v = linear(modulate(rms_norm(x), shift, scale))
+
+Time follows the paper: t = 1 is noise and the output is the velocity z_1 - z_0. LightningDiT's own code counts the other way.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from aligntok.config import LightningDiTConfig
+from aligntok.errors import UserError
+
+SIZES = {  # depth, width, heads. S as in DiT; L/1 is not defined in LightningDiT, its L/2 widths are used
+    "S": (12, 384, 6),
+    "B": (12, 768, 12),
+    "L": (24, 1024, 16),
+    "XL": (28, 1152, 16),
+}
+ROPE_THETA = 10_000.0
+TIME_FEATURES = 256  # sinusoidal features of raw t in [0, 1]
+NORM_EPS = 1e-6
+
+
+def dimensions(config: LightningDiTConfig) -> tuple[int, int, int]:
+    """(depth, width, heads) of a configuration; raises UserError when they do not make a transformer."""
+    given = (config.depth, config.width, config.heads)
+    if config.size != "custom":
+        if any(value is not None for value in given):
+            raise UserError(f"model.size is {config.size} and depth/width/heads are given: use size custom with all three")
+        return SIZES[config.size]
+    if any(value is None for value in given):
+        raise UserError("model.size is custom: give depth, width and heads")
+    depth, width, heads = given
+    if width % heads or (width // heads) % 4:
+        raise UserError(
+            f"width {width} and heads {heads}: expected a head width that is a multiple of 4 (2-D RoPE pairs); "
+            f"try width {64 * heads}"
+        )
+    return depth, width, heads
+
+
+def sincos_table(grid: tuple[int, int], width: int) -> Tensor:
+    """Fixed 2-D sin-cos position table [h*w, width]; half of the channels encode the column, half the row (MAE, DiT)."""
+    quarter = width // 4
+    frequencies = 1.0 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
+    rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
+    parts = []
+    for position in (columns, rows):
+        angle = position.flatten()[:, None] * frequencies
+        parts += [angle.sin(), angle.cos()]
+    return torch.cat(parts, dim=1).float()
+
+
+def rope_table(grid: tuple[int, int], head_width: int, trained_side: int) -> tuple[Tensor, Tensor]:
+    """cos and sin [h*w, D] of 2-D rotary positions: the first half of D turns with the row, the second with the column.
+
+    Neighbouring channels form the rotated pairs. Grids other than the trained one are scaled onto its extent, as in
+    LightningDiT's VisionRotaryEmbeddingFast.
+    """
+    axis = head_width // 2
+    frequencies = 1.0 / ROPE_THETA ** (torch.arange(0, axis, 2, dtype=torch.float64) / axis)
+    sides = [torch.arange(n, dtype=torch.float64) * (trained_side / n) for n in grid]
+    rows, columns = torch.meshgrid(*sides, indexing="ij")
+    angles = torch.cat([p.flatten()[:, None] * frequencies for p in (rows, columns)], dim=1)  # [h*w, D/2]
+    angles = angles.repeat_interleave(2, dim=1).float()  # [h*w, D]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x [B, H, N, D] by tables [N, D] over interleaved pairs."""
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
+    return x * cos + turned * sin
+
+
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """x * (1 + scale) + shift with per-image vectors [B, D] over tokens [B, N, D]."""
+    x = x * (1 + scale.unsqueeze(1))
+    return x if shift is None else x + shift.unsqueeze(1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention from a packed qkv projection [B, N, 3, H, D], with QK-norm and 2-D RoPE."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(width, 3 * width)
+        self.q_norm = nn.RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each
+        q, k = rotate(self.q_norm(q), *rope).to(v.dtype), rotate(self.k_norm(k), *rope).to(v.dtype)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(out.transpose(1, 2).flatten(2))
+
+
+class SwiGLU(nn.Module):
+    """w_2(silu(a) * b) with a and b from one projection; hidden width int(2/3 * 4 * D), as in LightningDiT."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        hidden = int(2 / 3 * 4 * width)
+        self.w12 = nn.Linear(width, 2 * hidden)
+        self.w3 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Attention and SwiGLU, each behind RMSNorm and adaLN-zero modulation; `shift=False` is LightningDiT's wo_shift."""
+
+    def __init__(self, width: int, heads: int, qk_norm: bool, shift: bool) -> None:
+        super().__init__()
+        self.shift = shift
+        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.attention = Attention(width, heads, qk_norm)
+        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.mlp = SwiGLU(width)
+        self.modulation = nn.Linear(width, (6 if shift else 4) * width)
+
+    def forward(self, x: Tensor, condition: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+        parts = self.modulation(F.silu(condition)).chunk(6 if self.shift else 4, dim=-1)
+        if self.shift:
+            shift1, scale1, gate1, shift2, scale2, gate2 = parts
+        else:
+            shift1 = shift2 = None
+            scale1, gate1, scale2, gate2 = parts
+        x = x + gate1.unsqueeze(1) * self.attention(modulate(self.norm1(x), shift1, scale1), rope)
+        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoidal features of t in [0, 1] (not scaled by 1000, as in LightningDiT), then Linear, SiLU, Linear."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = TIME_FEATURES // 2
+        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
+        angle = t.float()[:, None] * frequencies
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+
+
+class FinalLayer(nn.Module):
+    """RMSNorm, shift and scale, linear to patch_size^2 * channels; starts at zero."""
+
+    def __init__(self, width: int, out: int) -> None:
+        super().__init__()
+        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.modulation = nn.Linear(width, 2 * width)
+        self.linear = nn.Linear(width, out)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
+class LightningDiT(nn.Module):
+    """v = model(z_t, t, labels).
+
+    Args:
+        config: size, patch size, classes, switches.
+        latent_channels: d of the tokenizer.
+        latent_size: (h, w) of the latents that it is trained on; other sizes work at inference, positions are scaled.
+    """
+
+    def __init__(self, config: LightningDiTConfig, latent_channels: int, latent_size: tuple[int, int]) -> None:
+        super().__init__()
+        depth, width, heads = dimensions(config)
+        self.config = config
+        self.latent_channels = latent_channels
+        self.latent_size = latent_size
+        self.patch_size = config.patch_size
+        self.head_width = width // heads
+        self.patches = nn.Conv2d(latent_channels, width, config.patch_size, stride=config.patch_size)
+        self.time = TimeEmbedding(width)
+        self.label = nn.Embedding(config.classes + 1, width)  # the last row is the null class
+        self.blocks = nn.ModuleList(Block(width, heads, config.qk_norm, config.shift) for _ in range(depth))
+        self.final = FinalLayer(width, config.patch_size**2 * latent_channels)
+        self.positions = nn.Parameter(sincos_table(self._grid(latent_size), width)[None], requires_grad=False)
+        self._initialise()
+
+    @property
+    def null_class(self) -> int:
+        """The label that means "no label"."""
+        return self.config.classes
+
+    def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
+        """z [B, d, h, w], t [B] in [0, 1] with 1 = noise, labels [B] in 0..classes (classes = none) -> velocity like z."""
+        grid = self._grid(z.shape[-2:])
+        x = self.patches(z).flatten(2).transpose(1, 2)  # [B, N, width]
+        x = x + self._position_table(grid)
+        condition = self.time(t) + self.label(labels)  # [B, width]
+        rope = self._rope(grid, x.device)
+        for block in self.blocks:
+            x = block(x, condition, rope)
+        return self._unpatch(self.final(x, condition), grid)
+
+    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
+        height, width = size
+        if height % self.patch_size or width % self.patch_size:
+            raise UserError(f"latents of {height}x{width}: expected sides divisible by the patch size {self.patch_size}")
+        return height // self.patch_size, width // self.patch_size
+
+    def _position_table(self, grid: tuple[int, int]) -> Tensor:
+        trained = self._grid(self.latent_size)
+        if grid == trained:
+            return self.positions
+        table = self.positions.transpose(1, 2).unflatten(2, trained)
+        return F.interpolate(table, size=grid, mode="bicubic").flatten(2).transpose(1, 2)
+
+    def _rope(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+        key = (grid, device)
+        if getattr(self, "_rope_key", None) != key:
+            tables = rope_table(grid, self.head_width, self._grid(self.latent_size)[0])
+            self._rope_cache = tuple(table.to(device) for table in tables)
+            self._rope_key = key
+        return self._rope_cache
+
+    def _unpatch(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        p, (h, w) = self.patch_size, grid
+        x = x.view(x.shape[0], h, w, p, p, self.latent_channels)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(x.shape[0], self.latent_channels, h * p, w * p)
+
+    def _initialise(self) -> None:
+        """Xavier on linears, zeros on modulations and output, N(0, .02) on time and label embeddings (LightningDiT)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patches.weight.view(self.patches.weight.shape[0], -1))
+        nn.init.zeros_(self.patches.bias)
+        nn.init.normal_(self.label.weight, std=0.02)
+        for layer in (self.time.mlp[0], self.time.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+        for module in (*self.blocks, self.final):
+            nn.init.zeros_(module.modulation.weight)
+            nn.init.zeros_(module.modulation.bias)
+        nn.init.zeros_(self.final.linear.weight)
+        nn.init.zeros_(self.final.linear.bias)

@@ -1,0 +1,1 @@
+"""One training loop and its services; the stages and the generator as objectives."""

@@ -1,0 +1,55 @@
+"""The objective of the generator: flow matching on normalised latents, with label dropout and EMA."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.optim import AdamW, Optimizer
+
+from aligntok.config import GeneratorTrainingConfig
+from aligntok.data.frozen import FrozenOutput
+from aligntok.data.sources import Batch
+from aligntok.devices import Precision, optimizer_is_fused
+from aligntok.diffusion.flow import drop_labels, training_loss
+from aligntok.models.lightning_dit import LightningDiT
+from aligntok.training.ema import build_ema
+from aligntok.training.objective import Phase, Schedule, Values, parameter_group
+
+
+class GeneratorObjective:
+    """Trains `model` in place; `latents` gives the normalised latents [B, d, h, w] of a batch."""
+
+    def __init__(
+        self, model: LightningDiT, latents: FrozenOutput, config: GeneratorTrainingConfig, precision: Precision
+    ) -> None:
+        self.model, self.latents, self.config, self.precision = model.train(), latents, config, precision
+        self.steps = config.steps
+        self.schedule = Schedule(config.steps, config.warmup_steps, config.final_learning_rate)
+        trained = (p for p in model.parameters() if p.requires_grad)
+        self.optimizer = AdamW(
+            [parameter_group(trained, config.learning_rate)],
+            betas=config.betas,
+            weight_decay=0.0,
+            fused=optimizer_is_fused(precision.device),
+        )
+        self.ema = build_ema(model, config.ema_decay)
+
+    def modules(self) -> dict[str, nn.Module]:
+        return {"model": self.model, "ema": self.ema}
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"model": self.optimizer}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        self.schedule.apply(self.optimizer, step)
+        yield Phase("generator", self.optimizer, self._loss, self.config.gradient_clip)
+
+    def after_step(self) -> None:
+        self.ema.update_parameters(self.model)
+
+    def _loss(self, batch: Batch) -> tuple[Tensor, Values]:
+        labels = drop_labels(batch["labels"], self.config.model.label_dropout, self.model.null_class)
+        with self.precision.autocast():
+            loss, values = training_loss(self.model, self.latents(batch), labels, self.config.flow)
+        return loss, values | {"loss": loss.detach()}

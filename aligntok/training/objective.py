@@ -1,0 +1,75 @@
+"""What the training loop knows of a training task.
+
+An objective offers one or more phases per step (the generator has one; a tokenizer stage has the autoencoder's and, once the
+adversarial loss is on, the discriminator's). A phase is a loss over some parameters with their optimizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from aligntok.data.sources import Batch
+
+Values = dict[str, Tensor]  # detached scalars for the log
+
+
+@dataclass
+class Phase:
+    """One optimizer step: loss(batch) -> (loss, values), then backward, clip, step."""
+
+    name: str
+    optimizer: Optimizer
+    loss: Callable[[Batch], tuple[Tensor, Values]]
+    gradient_clip: float | None = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+
+class Objective(Protocol):
+    steps: int
+
+    def phases(self, step: int) -> Iterable[Phase]:
+        """The phases of a step, in order, with the learning rates of that step set."""
+
+    def after_step(self) -> None:
+        """Called when all phases of a step are done (moving averages)."""
+
+    def modules(self) -> dict[str, nn.Module]:
+        """Everything whose weights or buffers change, by name, for the checkpoint and for naming bad layers."""
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        """All optimizers by name, for the checkpoint."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Learning-rate factor over steps: linear warm-up, then a cosine from 1 to `final`."""
+
+    steps: int
+    warmup_steps: int = 0
+    final: float = 1.0
+
+    def factor(self, step: int) -> float:
+        if step < self.warmup_steps:
+            return (step + 1) / (self.warmup_steps + 1)
+        progress = (step - self.warmup_steps) / max(1, self.steps - self.warmup_steps)
+        return self.final + (1 - self.final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+    def apply(self, optimizer: Optimizer, step: int) -> None:
+        """Set every group's lr to its own base_lr times the factor of `step`."""
+        factor = self.factor(step)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+
+
+def parameter_group(parameters: Iterable[nn.Parameter], learning_rate: float) -> dict[str, Any]:
+    """An optimizer group that remembers its base rate for `Schedule.apply`."""
+    return {"params": list(parameters), "lr": learning_rate, "base_lr": learning_rate}

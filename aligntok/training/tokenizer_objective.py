@@ -1,0 +1,167 @@
+"""The objective of a tokenizer stage; Stages 1, 2 and 3 differ only in their `StageConfig`.
+
+    L = L1 + w_p LPIPS + w_g lambda L_gan + w_sp L_sp          lambda: adaptive weight, every term a mean over elements
+
+Stage 1 trains adapter and decoder, Stage 2 all three parts with L_sp, Stage 3 the decoder (AlignTok 4.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Adam, Optimizer
+
+from aligntok.config import LossConfig, StageConfig
+from aligntok.data.frozen import FrozenOutput
+from aligntok.data.sources import Batch
+from aligntok.devices import Precision, optimizer_is_fused
+from aligntok.kernels import gan_loss
+from aligntok.losses.adversarial import adaptive_weight, image_gradient, surrogate
+from aligntok.losses.semantic import semantic_loss
+from aligntok.models.tokenizer import AlignTok
+from aligntok.training.ema import adopt, build_ema
+from aligntok.training.objective import Phase, Schedule, Values, parameter_group
+
+ADAM_BETAS = (0.5, 0.9)  # GAN-style Adam without decay: VA-VAE autoencoder.py
+
+
+@dataclass
+class FrozenInputs:
+    """Outputs of networks that a stage does not train; None where the stage has no use for one."""
+
+    features: FrozenOutput | None = None  # encoder tokens [B, N, C], when the encoder is frozen
+    latents: FrozenOutput | None = None  # raw latents [B, d, h, w], when encoder and adapter are frozen
+    snapshot: FrozenOutput | None = None  # Stage 1's latents (or features, for "before_adapter"), target of L_sp
+
+
+class TokenizerObjective:
+    """See the module docstring; `tokenizer` and `discriminator` are trained in place."""
+
+    def __init__(
+        self,
+        tokenizer: AlignTok,
+        discriminator: nn.Module,
+        perceptual: nn.Module | None,
+        losses: LossConfig,
+        stage: StageConfig,
+        frozen: FrozenInputs,
+        precision: Precision,
+    ) -> None:
+        self.tokenizer, self.discriminator, self.perceptual = tokenizer, discriminator, perceptual
+        self.losses, self.stage, self.frozen, self.precision = losses, stage, frozen, precision
+        self.steps = stage.steps
+        self.schedule = Schedule(stage.steps, stage.warmup_steps, stage.final_learning_rate)
+        self.trained = {name: getattr(tokenizer, name) for name in stage.trains}
+        tokenizer.eval().requires_grad_(False)
+        for part in self.trained.values():
+            part.train().requires_grad_(True)
+        groups = [
+            parameter_group(part.parameters(), stage.encoder_learning_rate if name == "encoder" else stage.learning_rate)
+            for name, part in self.trained.items()
+        ]
+        fused = optimizer_is_fused(precision.device)
+        self.autoencoder_optimizer = Adam(groups, betas=ADAM_BETAS, fused=fused)
+        group = parameter_group(discriminator.parameters(), stage.discriminator_learning_rate)
+        self.discriminator_optimizer = Adam([group], betas=ADAM_BETAS, fused=fused)
+        self.together = nn.ModuleDict(self.trained)
+        self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
+        self._fake: Tensor | None = None  # this step's reconstructions, handed from the first phase to the second
+
+    def modules(self) -> dict[str, nn.Module]:
+        found: dict[str, nn.Module] = dict(self.trained)
+        if self.stage.gan_start < self.steps:
+            found["discriminator"] = self.discriminator
+        if self.ema is not None:
+            found["ema"] = self.ema
+        return found
+
+    def optimizers(self) -> dict[str, Optimizer]:
+        return {"autoencoder": self.autoencoder_optimizer, "discriminator": self.discriminator_optimizer}
+
+    def phases(self, step: int) -> Iterator[Phase]:
+        adversarial = step >= self.stage.gan_start and self.losses.gan_weight > 0
+        self.schedule.apply(self.autoencoder_optimizer, step)
+        loss = self._adversarial_loss if adversarial else self._reconstruction_loss
+        yield Phase("autoencoder", self.autoencoder_optimizer, loss, self.stage.gradient_clip)
+        if adversarial:
+            self.schedule.apply(self.discriminator_optimizer, step)
+            yield Phase("discriminator", self.discriminator_optimizer, self._discriminator_loss)
+        self._fake = None
+
+    def after_step(self) -> None:
+        if self.ema is not None:
+            self.ema.update_parameters(self.together)
+
+    def adopt_averages(self) -> None:
+        """Put the moving averages into the tokenizer, at the end of a stage that keeps them."""
+        if self.ema is not None:
+            adopt(self.together, self.ema)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
+        """(reconstruction, weighted semantic loss, values)."""
+        with self.precision.autocast():
+            latents, features = self._latents(batch)
+            output = self.tokenizer.decoder(self._with_noise(latents)).float()
+        values = {"latent_std": latents.detach().float().std()}
+        semantic = self.stage.semantic
+        if self.frozen.snapshot is None:
+            return output, output.new_zeros(()), values
+        current, channel_dim = (latents, 1) if semantic.position == "after_adapter" else (features, 2)
+        loss = semantic_loss(current, self.frozen.snapshot(batch), semantic.kind, channel_dim)
+        return output, semantic.weight * loss, values | {"semantic": loss.detach()}
+
+    def _latents(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """(raw latents [B, d, h, w], encoder features or None) through whatever this stage trains."""
+        if "adapter" not in self.trained and "encoder" not in self.trained:
+            return self.frozen.latents(batch), None
+        features = self.tokenizer.encoder(batch["images"]) if "encoder" in self.trained else self.frozen.features(batch)
+        return self.tokenizer.adapter(features, self.tokenizer.grid(batch["images"])), features
+
+    def _with_noise(self, latents: Tensor) -> Tensor:
+        """Latents plus `decoder_noise` standard deviations of noise, in units of the normalised latent."""
+        if not self.stage.decoder_noise:
+            return latents
+        scale = self.tokenizer.latent_std[:, None, None] if self.tokenizer.has_statistics else latents.detach().std()
+        return latents + self.stage.decoder_noise * scale * torch.randn_like(latents)
+
+    def _reconstruction(self, output: Tensor, images: Tensor) -> tuple[Tensor, Values]:
+        """L1 + w_p LPIPS, float32."""
+        l1 = (output - images).abs().mean()
+        if self.perceptual is None:
+            return l1, {"l1": l1.detach()}
+        seen = max(1, round(self.losses.perceptual_share * len(images)))  # batches are shuffled: the first ones will do
+        with self.precision.autocast():
+            distance = self.perceptual(output[:seen], images[:seen]).float().mean()
+        loss = l1 + self.losses.perceptual_weight * distance
+        return loss, {"l1": l1.detach(), "perceptual": distance.detach()}
+
+    def _reconstruction_loss(self, batch: Batch) -> tuple[Tensor, Values]:
+        output, semantic, values = self._forward(batch)
+        loss, parts = self._reconstruction(output, batch["images"])
+        return loss + semantic, values | parts
+
+    def _adversarial_loss(self, batch: Batch) -> tuple[Tensor, Values]:
+        """Losses differentiated once, down to the image; see aligntok.losses.adversarial."""
+        output, semantic, values = self._forward(batch)
+        image = output.detach().requires_grad_()
+        reconstruction, parts = self._reconstruction(image, batch["images"])
+        with self.precision.autocast():
+            logits = self.discriminator(image)
+        adversarial, _ = gan_loss.generator_loss(logits, self.losses.gan)
+        gradients = image_gradient(reconstruction, image), image_gradient(adversarial, image)
+        weight = adaptive_weight(output, self.tokenizer.decoder.conv_out.weight, *gradients, self.losses.gan_weight_max)
+        weight = weight * self.losses.gan_weight
+        self._fake = image.detach()
+        values |= parts | {"gan": adversarial.detach(), "gan_weight": weight}
+        total = reconstruction + weight * adversarial
+        return surrogate(output, gradients[0] + weight * gradients[1], total) + semantic, values
+
+    def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, Values]:
+        assert self._fake is not None, "the autoencoder phase comes first"
+        with self.precision.autocast():
+            real, fake = self.discriminator(batch["images"]), self.discriminator(self._fake)
+        loss, stats = gan_loss.discriminator_loss(real, fake, self.losses.gan)
+        return loss, {"discriminator": loss.detach(), "logits_real": stats[0], "logits_fake": stats[1]}

@@ -1,0 +1,220 @@
+"""Tokenizer training from a configuration: the three stages one after the other, each resumable, each leaving a tokenizer.
+
+    OUTPUT/stage1/tokenizer, OUTPUT/stage2/tokenizer, OUTPUT/stage3/tokenizer    finished stages, with latent statistics
+    OUTPUT/tokenizer                                                             the last of them: what everybody uses
+    OUTPUT/checkpoints/STAGE/step-N                                              of the stage that is running
+
+A finished stage is never run again; delete its folder to repeat it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from aligntok.config import DataConfig, Recipe, StageConfig
+from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, tabulate
+from aligntok.data.images import ImageSet, load_center_crops, open_images
+from aligntok.data.sources import MemorySource, Source, StreamSource
+from aligntok.devices import choose_precision
+from aligntok.errors import UserError
+from aligntok.files import write_folder
+from aligntok.losses.perceptual import build_perceptual
+from aligntok.models.discriminator import PatchDiscriminator
+from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
+from aligntok.training.checkpoint import Checkpoints, fingerprint
+from aligntok.training.loop import train
+from aligntok.training.statistics import latent_statistics
+from aligntok.training.telemetry import Telemetry
+from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
+
+STAGES = ("stage1", "stage2", "stage3")
+
+
+class TokenizerTraining:
+    """Images, networks and services of one run; `run()` is the whole of it.
+
+    Args:
+        recipe: everything; `recipe.output` is created.
+        telemetry: None = a new one in the output folder.
+    """
+
+    def __init__(self, recipe: Recipe, telemetry: Telemetry | None = None) -> None:
+        self.config, self.data = recipe.tokenizer, recipe.data
+        self.output = Path(recipe.output)
+        training = self.config.training
+        _check_size(self.data.image_size, self.config.model.encoder.downsample)
+        self.precision = choose_precision(training.device, training.precision)
+        self.telemetry = telemetry or Telemetry(self.output, training.log_every)
+        self.images, self.held_out = open_images(self.data.path, self.data.max_images).split(self.data.held_out)
+        self._source: Source | None = None
+        self._features: FrozenTable | None = None
+
+    def run(self) -> AlignTok:
+        """All stages that are not finished yet; returns the tokenizer of the last one, on the training device."""
+        tokenizer: AlignTok | None = None
+        for stage in STAGES:
+            if getattr(self.config.stages, stage).steps:
+                tokenizer = self.run_stage(stage, getattr(self.config.stages, stage), tokenizer)
+        if tokenizer is None:
+            raise UserError("all three stages have 0 steps: nothing to train")
+        tokenizer.save(self.output / "tokenizer")
+        return tokenizer
+
+    def run_stage(self, name: str, stage: StageConfig, start: AlignTok | None) -> AlignTok:
+        """Train one stage from `start` (None = the pretrained encoder with a new adapter and decoder)."""
+        folder = self.output / name
+        if self._finished(name):
+            self.telemetry.say(f"{name}: already finished, read from {folder}")
+            return load_tokenizer(folder / "tokenizer").to(self.precision.device)
+        tokenizer = self._begin(start)
+        discriminator = self._discriminator(folder)
+        frozen = self._frozen_inputs(stage, tokenizer)
+        before = tokenizer.fingerprint()
+        objective = TokenizerObjective(
+            tokenizer, discriminator, self._perceptual(), self.config.losses, stage, frozen, self.precision
+        )
+        mark = fingerprint(name, dataclasses.asdict(stage), self.config.losses, self.config.model, self.config.crop, self.data)
+        checkpoints = Checkpoints(
+            self.output / "checkpoints" / name,
+            self.config.training.keep_checkpoints,
+            fingerprint(mark, self.config.training.seed, self.config.training.batch_size, len(self.images)),
+        )
+        train(name, objective, self.source, self.config.training, self.precision.device, self.telemetry, checkpoints)
+        objective.adopt_averages()
+        tokenizer.eval().requires_grad_(False)
+        if stage.trains != ("decoder",):
+            self._compute_statistics(tokenizer)
+        elif tokenizer.fingerprint() != before:
+            raise AssertionError("decoder-only training changed the encoder, the adapter or the latent statistics")
+        self._finish(folder, tokenizer, discriminator, checkpoints)
+        return tokenizer
+
+    def prepare(self) -> None:
+        """Read the images and compute what the stages look up, before the first of them needs it."""
+        if isinstance(self.source, MemorySource) and not self._finished("stage1"):
+            assert self.features is not None
+
+    def _finished(self, name: str) -> bool:
+        return (self.output / name / "tokenizer" / "config.json").is_file()
+
+    @property
+    def source(self) -> Source:
+        """Training batches: from memory where the crops repeat and fit, else streamed."""
+        if self._source is None:
+            training = self.config.training
+            self._source = build_source(
+                self.images, self.data, self.config.crop, training.batch_size, training.seed, self.telemetry
+            )
+        return self._source
+
+    @property
+    def features(self) -> FrozenTable:
+        """Encoder tokens of the pretrained encoder for every crop; Stage 1 and the pre-adapter loss read them."""
+        if self._features is None:
+            encoder = self.pretrained().encoder
+            with self.telemetry.bar("encoder features") as update:
+                self._features = tabulate(encoder, self.source, self.precision, torch.bfloat16, update)
+        return self._features
+
+    def _begin(self, start: AlignTok | None) -> AlignTok:
+        return self.pretrained() if start is None else copy.deepcopy(start)
+
+    def pretrained(self) -> AlignTok:
+        """The pretrained encoder with a new, seeded adapter and decoder: where Stage 1 starts."""
+        torch.manual_seed(self.config.training.seed)
+        return AlignTok(self.config.model).to(self.precision.device).eval()
+
+    def _frozen_inputs(self, stage: StageConfig, tokenizer: AlignTok) -> FrozenInputs:
+        inputs = FrozenInputs()
+        if stage.trains == ("decoder",):
+            inputs.latents = self._frozen(tokenizer.raw_latents, "latents")
+        elif "encoder" not in stage.trains:
+            inputs.features = self.features if self._in_memory else FrozenNetwork(tokenizer.encoder, self.precision)
+        if stage.semantic.weight > 0:
+            snapshot = copy.deepcopy(tokenizer).eval().requires_grad_(False)
+            after = stage.semantic.position == "after_adapter"
+            inputs.snapshot = self._frozen(snapshot.raw_latents if after else snapshot.encoder, "snapshot")
+        return inputs
+
+    def _frozen(self, network: nn.Module, what: str) -> FrozenOutput:
+        if not self._in_memory:
+            return FrozenNetwork(network, self.precision)
+        with self.telemetry.bar(what) as update:
+            return tabulate(network, self.source, self.precision, progress=update)
+
+    @property
+    def _in_memory(self) -> bool:
+        return isinstance(self.source, MemorySource)
+
+    def _perceptual(self) -> nn.Module | None:
+        if self.config.losses.perceptual.kind == "none":
+            return None
+        perceptual = build_perceptual(self.config.losses.perceptual)
+        return perceptual.to(self.precision.device, memory_format=torch.channels_last)
+
+    def _discriminator(self, folder: Path) -> PatchDiscriminator:
+        """New, or the one that the stage before has left (VA-VAE carries it over)."""
+        torch.manual_seed(self.config.training.seed + 1)
+        discriminator = PatchDiscriminator(self.config.losses.discriminator)
+        earlier = [self.output / stage / "discriminator" / "model.safetensors" for stage in STAGES]
+        own = folder.name if folder.name in STAGES else "stage2"  # a branch starts where Stage 2 starts
+        for file in reversed(earlier[: STAGES.index(own)]):
+            if file.is_file():
+                load_strictly(discriminator, load_file(file), file)
+                break
+        return discriminator.to(self.precision.device)
+
+    def _compute_statistics(self, tokenizer: AlignTok) -> None:
+        wanted = min(self.config.statistics_images, len(self.images))
+        with self.telemetry.bar("latent statistics") as update:
+            tokenizer.set_statistics(*latent_statistics(tokenizer, self.source, wanted, self.precision, update))
+
+    def _finish(self, folder: Path, tokenizer: AlignTok, discriminator: nn.Module, checkpoints: Checkpoints) -> None:
+        write_folder(folder / "discriminator", {"model": discriminator.state_dict()}, {})
+        tokenizer.save(folder / "tokenizer")  # last: its presence means that the stage is finished
+        checkpoints.remove()
+
+
+def build_source(
+    images: ImageSet, data: DataConfig, crop: str, batch_size: int, seed: int, telemetry: Telemetry
+) -> Source:
+    """MemorySource for centre crops within data.memory_limit_gib, StreamSource otherwise."""
+    gib = len(images) * 3 * data.image_size**2 / 2**30
+    if crop == "center" and gib <= data.memory_limit_gib:
+        with telemetry.bar("reading images") as update:
+            pixels, labels = load_center_crops(images, data.image_size, update)
+        report_skipped(images, telemetry)
+        return MemorySource(pixels, labels, batch_size, seed, data.flip)
+    why = "random crops never repeat" if crop == "random" else f"{gib:.1f} GiB exceed data.memory_limit_gib"
+    telemetry.say(f"images are decoded as training goes ({why}); frozen networks run in the loop")
+    return StreamSource(images, data, crop, batch_size, seed)
+
+
+def report_skipped(images: ImageSet, telemetry: Telemetry) -> None:
+    """Name the pictures that could not be read."""
+    for name, reason in list(images.skipped.items())[:5]:
+        telemetry.say(f"skipped {name}: {reason}")
+    if len(images.skipped) > 5:
+        telemetry.say(f"... and {len(images.skipped) - 5} more unreadable images")
+
+
+def _check_size(size: int, factor: int) -> None:
+    if size < factor or size % factor:
+        raise UserError(
+            f"data.image_size is {size}, expected a multiple of encoder.downsample = {factor}: "
+            f"use {max(1, size // factor) * factor} or {(size // factor + 1) * factor}"
+        )
+
+
+def train_tokenizer(recipe: Recipe) -> AlignTok:
+    """`aligntok train-tokenizer`: see the module docstring."""
+    training = TokenizerTraining(recipe)
+    tokenizer = training.run()
+    training.telemetry.say(f"tokenizer: {training.output / 'tokenizer'}")
+    return tokenizer

@@ -1,0 +1,1 @@
+"""Recipes, one YAML per published setting; a package of data, so that an installed aligntok finds them."""

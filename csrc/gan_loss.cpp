@@ -1,0 +1,538 @@
+// Adversarial losses of discriminator and generator on the CPU: loss, gradient and statistics in one pass
+// over the logits.
+//
+// Every loss here is a weighted mean of phi(y), y = sign * logit, over one or two sets of logits:
+//
+//                   loss                                        hinge                  non-saturating
+//   discriminator   0.5 * (mean phi(-real) + mean phi(+fake))   phi(y) = relu(1 + y)   phi(y) = softplus(y)
+//   generator       mean phi(-fake)                             phi(y) = y             phi(y) = softplus(y)
+//
+// The derivative with respect to the logit is sign * weight / n * phi'(y). It costs nothing extra where phi
+// is computed, so the forward pass writes it and the backward pass only multiplies it by the incoming scalar.
+// The statistics (mean logit, share of logits with y < 0, "on the right side") ride along.
+//
+// Sums run in two stages over chunks of fixed length: within a chunk in vector lanes, then over chunks in
+// order. Which thread takes which chunk has no influence, so the result has the same bits for any number of
+// threads.
+
+#include <ATen/Dispatch.h>
+#include <ATen/OpMathType.h>
+#include <ATen/Parallel.h>
+#include <ATen/TensorOperators.h>
+#include <ATen/TensorSubclassLikeUtils.h>
+#include <ATen/Version.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/empty_like.h>
+#include <torch/csrc/autograd/custom_function.h>
+#include <torch/library.h>
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string_view>
+#include <tuple>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+enum class Phi { kLinear, kHinge, kSoftplus };
+
+// Logits per chunk: the first stage of the sum. 16 KiB of fp32, so a chunk stays in the first-level cache
+// between its loops.
+constexpr int64_t kChunk = 4096;
+
+// Elementwise mathematics, without branches or calls for fp32 so that the compiler vectorises the loops
+// around it. Left to itself, GCC does not inline all of it.
+#define ALIGNTOK_INLINE [[gnu::always_inline]] inline
+
+template <typename To, typename From>
+ALIGNTOK_INLINE To bits_as(From value) {
+  static_assert(sizeof(To) == sizeof(From), "reinterpretation keeps the size");
+  To result;
+  std::memcpy(&result, &value, sizeof(To));
+  return result;
+}
+
+// `value` where the condition holds, else 0. As bit arithmetic: a chain of ?: on one condition becomes
+// branches.
+template <typename acc_t>
+ALIGNTOK_INLINE acc_t kept_if(bool condition, acc_t value) {
+  using bits_t = std::conditional_t<sizeof(acc_t) == 8, uint64_t, uint32_t>;
+  return bits_as<acc_t>(bits_as<bits_t>(value) & (bits_t(0) - static_cast<bits_t>(condition)));
+}
+
+// Precision of the logits to precision of the arithmetic and back. bf16 by hand: the class's own conversions
+// keep GCC from vectorising the loop.
+template <typename scalar_t>
+ALIGNTOK_INLINE at::opmath_type<scalar_t> widened(scalar_t value) {
+  return static_cast<at::opmath_type<scalar_t>>(value);
+}
+
+ALIGNTOK_INLINE float widened(at::BFloat16 value) {
+  return bits_as<float>(static_cast<uint32_t>(value.x) << 16);
+}
+
+template <typename scalar_t>
+ALIGNTOK_INLINE scalar_t narrowed(at::opmath_type<scalar_t> value) {
+  return static_cast<scalar_t>(value);
+}
+
+template <>
+ALIGNTOK_INLINE at::BFloat16 narrowed<at::BFloat16>(float value) {
+  const uint32_t bits = bits_as<uint32_t>(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to the nearest, ties to even
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  return at::BFloat16(static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded), at::BFloat16::from_bits());
+}
+
+// exp(t) for t <= 0: t = n ln 2 + r with |r| <= ln(2) / 2, Taylor to r^7 (truncation 3e-8 of the value),
+// times 2^n.
+ALIGNTOK_INLINE float exp_of_negative(float t) {
+  constexpr float kLowest = -87.0f;         // e^-87 is the last result that is a normal number
+  constexpr float kRound = 12582912.0f;     // 1.5 * 2^23: adding it leaves round(x) in the low mantissa bits
+  constexpr float kLn2High = 0.693359375f;  // ln 2 = high + low, high exact in 9 bits
+  constexpr float kLn2Low = -2.12194440e-4f;
+  t = t < kLowest ? kLowest : t;  // written so that NaN stays NaN
+  const float shifted = t * 1.44269504f + kRound;
+  const float n = shifted - kRound;
+  const float r = (t - n * kLn2High) - n * kLn2Low;
+  float p = 1.0f / 5040.0f;
+  p = p * r + 1.0f / 720.0f;
+  p = p * r + 1.0f / 120.0f;
+  p = p * r + 1.0f / 24.0f;
+  p = p * r + 1.0f / 6.0f;
+  p = p * r + 0.5f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  const uint32_t exponent = (bits_as<uint32_t>(shifted) + 127u) << 23;
+  return p * bits_as<float>(exponent);
+}
+
+ALIGNTOK_INLINE double exp_of_negative(double t) {
+  return std::exp(t);
+}
+
+// log(1 + e) for 0 <= e <= 1 as 2 atanh(s), s = e / (2 + e) <= 1/3; the first term left out is s^15 / 15,
+// 1.4e-8 of the value.
+ALIGNTOK_INLINE float log1p_of_unit(float e) {
+  const float s = e / (2.0f + e);
+  const float q = s * s;
+  float p = 1.0f / 13.0f;
+  p = p * q + 1.0f / 11.0f;
+  p = p * q + 1.0f / 9.0f;
+  p = p * q + 1.0f / 7.0f;
+  p = p * q + 1.0f / 5.0f;
+  p = p * q + 1.0f / 3.0f;
+  p = p * q + 1.0f;
+  return 2.0f * s * p;
+}
+
+ALIGNTOK_INLINE double log1p_of_unit(double e) {
+  return std::log1p(e);
+}
+
+template <Phi phi, typename acc_t>
+ALIGNTOK_INLINE void value_and_slope(acc_t y, acc_t& value, acc_t& slope) {
+  if constexpr (phi == Phi::kLinear) {
+    value = y;
+    slope = acc_t(1);
+  } else if constexpr (phi == Phi::kHinge) {
+    const acc_t margin = acc_t(1) + y;
+    const bool active = !(margin <= acc_t(0));  // true for NaN, which must not vanish
+    value = kept_if(active, margin);
+    slope = kept_if(active, acc_t(1));
+  } else {
+    const bool negative = y < acc_t(0);
+    const acc_t e = exp_of_negative(-std::abs(y));
+    value = kept_if(!negative, y) + log1p_of_unit(e);
+    slope = (kept_if(negative, e) + kept_if(!negative, acc_t(1))) / (acc_t(1) + e);
+  }
+}
+
+struct Sums {
+  double value = 0;
+  double logit = 0;
+  double right_side = 0;
+};
+
+// First stage. `gradient` receives sign * scale * phi'(y), in the logits' own precision.
+template <Phi phi, bool with_gradient, typename scalar_t>
+ALIGNTOK_INLINE Sums
+sum_chunk(const scalar_t* logits, scalar_t* gradient, int64_t n, double sign_, double scale_) {
+  using acc_t = at::opmath_type<scalar_t>;
+  const acc_t sign = static_cast<acc_t>(sign_);
+  const acc_t scale = static_cast<acc_t>(sign_ * scale_);
+  acc_t value_sum = 0, logit_sum = 0, right_side = 0;
+#pragma omp simd reduction(+ : value_sum, logit_sum, right_side)
+  for (int64_t i = 0; i < n; ++i) {
+    const acc_t x = widened(logits[i]);
+    const acc_t y = sign * x;
+    acc_t value, slope;
+    value_and_slope<phi>(y, value, slope);
+    value_sum += value;
+    logit_sum += x;
+    right_side += kept_if(y < acc_t(0), acc_t(1));
+    if constexpr (with_gradient) {
+      gradient[i] = narrowed<scalar_t>(scale * slope);
+    }
+  }
+  return {static_cast<double>(value_sum), static_cast<double>(logit_sum), static_cast<double>(right_side)};
+}
+
+// The same loop compiled for several instruction sets. PyTorch's own choice (and its switch
+// ATEN_CPU_CAPABILITY) picks one at run time, so a wheel built on a new processor runs on an old one.
+template <typename scalar_t>
+using ChunkFunction = Sums (*)(const scalar_t*, scalar_t*, int64_t, double, double);
+
+#define ALIGNTOK_CHUNK_FUNCTION(NAME, TARGET)                                                     \
+  template <Phi phi, bool with_gradient, typename scalar_t>                                       \
+  TARGET Sums NAME(const scalar_t* x, scalar_t* gradient, int64_t n, double sign, double scale) { \
+    return sum_chunk<phi, with_gradient>(x, gradient, n, sign, scale);                            \
+  }
+
+ALIGNTOK_CHUNK_FUNCTION(sum_chunk_default, )
+#if defined(__x86_64__)
+ALIGNTOK_CHUNK_FUNCTION(sum_chunk_avx2, __attribute__((target("avx2,fma,f16c"))))
+ALIGNTOK_CHUNK_FUNCTION(
+    sum_chunk_avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))))
+#endif
+
+enum class Capability { kDefault, kAvx2, kAvx512 };
+
+Capability capability() {
+  static const Capability found = [] {
+    const std::string name = at::get_cpu_capability();
+    return name == "AVX512" ? Capability::kAvx512 : name == "AVX2" ? Capability::kAvx2 : Capability::kDefault;
+  }();
+  return found;
+}
+
+template <Phi phi, bool with_gradient, typename scalar_t>
+ChunkFunction<scalar_t> chunk_function() {
+#if defined(__x86_64__)
+  switch (capability()) {
+    case Capability::kAvx512:
+      return sum_chunk_avx512<phi, with_gradient, scalar_t>;
+    case Capability::kAvx2:
+      return sum_chunk_avx2<phi, with_gradient, scalar_t>;
+    default:
+      break;
+  }
+#endif
+  return sum_chunk_default<phi, with_gradient, scalar_t>;
+}
+
+template <typename scalar_t>
+ChunkFunction<scalar_t> chunk_function(Phi phi, bool with_gradient) {
+  switch (phi) {
+    case Phi::kLinear:
+      return with_gradient ? chunk_function<Phi::kLinear, true, scalar_t>()
+                           : chunk_function<Phi::kLinear, false, scalar_t>();
+    case Phi::kHinge:
+      return with_gradient ? chunk_function<Phi::kHinge, true, scalar_t>()
+                           : chunk_function<Phi::kHinge, false, scalar_t>();
+    default:
+      return with_gradient ? chunk_function<Phi::kSoftplus, true, scalar_t>()
+                           : chunk_function<Phi::kSoftplus, false, scalar_t>();
+  }
+}
+
+// One set of logits and its part in the loss.
+struct Side {
+  Tensor logits;    // contiguous
+  Tensor gradient;  // contiguous, or without elements when nobody asks for it
+  double sign;
+  double weight;
+};
+
+// fp16 cannot hold weight / n: 0.5 / 28800 is below its normal range, and a loss scale would come too late.
+// Its gradient is kept unscaled and the backward pass applies the rest in fp32.
+double stored_scale(const Tensor& logits, double weight) {
+  return logits.scalar_type() == at::kHalf ? 1.0 : weight / static_cast<double>(logits.numel());
+}
+
+// Chunks that one thread takes at least: waking a second thread costs more than it saves below about 60 us of
+// work, and on a machine with other work it can cost a scheduler's slice. Measured at 0.3 (hinge) and 1.4
+// (softplus) ns per fp32 logit.
+int64_t grain(Phi phi) {
+  return phi == Phi::kSoftplus ? 16 : 48;
+}
+
+template <typename scalar_t>
+std::vector<Sums> sum_sides(const std::vector<Side>& sides, Phi phi) {
+  std::vector<int64_t> first_chunk{0};
+  std::vector<ChunkFunction<scalar_t>> functions;
+  for (const Side& side : sides) {
+    first_chunk.push_back(first_chunk.back() + at::divup(side.logits.numel(), kChunk));
+    functions.push_back(chunk_function<scalar_t>(phi, side.gradient.numel() > 0));
+  }
+  std::vector<Sums> partial(first_chunk.back());
+  at::parallel_for(0, first_chunk.back(), grain(phi), [&](int64_t begin, int64_t end) {
+    for (int64_t chunk = begin; chunk < end; ++chunk) {
+      const size_t s = sides.size() > 1 && chunk >= first_chunk[1] ? 1 : 0;
+      const Side& side = sides[s];
+      const int64_t start = (chunk - first_chunk[s]) * kChunk;
+      const int64_t n = std::min(kChunk, side.logits.numel() - start);
+      scalar_t* gradient =
+          side.gradient.numel() ? side.gradient.template mutable_data_ptr<scalar_t>() + start : nullptr;
+      partial[chunk] = functions[s](
+          side.logits.template const_data_ptr<scalar_t>() + start, gradient, n, side.sign,
+          stored_scale(side.logits, side.weight));
+    }
+  });
+  std::vector<Sums> totals(sides.size());
+  for (size_t s = 0; s < sides.size(); ++s) {
+    for (int64_t chunk = first_chunk[s]; chunk < first_chunk[s + 1]; ++chunk) {
+      totals[s].value += partial[chunk].value;
+      totals[s].logit += partial[chunk].logit;
+      totals[s].right_side += partial[chunk].right_side;
+    }
+  }
+  return totals;
+}
+
+Phi discriminator_phi(std::string_view kind) {
+  TORCH_CHECK_VALUE(
+      kind == "hinge" || kind == "non_saturating", "gan_loss: kind must be hinge or non_saturating, got ",
+      kind);
+  return kind == "hinge" ? Phi::kHinge : Phi::kSoftplus;
+}
+
+Phi generator_phi(std::string_view kind) {
+  const Phi phi = discriminator_phi(kind);
+  return phi == Phi::kHinge ? Phi::kLinear : phi;
+}
+
+// Loss and statistics are fp32, or fp64 for fp64 logits.
+at::TensorOptions result_options(const Tensor& logits) {
+  return logits.options().dtype(logits.scalar_type() == at::kDouble ? at::kDouble : at::kFloat);
+}
+
+Tensor gradient_buffer(const Tensor& logits, bool wanted) {
+  return wanted ? at::empty_like(logits, logits.options(), at::MemoryFormat::Contiguous)
+                : at::empty({0}, logits.options());
+}
+
+// Fills `loss` and `stats` ([mean per side..., right-side share per side...]).
+void run(const std::vector<Side>& sides, Phi phi, const Tensor& loss, const Tensor& stats) {
+  std::vector<Sums> totals;
+  AT_DISPATCH_FLOATING_TYPES_AND2(
+      at::kHalf, at::kBFloat16, sides[0].logits.scalar_type(), "aligntok::gan_loss",
+      [&] { totals = sum_sides<scalar_t>(sides, phi); });
+  AT_DISPATCH_FLOATING_TYPES(loss.scalar_type(), "aligntok::gan_loss result", [&] {
+    double total = 0;
+    scalar_t* stat = stats.mutable_data_ptr<scalar_t>();
+    for (size_t s = 0; s < sides.size(); ++s) {
+      const double n = static_cast<double>(sides[s].logits.numel());
+      total += sides[s].weight * (totals[s].value / n);
+      stat[s] = static_cast<scalar_t>(totals[s].logit / n);
+      stat[s + sides.size()] = static_cast<scalar_t>(totals[s].right_side / n);
+    }
+    *loss.mutable_data_ptr<scalar_t>() = static_cast<scalar_t>(total);
+  });
+}
+
+using DiscriminatorResult = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using GeneratorResult = std::tuple<Tensor, Tensor, Tensor>;
+
+DiscriminatorResult discriminator_empty(
+    const Tensor& real, const Tensor& fake, bool real_gradient, bool fake_gradient) {
+  const auto options = result_options(real);
+  return {
+      at::empty({}, options), at::empty({4}, options), gradient_buffer(real, real_gradient),
+      gradient_buffer(fake, fake_gradient)};
+}
+
+DiscriminatorResult discriminator_meta(
+    const Tensor& real, const Tensor& fake, c10::string_view, bool real_gradient, bool fake_gradient) {
+  return discriminator_empty(real, fake, real_gradient, fake_gradient);
+}
+
+DiscriminatorResult discriminator_cpu(
+    const Tensor& real, const Tensor& fake, c10::string_view kind, bool real_gradient, bool fake_gradient) {
+  TORCH_CHECK_VALUE(
+      real.scalar_type() == fake.scalar_type(), "gan_loss: real and fake logits differ in dtype");
+  TORCH_CHECK_VALUE(real.numel() > 0 && fake.numel() > 0, "gan_loss: the mean of no logits is not defined");
+  auto result = discriminator_empty(real, fake, real_gradient, fake_gradient);
+  auto& [loss, stats, d_real, d_fake] = result;
+  run({{real.contiguous(), d_real, -1.0, 0.5}, {fake.contiguous(), d_fake, 1.0, 0.5}},
+      discriminator_phi(kind), loss, stats);
+  return result;
+}
+
+GeneratorResult generator_meta(const Tensor& fake, c10::string_view, bool gradient) {
+  const auto options = result_options(fake);
+  return {at::empty({}, options), at::empty({2}, options), gradient_buffer(fake, gradient)};
+}
+
+GeneratorResult generator_cpu(const Tensor& fake, c10::string_view kind, bool gradient) {
+  TORCH_CHECK_VALUE(fake.numel() > 0, "gan_loss: the mean of no logits is not defined");
+  auto result = generator_meta(fake, kind, gradient);
+  auto& [loss, stats, d_fake] = result;
+  run({{fake.contiguous(), d_fake, -1.0, 1.0}}, generator_phi(kind), loss, stats);
+  return result;
+}
+
+DiscriminatorResult call_discriminator(
+    const Tensor& real, const Tensor& fake, c10::string_view kind, bool real_gradient, bool fake_gradient) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("aligntok::gan_discriminator_loss_and_gradient", "")
+                             .typed<decltype(discriminator_cpu)>();
+  return op.call(real, fake, kind, real_gradient, fake_gradient);
+}
+
+GeneratorResult call_generator(const Tensor& fake, c10::string_view kind, bool gradient) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("aligntok::gan_generator_loss_and_gradient", "")
+                             .typed<decltype(generator_cpu)>();
+  return op.call(fake, kind, gradient);
+}
+
+// Autograd. The saved gradient is that of the loss; the chain rule multiplies it by one scalar.
+
+bool is_exactly_one(const Tensor& scalar) {
+  // Only a plain CPU tensor can be looked at: under tracing the value does not exist yet.
+  if (!scalar.device().is_cpu() || at::isTensorSubclassLike(scalar) || scalar.numel() != 1) {
+    return false;
+  }
+  return scalar.scalar_type() == at::kFloat
+             ? *scalar.const_data_ptr<float>() == 1.0f
+             : scalar.scalar_type() == at::kDouble && *scalar.const_data_ptr<double>() == 1.0;
+}
+
+// gradient * upstream, where fp16 gradients still lack their factor weight / n.
+Tensor scaled(const Tensor& gradient, const Tensor& upstream, double weight) {
+  if (gradient.scalar_type() == at::kHalf) {
+    return gradient * (upstream * weight / gradient.sym_numel());
+  }
+  return !at::GradMode::is_enabled() && is_exactly_one(upstream) ? gradient : gradient * upstream;
+}
+
+// phi' is constant almost everywhere for the hinge, so its second derivative is the zero that this graph
+// gives; softplus has a real one that the saved gradient knows nothing of.
+void refuse_second_derivative(const std::string& kind) {
+  TORCH_CHECK_NOT_IMPLEMENTED(
+      kind == "hinge" || !at::GradMode::is_enabled(),
+      "gan_loss: the C++ implementation has no second derivative of '", kind,
+      "'; use implementation=\"reference\" where create_graph=True is needed");
+}
+
+struct DiscriminatorLoss : public torch::autograd::Function<DiscriminatorLoss> {
+  static variable_list forward(
+      AutogradContext* ctx, const Tensor& real, const Tensor& fake, std::string kind) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, stats, d_real, d_fake] =
+        call_discriminator(real, fake, kind, real.requires_grad(), fake.requires_grad());
+    ctx->save_for_backward({d_real, d_fake});
+    ctx->saved_data["kind"] = std::move(kind);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({stats});
+    return {loss, stats};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    refuse_second_derivative(ctx->saved_data["kind"].toStringRef());
+    const auto saved = ctx->get_saved_variables();
+    variable_list result(3);
+    for (size_t s = 0; s < 2; ++s) {
+      if (upstream[0].defined() && ctx->needs_input_grad(s)) {
+        result[s] = scaled(saved[s], upstream[0], 0.5);
+      }
+    }
+    return result;
+  }
+};
+
+struct GeneratorLoss : public torch::autograd::Function<GeneratorLoss> {
+  static variable_list forward(AutogradContext* ctx, const Tensor& fake, std::string kind) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    auto [loss, stats, d_fake] = call_generator(fake, kind, true);
+    ctx->save_for_backward({d_fake});
+    ctx->saved_data["kind"] = std::move(kind);
+    ctx->set_materialize_grads(false);
+    ctx->mark_non_differentiable({stats});
+    return {loss, stats};
+  }
+
+  static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
+    refuse_second_derivative(ctx->saved_data["kind"].toStringRef());
+    variable_list result(2);
+    if (upstream[0].defined()) {
+      result[0] = scaled(ctx->get_saved_variables()[0], upstream[0], 1.0);
+    }
+    return result;
+  }
+};
+
+std::tuple<Tensor, Tensor> discriminator_no_grad(
+    const Tensor& real, const Tensor& fake, c10::string_view kind) {
+  auto [loss, stats, d_real, d_fake] = call_discriminator(real, fake, kind, false, false);
+  return {loss, stats};
+}
+
+std::tuple<Tensor, Tensor> generator_no_grad(const Tensor& fake, c10::string_view kind) {
+  auto [loss, stats, d_fake] = call_generator(fake, kind, false);
+  return {loss, stats};
+}
+
+std::tuple<Tensor, Tensor> discriminator_autograd(
+    const Tensor& real, const Tensor& fake, c10::string_view kind) {
+  if (!at::GradMode::is_enabled() || !(real.requires_grad() || fake.requires_grad())) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return discriminator_no_grad(real, fake, kind);
+  }
+  auto result = DiscriminatorLoss::apply(real, fake, std::string(kind));
+  return {result[0], result[1]};
+}
+
+std::tuple<Tensor, Tensor> generator_autograd(const Tensor& fake, c10::string_view kind) {
+  if (!at::GradMode::is_enabled() || !fake.requires_grad()) {
+    at::AutoDispatchBelowADInplaceOrView below;
+    return generator_no_grad(fake, kind);
+  }
+  auto result = GeneratorLoss::apply(fake, std::string(kind));
+  return {result[0], result[1]};
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(aligntok, m) {
+  const std::vector<at::Tag> tags{at::Tag::pt2_compliant_tag};
+  m.def("gan_discriminator_loss(Tensor real, Tensor fake, str kind) -> (Tensor loss, Tensor stats)", tags);
+  m.def("gan_generator_loss(Tensor fake, str kind) -> (Tensor loss, Tensor stats)", tags);
+  m.def(
+      "gan_discriminator_loss_and_gradient(Tensor real, Tensor fake, str kind, bool real_gradient, bool "
+      "fake_gradient)"
+      " -> (Tensor loss, Tensor stats, Tensor d_real, Tensor d_fake)",
+      tags);
+  m.def(
+      "gan_generator_loss_and_gradient(Tensor fake, str kind, bool gradient)"
+      " -> (Tensor loss, Tensor stats, Tensor d_fake)",
+      tags);
+}
+
+TORCH_LIBRARY_IMPL(aligntok, CPU, m) {
+  m.impl("gan_discriminator_loss_and_gradient", discriminator_cpu);
+  m.impl("gan_generator_loss_and_gradient", generator_cpu);
+}
+
+TORCH_LIBRARY_IMPL(aligntok, Meta, m) {
+  m.impl("gan_discriminator_loss_and_gradient", discriminator_meta);
+  m.impl("gan_generator_loss_and_gradient", generator_meta);
+}
+
+TORCH_LIBRARY_IMPL(aligntok, CompositeExplicitAutograd, m) {
+  m.impl("gan_discriminator_loss", discriminator_no_grad);
+  m.impl("gan_generator_loss", generator_no_grad);
+}
+
+TORCH_LIBRARY_IMPL(aligntok, Autograd, m) {
+  m.impl("gan_discriminator_loss", discriminator_autograd);
+  m.impl("gan_generator_loss", generator_autograd);
+}

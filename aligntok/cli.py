@@ -1,8 +1,8 @@
 """The `aligntok` command: one thin function per job.
 
-Nothing heavy is imported before the job is known, so that `aligntok --help` answers at once. A mistake of the user's ends with
-one line on standard error and status 2; a signal with 128 + its number after a checkpoint; anything else is a defect of ours and
-keeps its traceback.
+Nothing heavy is imported before the job is known, so that `aligntok --help` answers at once. A mistake of the user's
+ends with one line on standard error and status 2; a signal with 128 + its number after a checkpoint; anything else is
+a defect of ours and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from aligntok.errors import UserError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 OVERVIEW = """\
 usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its options
 
-  quickstart        the whole method at small size, on a laptop: three stages, generator, evaluation, a page of pictures
+  quickstart        the whole method at small size, on a laptop: tokenizer, generator, evaluation, a page
   train-tokenizer   a pretrained vision encoder becomes a tokenizer, in three stages
   train-generator   LightningDiT on the latents of a trained tokenizer
   sample            pictures from a trained generator
@@ -253,9 +253,7 @@ def parse_options(command: str, cls: type, arguments: list[str]) -> Any:
     return _parse(command, cls, arguments, config_files=False)
 
 
-def _parse(
-    command: str, cls: type, arguments: list[str], config_files: bool, default_recipe: str | None = None
-) -> Any:
+def _parse(command: str, cls: type, arguments: list[str], config_files: bool, default_recipe: str | None = None) -> Any:
     from jsonargparse import ArgumentParser
 
     from aligntok.config import from_dict
@@ -265,7 +263,9 @@ def _parse(
             raise UserError(_one_line(message, self)) from ex
 
     files = [recipe_path(default_recipe)] if default_recipe else []
-    parser = Parser(prog=f"aligntok {command}", default_config_files=files, description=(cls.__doc__ or "").split("\n")[0])
+    parser = Parser(
+        prog=f"aligntok {command}", default_config_files=files, description=(cls.__doc__ or "").split("\n")[0]
+    )
     if config_files:
         parser.add_argument("--config", action="config", help="a recipe: YAML file, or the name of one that ships")
         arguments = _resolve_recipes(arguments)
@@ -289,7 +289,9 @@ def recipe_path(name: str) -> str:
     shipped = {p.name.removesuffix(".yaml"): p for p in files("aligntok.configs").iterdir() if p.name.endswith(".yaml")}
     if name.removesuffix(".yaml") in shipped:
         return str(shipped[name.removesuffix(".yaml")])
-    raise UserError(f"no recipe {name!r}: not a file, and not one of {', '.join(sorted(shipped))}{_nearest(name, shipped)}")
+    raise UserError(
+        f"no recipe {name!r}: not a file, and not one of {', '.join(sorted(shipped))}{_nearest(name, shipped)}"
+    )
 
 
 def _resolve_recipes(arguments: list[str]) -> list[str]:

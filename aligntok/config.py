@@ -1,8 +1,8 @@
 """Typed configuration: every default of the method, in one place, each with its source.
 
-Dataclasses only, and no import of torch, so that `aligntok --help` answers at once. YAML files and dotted overrides are laid
-on top by `aligntok.cli`; nothing else in the package invents a default. "unknown" in a comment means that the paper does not
-state the value and that the number is this project's choice (docs/decisions.md has the reasons).
+Dataclasses only, and no import of torch, so that `aligntok --help` answers at once. YAML files and dotted overrides
+are laid on top by `aligntok.cli`; nothing else in the package invents a default. "unknown" in a comment means that
+the paper does not state the value and that the number is this project's choice (docs/decisions.md has the reasons).
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ class EncoderConfig:
     """A timm vision transformer that is turned into the encoder of a tokenizer."""
 
     name: str = "vit_large_patch14_dinov2.lvd142m"  # AlignTok 4.1: DINOv2 ViT-L/14; no registers as in VA-VAE's code
-    weights: str = "pretrained"  # "pretrained" (timm, downloads), "random", "embedded" (package of the quickstart), or a path
+    weights: str = (
+        "pretrained"  # "pretrained" (timm, downloads), "random", "embedded" (package of the quickstart), or a path
+    )
     layer: int = -1  # tapped block, -1 = last; the paper does not say, VA-VAE's code uses the last
     final_norm: bool = True  # LayerNorm after the tapped block (VA-VAE foundation_models.py)
     downsample: int = 16  # f: 256 px -> 16x16 tokens; patch-14 encoders see the image resized by 14/16
@@ -69,7 +71,9 @@ class DataConfig:
 
 @dataclass
 class PerceptualConfig:
-    kind: Literal["lpips-vgg", "lpips-alex", "st-lpips-alex", "st-lpips-vgg", "none"] = "lpips-vgg"  # VGG16: all siblings
+    kind: Literal["lpips-vgg", "lpips-alex", "st-lpips-alex", "st-lpips-vgg", "none"] = (
+        "lpips-vgg"  # VGG16: all siblings
+    )
     weights: str | None = None  # trunk weights by path; None = torchvision's, or the embedded ones for st-lpips
 
 
@@ -205,7 +209,10 @@ class SamplerConfig:
     time_shift: float = 3.3333333  # LightningDiT's s = .3 seen from t = 1 noise: 1 / .3
     guidance: float = 1.0  # 1 = none
     guidance_channels: int | None = None  # None = all; 3 = the first three (LightningDiT's code, paper parity)
-    guidance_interval: tuple[float, float] = (0.0, 0.9)  # LightningDiT's interval start .10, 64 epochs: off above t = .9
+    guidance_interval: tuple[float, float] = (
+        0.0,
+        0.9,
+    )  # LightningDiT's interval start .10, 64 epochs: off above t = .9
 
 
 @dataclass

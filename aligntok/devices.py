@@ -38,7 +38,9 @@ def choose_precision(device: str = "auto", precision: str = "bf16") -> Precision
     except RuntimeError as error:
         raise UserError(f"training.device is {device!r}, expected auto, cpu, cuda or cuda:N") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"training.device is {device!r}, but torch {torch.__version__} sees no CUDA device; use auto or cpu")
+        raise UserError(
+            f"training.device is {device!r}, but torch {torch.__version__} sees no CUDA device; use auto or cpu"
+        )
     return Precision(chosen, precision)
 
 

@@ -25,9 +25,7 @@ _MODULES = {
     "nvidia-dali-cuda120": "nvidia.dali",
     "nvidia-dali-cuda130": "nvidia.dali",
 }
-_APEX_HINT = (
-    "optional; build it from NVIDIA's repository (the package of this name on PyPI is another project)"
-)
+_APEX_HINT = "optional; build it from NVIDIA's repository (the package of this name on PyPI is another project)"
 # Environment variables that change what is built or selected; docs/environment.md explains each.
 _VARIABLES = (
     "ALIGNTOK_KERNELS",
@@ -149,9 +147,7 @@ def _toolkit() -> Iterator[Row]:
         yield Row(section, "nvcc", "absent", reason or "")
         return
     yield Row(section, "nvcc", toolkit.release, str(toolkit.home))
-    yield Row(
-        section, "architectures", cuda_toolkit.architectures(os.environ), "what a build would compile for"
-    )
+    yield Row(section, "architectures", cuda_toolkit.architectures(os.environ), "what a build would compile for")
 
 
 def _extension() -> Iterator[Row]:

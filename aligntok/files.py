@@ -30,7 +30,9 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         os.replace(unfinished, path)
     except OSError as error:
         unfinished.unlink(missing_ok=True)
-        raise UserError(f"could not write {path}: {error.strerror or error}; what was there before is untouched") from error
+        raise UserError(
+            f"could not write {path}: {error.strerror or error}; what was there before is untouched"
+        ) from error
 
 
 def write_folder(
@@ -68,7 +70,9 @@ def write_folder_bytes(folder: str | Path, files: dict[str, bytes]) -> None:
         shutil.rmtree(unfinished, ignore_errors=True)
         if retired.exists() and not folder.exists():
             os.replace(retired, folder)
-        raise UserError(f"could not write {folder}: {error.strerror or error}; what was there before is untouched") from error
+        raise UserError(
+            f"could not write {folder}: {error.strerror or error}; what was there before is untouched"
+        ) from error
     shutil.rmtree(retired, ignore_errors=True)
 
 

@@ -1,4 +1,5 @@
-"""The short jobs of the command line: sample, reconstruct, evaluate, statistics. Each prints what it did and where it is."""
+"""The short jobs of the command line: sample, reconstruct, evaluate, statistics. Each prints what it did and where it
+is."""
 
 from __future__ import annotations
 
@@ -20,7 +21,13 @@ from aligntok.devices import choose_precision
 from aligntok.errors import UserError
 from aligntok.evaluation.features import EfficientNetLite0
 from aligntok.evaluation.generation import check_pair, describe, draw, evaluate_generation
-from aligntok.evaluation.tokenizer import decode_all, encode_all, encoder_probe, evaluate_probe, evaluate_reconstruction
+from aligntok.evaluation.tokenizer import (
+    decode_all,
+    encode_all,
+    encoder_probe,
+    evaluate_probe,
+    evaluate_reconstruction,
+)
 from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.tokenizer import AlignTok, load_tokenizer
@@ -93,7 +100,11 @@ def reconstruct(tokenizer: str, images: str, output: str, image_size: int, count
     pixels, _ = _load(open_images(images, count), image_size, tok)
     restored = decode_all(tok, encode_all(tok, pixels, precision), precision)
     columns = min(count, 16)
-    rows = [part for pair in zip(to_unit_range(pixels).split(columns), restored.split(columns), strict=True) for part in pair]
+    rows = [
+        part
+        for pair in zip(to_unit_range(pixels).split(columns), restored.split(columns), strict=True)
+        for part in pair
+    ]
     write_bytes(output, pictures.grid(rows, ["original", "reconstruction"] * (len(rows) // 2)))
     Console(stderr=True).print(f"{output}: {len(pixels)} originals, each above its reconstruction", highlight=False)
 
@@ -153,7 +164,9 @@ def statistics(tokenizer: str, images: str, image_size: int, count: int, device:
 
 def _load(images: ImageSet, size: int, tokenizer: AlignTok) -> tuple[Tensor, Tensor]:
     if size % tokenizer.downsample:
-        raise UserError(f"image_size is {size}, expected a multiple of the tokenizer's downsampling {tokenizer.downsample}")
+        raise UserError(
+            f"image_size is {size}, expected a multiple of the tokenizer's downsampling {tokenizer.downsample}"
+        )
     telemetry = Telemetry(".", log_every=1)
     with telemetry.bar("reading images") as update:
         pixels, labels = load_center_crops(images, size, update)

@@ -1,7 +1,8 @@
 """`aligntok quickstart`: the whole method at small size, from images to a page of pictures.
 
-Every part leaves its result under OUTPUT and is not run again: features and three stages of the tokenizer, the generator, and with
-`evaluation.ablation` a Stage-2 branch without semantic preservation. Evaluation and page come last and are made anew each time.
+Every part leaves its result under OUTPUT and is not run again: features and three stages of the tokenizer, the
+generator, and with `evaluation.ablation` a Stage-2 branch without semantic preservation. Evaluation and page come
+last and are made anew each time.
 """
 
 from __future__ import annotations
@@ -108,9 +109,13 @@ def unconditional(recipe: Recipe) -> Recipe:
 
 
 def evaluate(
-    training: TokenizerTraining, stages: dict[str, AlignTok], generator: Generator, recipe: Recipe, telemetry: Telemetry
+    training: TokenizerTraining,
+    stages: dict[str, AlignTok],
+    generator: Generator,
+    recipe: Recipe,
+    telemetry: Telemetry,
 ) -> Results:
-    """Held-out reconstructions and probes of every stage, samples with and without guidance, all with their protocols."""
+    """Held-out reconstructions and probes of every stage, samples with and without guidance, with their protocols."""
     size, precision, results = recipe.data.image_size, training.precision, Results()
     held_out, _ = load_center_crops(training.held_out if len(training.held_out) else training.images, size)
     everything, labels = load_center_crops(open_images(recipe.data.path, recipe.data.max_images), size)
@@ -171,9 +176,16 @@ def _generation(
         name = "no guidance" if guidance == 1.0 else f"guidance {guidance:g}"
         with telemetry.bar(f"samples, {name}") as update:
             measured = evaluate_generation(
-                generator, tokenizer, images, labels, recipe.evaluation.samples, guidance, extractor, training.precision,
+                generator,
+                tokenizer,
+                images,
+                labels,
+                recipe.evaluation.samples,
+                guidance,
+                extractor,
+                training.precision,
                 progress=update,
-            )  # fmt: skip
+            )
         table[name], table["protocol"] = measured.values, measured.protocol
         sampler = replace(generator.sampler, guidance=guidance)
         results.pictures[picture] = draw(generator, tokenizer, classes, sampler, training.precision, seed=1)
@@ -211,5 +223,9 @@ def facts(training: TokenizerTraining, recipe: Recipe, command: str, clock: Cloc
 
 def _processor() -> str:
     info = Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.is_file() else []
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.is_file()
+        else []
+    )
     return names[0] if names else platform.processor() or platform.machine()

@@ -52,9 +52,7 @@ def providers(part: str, kind: str) -> list[Provider]:
     }[part]
     compiled = torch.compile(reference, fullgraph=True, dynamic=False)
 
-    def with_kind(
-        function: Callable[..., Sequence[Tensor]], **options: str
-    ) -> Callable[..., Sequence[Tensor]]:
+    def with_kind(function: Callable[..., Sequence[Tensor]], **options: str) -> Callable[..., Sequence[Tensor]]:
         return lambda *logits: function(*logits, kind, **options)
 
     return [
@@ -69,9 +67,7 @@ def case(part: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ca
     """Normal logits around the hinge's corner, the same for every run."""
     generator = torch.Generator().manual_seed(0)
     sides = 2 if part == "discriminator" else 1
-    logits = [
-        torch.randn(shape, generator=generator).mul(1.5).to(dtype).requires_grad_() for _ in range(sides)
-    ]
+    logits = [torch.randn(shape, generator=generator).mul(1.5).to(dtype).requires_grad_() for _ in range(sides)]
     label = f"{part[0].upper()} {kind} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
     return Case(label, tuple(logits), TOLERANCE[dtype])
 

@@ -1,10 +1,11 @@
 """`group_norm_silu`: GroupNorm + SiLU against eager PyTorch and torch.compile, on the CPU.
 
-    python -m benchmarks.bench_group_norm_silu [--dtype bfloat16|float32] [--compile] [--phase ...] [--threads N]
+    python -m benchmarks.bench_group_norm_silu [--dtype bfloat16|float32] [--compile] [--phase ...]
 
 The baseline is the reference of `kernels/group_norm_silu.py` run eagerly on channels-last x, with the fp32
-weight and bias that autocast leaves beside bf16 x. All gradients (x, weight, bias) are computed. The sizes: the
-quickstart's decoder at batch 32 with 8 groups, and the ends of the 41 M decoder at batch 2 with 32 groups.
+weight and bias that autocast leaves beside bf16 x. All gradients (x, weight, bias) are computed. The sizes:
+the quickstart's decoder at batch 32 with 8 groups, and the ends of the 41 M decoder at batch 2 with
+32 groups.
 """
 
 import sys
@@ -80,9 +81,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="add a column for torch.compile")
     options = parser.parse_args()
     dtype = getattr(torch, options.dtype)
-    parts = [
-        (providers(shape[-1], options.compile), [case(shape, dtype)]) for shape in QUICKSTART + FULL_SIZE
-    ]
+    parts = [(providers(shape[-1], options.compile), [case(shape, dtype)]) for shape in QUICKSTART + FULL_SIZE]
     return compare(parts, "ours", options)
 
 

@@ -215,9 +215,7 @@ def remarks(rows: Sequence[Sequence[Measurement]], ours: str) -> list[str]:
                 lines.append(f"refused: {result.provider} at {result.case}, {result.phase}: {result.refusal}")
             elif own.samples and result is not own and result.median < own.median:
                 ratio = result.median / own.median
-                lines.append(
-                    f"losing: {ours} at {row[0].case}, {row[0].phase}: {ratio:.2f}x against {result.provider}"
-                )
+                lines.append(f"losing: {ours} at {row[0].case}, {row[0].phase}: {ratio:.2f}x against {result.provider}")
     return lines
 
 
@@ -228,9 +226,7 @@ def write_csv(path: Path, rows: Sequence[Sequence[Measurement]]) -> None:
         writer = csv.writer(file)
         writer.writerow(["case", "phase", "provider", "median_us", "q20_us", "q80_us", "samples", "refusal"])
         for result in (result for row in rows for result in row):
-            times = (
-                [result.median, result.quantile(0.2), result.quantile(0.8)] if result.samples else [None] * 3
-            )
+            times = [result.median, result.quantile(0.2), result.quantile(0.8)] if result.samples else [None] * 3
             cells = [f"{seconds * 1e6:.3f}" if seconds is not None else "" for seconds in times]
             head = [result.case, result.phase, result.provider]
             writer.writerow([*head, *cells, len(result.samples), result.refusal or ""])
@@ -240,20 +236,14 @@ def write_csv(path: Path, rows: Sequence[Sequence[Measurement]]) -> None:
 def arguments(description: str) -> argparse.ArgumentParser:
     """The options that all benchmarks share."""
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--phase", choices=[*PHASES, "all"], default="both", help="what is timed (default: both)"
-    )
-    parser.add_argument(
-        "--seconds", type=float, default=2.0, help="time per row, all providers together (default: 2)"
-    )
+    parser.add_argument("--phase", choices=[*PHASES, "all"], default="both", help="what is timed (default: both)")
+    parser.add_argument("--seconds", type=float, default=2.0, help="time per row, all providers together (default: 2)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--csv", type=Path, default=None, help="also write the figures to this file")
     return parser
 
 
-def compare(
-    parts: Sequence[tuple[Sequence[Provider], Sequence[Case]]], ours: str, options: argparse.Namespace
-) -> int:
+def compare(parts: Sequence[tuple[Sequence[Provider], Sequence[Case]]], ours: str, options: argparse.Namespace) -> int:
     """Measure every case with its providers; print machine line, table and remarks.
 
     Returns:

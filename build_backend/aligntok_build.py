@@ -110,17 +110,13 @@ def build_editable(
     return build_meta.build_editable(wheel_directory, config_settings, metadata_directory)
 
 
-def prepare_metadata_for_build_wheel(
-    metadata_directory: str, config_settings: dict[str, Any] | None = None
-) -> str:
+def prepare_metadata_for_build_wheel(metadata_directory: str, config_settings: dict[str, Any] | None = None) -> str:
     """Metadata of a wheel, with the requirement on the target's torch."""
     _expose_target_torch()
     return build_meta.prepare_metadata_for_build_wheel(metadata_directory, config_settings)
 
 
-def prepare_metadata_for_build_editable(
-    metadata_directory: str, config_settings: dict[str, Any] | None = None
-) -> str:
+def prepare_metadata_for_build_editable(metadata_directory: str, config_settings: dict[str, Any] | None = None) -> str:
     """Metadata of an editable install, with the requirement on the target's torch."""
     _expose_target_torch()
     return build_meta.prepare_metadata_for_build_editable(metadata_directory, config_settings)

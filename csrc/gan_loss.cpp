@@ -257,9 +257,9 @@ double stored_scale(const Tensor& logits, double weight) {
   return logits.scalar_type() == at::kHalf ? 1.0 : weight / static_cast<double>(logits.numel());
 }
 
-// Chunks that one thread takes at least: waking a second thread costs more than it saves below about 60 us of
-// work, and on a machine with other work it can cost a scheduler's slice. Measured at 0.3 (hinge) and 1.4
-// (softplus) ns per fp32 logit.
+// Chunks that one thread takes at least, about 60 us of work at 0.3 (hinge) and 0.9 (softplus) ns per fp32 logit.
+// For less, a second thread saves little, and on a machine with other work waiting for it can cost a
+// scheduler's slice, a hundred times as much.
 int64_t grain(Phi phi) {
   return phi == Phi::kSoftplus ? 16 : 48;
 }
@@ -507,8 +507,8 @@ TORCH_LIBRARY_FRAGMENT(aligntok, m) {
   m.def("gan_discriminator_loss(Tensor real, Tensor fake, str kind) -> (Tensor loss, Tensor stats)", tags);
   m.def("gan_generator_loss(Tensor fake, str kind) -> (Tensor loss, Tensor stats)", tags);
   m.def(
-      "gan_discriminator_loss_and_gradient(Tensor real, Tensor fake, str kind, bool real_gradient, bool "
-      "fake_gradient)"
+      "gan_discriminator_loss_and_gradient("
+      "Tensor real, Tensor fake, str kind, bool real_gradient, bool fake_gradient)"
       " -> (Tensor loss, Tensor stats, Tensor d_real, Tensor d_fake)",
       tags);
   m.def(

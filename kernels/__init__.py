@@ -23,6 +23,4 @@ __all__ = [
 ]
 
 if _extension.unavailable():
-    warnings.warn(
-        f"{_extension.unavailable()}. The PyTorch references are used.", RuntimeWarning, stacklevel=2
-    )
+    warnings.warn(f"{_extension.unavailable()}. The PyTorch references are used.", RuntimeWarning, stacklevel=2)

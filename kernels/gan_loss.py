@@ -112,9 +112,7 @@ def discriminator_loss(
     return discriminator_loss_reference(real, fake, kind)
 
 
-def generator_loss(
-    fake: Tensor, kind: str = "hinge", *, implementation: str | None = None
-) -> tuple[Tensor, Tensor]:
+def generator_loss(fake: Tensor, kind: str = "hinge", *, implementation: str | None = None) -> tuple[Tensor, Tensor]:
     """Loss of the generator and statistics of the discriminator's logits for its images.
 
     Args:

@@ -11,7 +11,7 @@ channels-last memory. Statistics and sums are fp32, fp64 for fp64 x.
 
 The C++ implementation works on channels-last memory; x in another layout is first copied into it. It reads x
 once for the statistics (sums around a row of the data in fp32, joined in fp64, so that a mean far larger than
-the deviation does no harm) and once for the result. It saves x and the statistics [B, groups], and the backward
+the deviation does no harm) and once for the result. It saves x and the statistics [B, groups]; the backward
 pass computes the rest again: one pass for the sums per image and channel, one for dx. All sums run in fixed
 order: the same bits in every run and for any number of threads.
 """
@@ -83,7 +83,7 @@ def group_norm_silu(
     """SiLU(GroupNorm(x)), or GroupNorm(x); formulas in the module's docstring.
 
     Args:
-        x: [B, C, H, W] without empty dimensions, bf16, fp16, fp32 or fp64. Channels-last memory is used as it is.
+        x: [B, C, H, W] without empty dimensions, bf16, fp16, fp32 or fp64, best in channels-last memory.
         weight: [C], fp32 or x's dtype; fp64 if x is. Under autocast it stays fp32 beside bf16 x.
         bias: [C], as `weight`.
         groups: divides C.
@@ -92,12 +92,12 @@ def group_norm_silu(
         implementation: "auto", "cpp" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
 
     Returns:
-        y [B, C, H, W] in x's dtype and channels-last memory. The gradient of x is channels-last as well, those of
-        weight and bias have their dtype. The C++ implementation differentiates once.
+        y [B, C, H, W] in x's dtype and channels-last memory. The gradient of x is channels-last too. The C++
+        implementation differentiates once.
 
     Raises:
-        ValueError: a shape, dtype or device does not fit; `groups` does not divide C; `implementation` is unknown
-            or cannot run here.
+        ValueError: a shape, dtype or device does not fit; `groups` does not divide C; `implementation` is
+            unknown or cannot run here.
     """
     _check(x, weight, bias, groups, eps)
     if select("group_norm_silu", x.device.type, implementation) == "cpp":

@@ -5,14 +5,13 @@ Everything else that pytest would count as skipped or expected to fail is turned
 green run means that every test which could run did run.
 """
 
-from collections.abc import Callable, Iterator
-
 import os
+from collections.abc import Callable, Iterator
 
 import hypothesis
 import pytest
 
-# MKL may round differently for differently aligned memory; tests that compare bits need it not to. Read when torch loads.
+# MKL may round differently for differently aligned memory, which tests that compare bits cannot use. Read on import.
 os.environ.setdefault("MKL_CBWR", "AVX2,STRICT")
 
 

@@ -68,14 +68,20 @@ def tiny_recipe(folder: Path, images: Path, **stages: dict) -> Recipe:
     return made
 
 
-def write_pictures(folder: Path, count: int = 20, classes: tuple[str, ...] = ("disc", "square"), size: int = 40) -> Path:
+def write_pictures(
+    folder: Path, count: int = 20, classes: tuple[str, ...] = ("disc", "square"), size: int = 40
+) -> Path:
     """Coloured discs and squares on white as PNG files, one sub-folder per class."""
     random = np.random.default_rng(0)
     y, x = np.mgrid[:size, :size]
     for index in range(count):
         kind = classes[index % len(classes)]
         center, radius = random.uniform(12, size - 12, 2), random.uniform(5, 11)
-        far = np.maximum(abs(x - center[0]), abs(y - center[1])) if kind == "square" else np.hypot(x - center[0], y - center[1])
+        far = (
+            np.maximum(abs(x - center[0]), abs(y - center[1]))
+            if kind == "square"
+            else np.hypot(x - center[0], y - center[1])
+        )
         pixels = np.full((size, size, 3), 255, np.uint8)
         pixels[far < radius] = random.integers(0, 200, 3)
         (folder / kind).mkdir(parents=True, exist_ok=True)

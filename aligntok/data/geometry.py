@@ -42,5 +42,6 @@ def to_unit_range(images: Tensor) -> Tensor:
 def _short_side(image: Image.Image, size: int) -> Image.Image:
     scale = size / min(image.size)
     return image.resize(
-        (max(size, round(image.width * scale)), max(size, round(image.height * scale))), Image.Resampling.BICUBIC
+        (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
+        Image.Resampling.BICUBIC,
     )

@@ -1,8 +1,8 @@
 """Image sets: a folder or a WebDataset tar becomes a list of labelled pictures that can be read in any order.
 
-A folder with sub-folders has one class per sub-folder, a flat one has the single class "all". In a tar, `KEY.cls` is the label
-and an optional JSON file of the same name beside it has the class names. A picture that cannot be read never stops a run: it is
-left out, counted and named.
+A folder with sub-folders has one class per sub-folder, a flat one has the single class "all". In a tar, `KEY.cls` is
+the label and an optional JSON file of the same name beside it has the class names. A picture that cannot be read
+never stops a run: it is left out, counted and named.
 """
 
 from __future__ import annotations
@@ -110,7 +110,9 @@ def open_images(path: str, max_images: int | None = None) -> ImageSet:
     elif source.suffix == ".tar":
         entries, classes = _scan_tar(source)
     else:
-        raise UserError(f"{path} is a {source.suffix or 'plain'} file, expected a folder of images or a WebDataset .tar")
+        raise UserError(
+            f"{path} is a {source.suffix or 'plain'} file, expected a folder of images or a WebDataset .tar"
+        )
     if not entries:
         raise UserError(f"no images in {path}: expected files ending in {', '.join(sorted(EXTENSIONS))}")
     if max_images is not None and max_images < len(entries):

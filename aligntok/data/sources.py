@@ -1,7 +1,8 @@
 """Batch sources: `source.batch(step)` is a function of the seed and the step alone.
 
-Data position therefore needs no saving: a resumed run asks for the next step and gets the batch that it would have got.
-A batch is a dictionary: images [B, 3, H, W] float32 in [-1, 1], labels [B], index [B] (into the image set) and flip [B].
+Data position therefore needs no saving: a resumed run asks for the next step and gets the batch that it would have
+got. A batch is a dictionary: images [B, 3, H, W] float32 in [-1, 1], labels [B], index [B] (into the image set) and
+flip [B].
 """
 
 from __future__ import annotations

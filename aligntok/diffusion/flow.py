@@ -39,7 +39,9 @@ def flow_loss(predicted: Tensor, target: Tensor, direction_weight: float) -> tup
     return mse + direction_weight * direction, {"mse": mse.detach(), "direction": direction.detach()}
 
 
-def training_loss(model: torch.nn.Module, data: Tensor, labels: Tensor, config: FlowConfig) -> tuple[Tensor, dict[str, Tensor]]:
+def training_loss(
+    model: torch.nn.Module, data: Tensor, labels: Tensor, config: FlowConfig
+) -> tuple[Tensor, dict[str, Tensor]]:
     """Flow-matching loss of `model` on normalised latents [B, d, h, w] and labels [B], with fresh times and noise."""
     t = sample_time(data.shape[0], config.time_sampling, data.device)
     z_t, target = interpolate(data, torch.randn_like(data), t)

@@ -5,12 +5,13 @@
     Heun:      z <- z + (t' - t) (v(z, t) + v(z + (t' - t) v(z, t), t')) / 2
     guidance:  v = v_null + w (v_label - v_null), on all channels or on the first k, for t inside an interval
 
-`steps` counts evaluations of the network per sample: N Euler steps, or N / 2 Heun steps. (LightningDiT's `num_steps` counts
-grid points, one more than its evaluations.) Where guidance is off, the null half is not computed.
+`steps` counts evaluations of the network per sample: N Euler steps, or N / 2 Heun steps. (LightningDiT's `num_steps`
+counts grid points, one more than its evaluations.) Where guidance is off, the null half is not computed.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import torch
@@ -29,7 +30,9 @@ def time_grid(steps: int, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def guided_velocity(model: Velocity, z: Tensor, t: float, labels: Tensor, null_class: int, config: SamplerConfig) -> Tensor:
+def guided_velocity(
+    model: Velocity, z: Tensor, t: float, labels: Tensor, null_class: int, config: SamplerConfig
+) -> Tensor:
     """Velocity [B, d, h, w] at one time with classifier-free guidance as configured, float32."""
     low, high = config.guidance_interval
     times = torch.full((z.shape[0],), t, device=z.device, dtype=torch.float32)
@@ -62,7 +65,7 @@ def integrate(
     solver_steps = config.steps if config.solver == "euler" else config.steps // 2
     grid = time_grid(solver_steps, config.time_shift).tolist()
     z = noise.float()
-    for index, (t, following) in enumerate(zip(grid[:-1], grid[1:], strict=True)):
+    for index, (t, following) in enumerate(itertools.pairwise(grid)):
         velocity = guided_velocity(model, z, t, labels, null_class, config)
         ahead = z + (following - t) * velocity
         if config.solver == "heun":
@@ -75,14 +78,19 @@ def integrate(
 
 
 def _check(labels: Tensor, null_class: int, channels: int, config: SamplerConfig) -> None:
-    if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > null_class):
+    wrong = labels[(labels < 0) | (labels > null_class)]
+    if len(wrong):
         raise UserError(
-            f"label {int(labels.max() if labels.max() > null_class else labels.min())} is out of range: this generator knows "
-            f"0..{null_class - 1}, and {null_class} for no label"
+            f"label {int(wrong[0])} is out of range: this generator knows 0..{null_class - 1}, "
+            f"and {null_class} for no label"
         )
     if config.solver not in ("euler", "heun"):
         raise UserError(f"sampler.solver is {config.solver!r}, expected euler or heun")
     if config.steps < 1 or (config.solver == "heun" and config.steps % 2):
-        raise UserError(f"sampler.steps is {config.steps}: expected at least 1, and an even number for heun (2 evaluations a step)")
+        raise UserError(
+            f"sampler.steps is {config.steps}: expected at least 1, and an even number for heun (2 evaluations a step)"
+        )
     if config.guidance_channels is not None and not 0 < config.guidance_channels <= channels:
-        raise UserError(f"sampler.guidance_channels is {config.guidance_channels}, expected 1..{channels} or null for all")
+        raise UserError(
+            f"sampler.guidance_channels is {config.guidance_channels}, expected 1..{channels} or null for all"
+        )

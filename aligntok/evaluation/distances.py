@@ -17,6 +17,10 @@ from torch import Tensor
 from aligntok.errors import UserError
 from aligntok.evaluation.features import FeatureExtractor
 
+# Sets up to this size have all their kernel values computed once and subsets picked from them: 15 times
+# less work for 1300 samples, and at most 3 x 134 MB; larger sets compute each subset's own.
+_WHOLE = 4096
+
 
 class GaussianStatistics:
     """Mean [d] and covariance [d, d] (divided by n - 1) of features that arrive in batches, in float64.
@@ -138,28 +142,30 @@ def kernel_distance(
         )
     generator = torch.Generator().manual_seed(seed)
     x, y = x.detach().double().cpu(), y.detach().double().cpu()
-    values = torch.stack(
-        [
-            _unbiased_mmd2(
-                x[torch.randperm(len(x), generator=generator)[:size]],
-                y[torch.randperm(len(y), generator=generator)[:size]],
-            )
-            for _ in range(subsets)
-        ]
-    )
-    return KernelDistance(values.mean().item(), values.std(correction=0).item(), subsets, size)
+    whole = None
+    if max(len(x), len(y)) <= _WHOLE:
+        whole = _kernel(x, x), _kernel(y, y), _kernel(x, y)
+    values = []
+    for _ in range(subsets):
+        i = torch.randperm(len(x), generator=generator)[:size]
+        j = torch.randperm(len(y), generator=generator)[:size]
+        if whole is not None:
+            values.append(_unbiased_mmd2(whole[0][i][:, i], whole[1][j][:, j], whole[2][i][:, j]))
+        else:
+            values.append(_unbiased_mmd2(_kernel(x[i], x[i]), _kernel(y[j], y[j]), _kernel(x[i], y[j])))
+    found = torch.stack(values)
+    return KernelDistance(found.mean().item(), found.std(correction=0).item(), subsets, size)
 
 
 def _kernel(x: Tensor, y: Tensor) -> Tensor:
     return (x @ y.T / x.shape[1] + 1) ** 3
 
 
-def _unbiased_mmd2(x: Tensor, y: Tensor) -> Tensor:
-    """Equal sizes n: the sums within a set leave the diagonal out."""
-    n = len(x)
-    xx, yy = _kernel(x, x), _kernel(y, y)
+def _unbiased_mmd2(xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
+    """From the kernel values [n, n] of equally large sets: the sums within a set leave the diagonal out."""
+    n = len(xy)
     within = (xx.sum() - xx.diagonal().sum() + yy.sum() - yy.diagonal().sum()) / (n * (n - 1))
-    return within - 2 * _kernel(x, y).mean()
+    return within - 2 * xy.mean()
 
 
 def feature_distances(

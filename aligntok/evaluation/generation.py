@@ -28,7 +28,7 @@ def check_pair(generator: Generator, tokenizer: AlignTok) -> None:
     if generator.tokenizer_fingerprint != tokenizer.fingerprint():
         raise UserError(
             f"this generator was trained on the latents of another tokenizer (fingerprint "
-            f"{generator.tokenizer_fingerprint}, this one has {tokenizer.fingerprint()}): give the one that it was trained on"
+            f"{generator.tokenizer_fingerprint}, this one has {tokenizer.fingerprint()}): give its own"
         )
 
 
@@ -96,8 +96,6 @@ def describe(sampler: SamplerConfig) -> str:
     text = f"{sampler.solver}, {sampler.steps} network evaluations, time shift {sampler.time_shift:g}"
     if sampler.guidance == 1.0:
         return f"{text}, no guidance"
-    channels = (
-        "all channels" if sampler.guidance_channels is None else f"first {sampler.guidance_channels} channels"
-    )
+    channels = "all channels" if sampler.guidance_channels is None else f"first {sampler.guidance_channels} channels"
     low, high = sampler.guidance_interval
     return f"{text}, guidance {sampler.guidance:g} on {channels} for t in [{low:g}, {high:g}]"

@@ -79,9 +79,7 @@ def linear_probe(features: Tensor, labels: Tensor, folds: int = 5, seed: int = 0
     )
 
 
-def probe_latents(
-    latents: Tensor, labels: Tensor, folds: int = 5, seed: int = 0
-) -> tuple[ProbeResult, ProbeResult]:
+def probe_latents(latents: Tensor, labels: Tensor, folds: int = 5, seed: int = 0) -> tuple[ProbeResult, ProbeResult]:
     """(pooled, flattened) probes of latents [n, d, h, w], which should be normalised as `encode` returns
     them."""
     if latents.ndim != 4:

@@ -51,9 +51,7 @@ class ReconstructionMetrics:
     images are kept).
     """
 
-    def __init__(
-        self, perceptual: PerceptualDistance | None = None, extractor: FeatureExtractor | None = None
-    ) -> None:
+    def __init__(self, perceptual: PerceptualDistance | None = None, extractor: FeatureExtractor | None = None) -> None:
         self.perceptual = perceptual
         self.extractor = extractor
         self._values: dict[str, list[Tensor]] = {}

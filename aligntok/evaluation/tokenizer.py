@@ -65,9 +65,7 @@ def evaluate_reconstruction(
     metrics = ReconstructionMetrics(perceptual, extractor)
     for original, reconstruction in zip(images.split(BATCH), reconstructions.split(BATCH), strict=True):
         metrics.add(to_unit_range(original), reconstruction)
-    return Measured(
-        metrics.compute(), metrics.protocol, {"latents": latents, "reconstructions": reconstructions}
-    )
+    return Measured(metrics.compute(), metrics.protocol, {"latents": latents, "reconstructions": reconstructions})
 
 
 def evaluate_probe(latents: Tensor, labels: Tensor) -> Measured | None:
@@ -84,9 +82,7 @@ def evaluate_probe(latents: Tensor, labels: Tensor) -> Measured | None:
 
 
 @torch.no_grad()
-def encoder_probe(
-    tokenizer: AlignTok, images: Tensor, labels: Tensor, precision: Precision
-) -> Measured | None:
+def encoder_probe(tokenizer: AlignTok, images: Tensor, labels: Tensor, precision: Precision) -> Measured | None:
     """The same probe on the pooled tokens of a tokenizer's encoder, before the adapter."""
     if len(labels.unique()) < 2:
         return None

@@ -82,15 +82,11 @@ class PerceptualDistance(nn.Module):
         self._check(x, y)
         pairs = zip(self.features(x), self.features(y), self.heads, strict=True)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.stack(
-                [_layer_distance(fx.float(), fy.float(), head.float()) for fx, fy, head in pairs]
-            ).sum(0)
+            return torch.stack([_layer_distance(fx.float(), fy.float(), head.float()) for fx, fy, head in pairs]).sum(0)
 
     def _check(self, x: Tensor, y: Tensor) -> None:
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3:
-            raise UserError(
-                f"expected two equal shapes [B, 3, H, W], got {list(x.shape)} and {list(y.shape)}"
-            )
+            raise UserError(f"expected two equal shapes [B, 3, H, W], got {list(x.shape)} and {list(y.shape)}")
         if min(x.shape[2:]) < self.smallest:
             raise UserError(
                 f"{self.name} needs images of at least {self.smallest} x {self.smallest} px, "
@@ -128,9 +124,7 @@ def _load_lpips(network: str, path: str | None) -> tuple[nn.Sequential, tuple[in
     state = _trunk_state(network, weights, path)
     with torch.device("meta"):  # the classifier of VGG16 is never built
         layers = constructor(weights=None).features
-    trunk = {
-        key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")
-    }
+    trunk = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
     try:
         layers.load_state_dict(trunk, assign=True)
     except RuntimeError as error:
@@ -140,9 +134,7 @@ def _load_lpips(network: str, path: str | None) -> tuple[nn.Sequential, tuple[in
     return layers, taps, [heads[f"lin{index}.model.1.weight"].flatten() for index in range(len(taps))]
 
 
-def _trunk_state(
-    network: str, weights: torchvision.models.WeightsEnum, path: str | None
-) -> dict[str, Tensor]:
+def _trunk_state(network: str, weights: torchvision.models.WeightsEnum, path: str | None) -> dict[str, Tensor]:
     try:
         if path is not None:
             return torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)

@@ -3,7 +3,8 @@
     l2:      L_sp = mean((z - z_0)^2)            over all elements (AlignTok 4.2; see docs/decisions.md for the mean)
     cosine:  L_sp = mean(1 - cos(z, z_0))        over tokens, cosine over channels (the paper's ablation)
 
-z_0 is the latent (or, before the adapter, the feature) that the frozen Stage-1 encoder and adapter give for the same crop.
+z_0 is the latent (or, before the adapter, the feature) that the frozen Stage-1 encoder and adapter give for the same
+crop.
 """
 
 from __future__ import annotations

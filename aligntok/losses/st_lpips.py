@@ -79,13 +79,9 @@ def load(network: str, path: str | Path | None = None) -> tuple[nn.Sequential, t
     file = assets.fetch(f"st-lpips-{network}", path)
     state = torch.load(file, map_location="cpu", weights_only=True)
     # net.slice2.5.weight -> 5.weight: the slices number their layers through
-    trunk = {
-        re.sub(r"^net\.slice\d+\.", "", key): value for key, value in state.items() if key.startswith("net.")
-    }
+    trunk = {re.sub(r"^net\.slice\d+\.", "", key): value for key, value in state.items() if key.startswith("net.")}
     for name, module in layers.named_modules():
         if isinstance(module, BlurPool):
-            assert torch.equal(trunk[f"{name}.filt"], module.filt), (
-                f"layer {name} of {file} blurs differently"
-            )
+            assert torch.equal(trunk[f"{name}.filt"], module.filt), f"layer {name} of {file} blurs differently"
     layers.load_state_dict(trunk)
     return layers, taps, [state[f"lin{index}.model.1.weight"].flatten() for index in range(len(taps))]

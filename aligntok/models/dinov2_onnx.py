@@ -45,16 +45,12 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     def take(name: str) -> Tensor:
         if name not in tensors:
-            raise UserError(
-                f"{path} has no tensor {name}: it is not the DINOv2 ViT-S/14 graph that was expected"
-            )
+            raise UserError(f"{path} has no tensor {name}: it is not the DINOv2 ViT-S/14 graph that was expected")
         return torch.from_numpy(tensors[name].copy())
 
     state = {
         "cls_token": take(_EMBEDDINGS + "cls_token"),
-        "pos_embed": torch.cat(
-            [take("position.class"), take("position.grid")], dim=1
-        ),  # [1, 1 + 37 * 37, 384]
+        "pos_embed": torch.cat([take("position.class"), take("position.grid")], dim=1),  # [1, 1 + 37 * 37, 384]
         "patch_embed.proj.weight": take(_EMBEDDINGS + "patch_embeddings.projection.weight"),
         "patch_embed.proj.bias": take(_EMBEDDINGS + "patch_embeddings.projection.bias"),
         "norm.weight": take("backbone.layernorm.weight"),
@@ -90,11 +86,9 @@ def _named_tensors(path: str | Path) -> dict[str, np.ndarray]:
             layer = node.name.removeprefix("/").removesuffix("/MatMul").replace("/", ".")
             tensors[layer + ".weight"] = tensors[anonymous[0]].T
         elif node.name.startswith("/backbone/embeddings/") and node.op_type in ("Reshape", "Concat"):
-            for name in (
-                anonymous
-            ):  # the grid is reshaped to 37x37 for its interpolation, the class row is put before it
+            for (
+                name
+            ) in anonymous:  # the grid is reshaped to 37x37 for its interpolation, the class row is put before it
                 if tensors[name].ndim == 3:
-                    tensors["position.grid" if node.op_type == "Reshape" else "position.class"] = tensors[
-                        name
-                    ]
+                    tensors["position.grid" if node.op_type == "Reshape" else "position.class"] = tensors[name]
     return tensors

@@ -1,7 +1,7 @@
 """PatchGAN discriminator, as in VA-VAE: kernel 4, strides 2, 2, 2, 1, 1, BatchNorm, LeakyReLU .2, N(0, .02) init.
 
-At 256 px and the default widths it has 2.77 M parameters and returns a 30x30 map of logits, one per overlapping patch of
-the image. Source: Isola et al. 2017; taming-transformers taming/modules/discriminator/model.py.
+At 256 px and the default widths it has 2.77 M parameters and returns a 30x30 map of logits, one per overlapping patch
+of the image. Source: Isola et al. 2017; taming-transformers taming/modules/discriminator/model.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,10 @@ class PatchDiscriminator(nn.Module):
     def __init__(self, config: DiscriminatorConfig) -> None:
         super().__init__()
         widths = [config.base_channels * min(2**i, MAX_MULTIPLIER) for i in range(config.layers + 1)]
-        layers: list[nn.Module] = [nn.Conv2d(3, widths[0], 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        layers: list[nn.Module] = [
+            nn.Conv2d(3, widths[0], 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2, inplace=True),
+        ]
         for index in range(1, len(widths)):
             stride = 2 if index < config.layers else 1
             layers += [

@@ -51,9 +51,7 @@ class Encoder(nn.Module):
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         if config.downsample < 1:
-            raise UserError(
-                f"encoder.downsample must be a positive number of pixels, got {config.downsample}"
-            )
+            raise UserError(f"encoder.downsample must be a positive number of pixels, got {config.downsample}")
         _check_name(config.name)
         self.backbone, self.source = _load_backbone(config)
         self.width: int = self.backbone.embed_dim
@@ -120,9 +118,7 @@ def _check_name(name: str) -> None:
     # timm calls SigLIP2 "siglip*.v2_webli"
     words = re.findall(r"[a-z]{3,}\d*|v2", name.lower().replace("siglip2", "siglip v2").rsplit("/")[-1])
     close += [n for n in vits if words and all(word in n for word in words) and n not in close]
-    hint = (
-        f"close names: {', '.join(close[:5])}" if close else "list the names with timm.list_models('vit_*')"
-    )
+    hint = f"close names: {', '.join(close[:5])}" if close else "list the names with timm.list_models('vit_*')"
     raise UserError(f"timm {timm.__version__} has no model {name!r}; {hint}")
 
 
@@ -174,9 +170,7 @@ def _check_architecture(model: nn.Module, config: EncoderConfig) -> int:
     """Refuse what is not a plain ViT; the tapped block as an index from the front."""
     plain = type(model) in (VisionTransformer, Eva) and type(model.patch_embed) is PatchEmbed
     if not plain or len(set(model.patch_embed.patch_size)) != 1:
-        raise UserError(
-            f"{config.name} is a {type(model).__name__}, not a plain vision transformer; {_SUPPORTED}"
-        )
+        raise UserError(f"{config.name} is a {type(model).__name__}, not a plain vision transformer; {_SUPPORTED}")
     depth = len(model.blocks)
     if not -depth <= config.layer < depth:
         raise UserError(

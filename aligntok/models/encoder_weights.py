@@ -36,9 +36,7 @@ def read_weights(config: EncoderConfig) -> tuple[dict[str, Tensor], str]:
         file = assets.fetch("dinov2-vits14", None if embedded else path)
         return read_state_dict(file), assets.ASSETS["dinov2-vits14"].what
     if not path.is_file():
-        raise UserError(
-            f"encoder.weights={config.weights} is neither a file nor one of pretrained, random, embedded"
-        )
+        raise UserError(f"encoder.weights={config.weights} is neither a file nor one of pretrained, random, embedded")
     return _read_file(path), str(path)
 
 
@@ -60,9 +58,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     return state
 
 
-def load_state(
-    backbone: nn.Module, state: dict[str, Tensor], source: str, layer: int, final_norm: bool
-) -> None:
+def load_state(backbone: nn.Module, state: dict[str, Tensor], source: str, layer: int, final_norm: bool) -> None:
     """Load strictly what belongs to a backbone cut behind block `layer`; UserError lists what does not
     fit."""
     state = {key: value for key, value in state.items() if not _is_cut(key, layer, final_norm)}
@@ -89,9 +85,7 @@ def _few(keys: list[str], limit: int = 5) -> str:
 def _is_cut(key: str, layer: int, final_norm: bool) -> bool:
     block = re.match(r"^blocks\.(\d+)\.", key)
     return bool(
-        _CUT_KEYS.match(key)
-        or (block and int(block.group(1)) > layer)
-        or (not final_norm and key.startswith("norm."))
+        _CUT_KEYS.match(key) or (block and int(block.group(1)) > layer) or (not final_norm and key.startswith("norm."))
     )
 
 

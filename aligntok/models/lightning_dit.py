@@ -5,7 +5,8 @@
     x = x + gate_2 * swiglu(modulate(rms_norm(x), shift_2, scale_2))
     v = linear(modulate(rms_norm(x), shift, scale))
 
-Time follows the paper: t = 1 is noise and the output is the velocity z_1 - z_0. LightningDiT's own code counts the other way.
+Time follows the paper: t = 1 is noise and the output is the velocity z_1 - z_0. LightningDiT's own code counts the
+other way.
 """
 
 from __future__ import annotations
@@ -35,7 +36,9 @@ def dimensions(config: LightningDiTConfig) -> tuple[int, int, int]:
     given = (config.depth, config.width, config.heads)
     if config.size != "custom":
         if any(value is not None for value in given):
-            raise UserError(f"model.size is {config.size} and depth/width/heads are given: use size custom with all three")
+            raise UserError(
+                f"model.size is {config.size} and depth/width/heads are given: use size custom with all three"
+            )
         return SIZES[config.size]
     if any(value is None for value in given):
         raise UserError("model.size is custom: give depth, width and heads")
@@ -49,7 +52,7 @@ def dimensions(config: LightningDiTConfig) -> tuple[int, int, int]:
 
 
 def sincos_table(grid: tuple[int, int], width: int) -> Tensor:
-    """Fixed 2-D sin-cos position table [h*w, width]; half of the channels encode the column, half the row (MAE, DiT)."""
+    """Fixed 2-D sin-cos position table [h*w, width]; channels encode first the column, then the row (MAE)."""
     quarter = width // 4
     frequencies = 1.0 / 10_000 ** (torch.arange(quarter, dtype=torch.float64) / quarter)
     rows, columns = torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in grid), indexing="ij")
@@ -203,7 +206,7 @@ class LightningDiT(nn.Module):
         return self.config.classes
 
     def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
-        """z [B, d, h, w], t [B] in [0, 1] with 1 = noise, labels [B] in 0..classes (classes = none) -> velocity like z."""
+        """z [B, d, h, w], t [B] in [0, 1] with 1 = noise, labels [B], `null_class` = none -> velocity like z."""
         grid = self._grid(z.shape[-2:])
         x = self.patches(z).flatten(2).transpose(1, 2)  # [B, N, width]
         x = x + self._position_table(grid)
@@ -216,7 +219,9 @@ class LightningDiT(nn.Module):
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
         height, width = size
         if height % self.patch_size or width % self.patch_size:
-            raise UserError(f"latents of {height}x{width}: expected sides divisible by the patch size {self.patch_size}")
+            raise UserError(
+                f"latents of {height}x{width}: expected sides divisible by the patch size {self.patch_size}"
+            )
         return height // self.patch_size, width // self.patch_size
 
     def _position_table(self, grid: tuple[int, int]) -> Tensor:

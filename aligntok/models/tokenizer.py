@@ -2,8 +2,9 @@
 
     encode(x) = (adapter(encoder(x)) - mean) / std          decode(z) = decoder(z * std + mean)
 
-There is no KL, so the scale of the latent is arbitrary and its per-channel statistics are part of the model. Nobody outside
-this file multiplies latents by anything. On disk a tokenizer is a folder with `config.json` and `model.safetensors`.
+There is no KL, so the scale of the latent is arbitrary and its per-channel statistics are part of the model. Nobody
+outside this file multiplies latents by anything. On disk a tokenizer is a folder with `config.json` and
+`model.safetensors`.
 """
 
 from __future__ import annotations
@@ -130,7 +131,9 @@ def load_tokenizer(folder: str | Path, require_statistics: bool = True) -> Align
     config_file, weights_file = folder / "config.json", folder / "model.safetensors"
     for file in (config_file, weights_file):
         if not file.is_file():
-            raise UserError(f"no tokenizer at {folder}: {file.name} is missing; give a folder that training has written")
+            raise UserError(
+                f"no tokenizer at {folder}: {file.name} is missing; give a folder that training has written"
+            )
     manifest = json.loads(config_file.read_text())
     if manifest.get("format") != FORMAT:
         raise UserError(f"{config_file} says format {manifest.get('format')!r}, expected {FORMAT!r}")

@@ -131,9 +131,7 @@ class Page:
             if len(row) != len(headers):
                 raise UserError(f"table: row {list(row)} does not fit under the headers {list(headers)}")
         best = [(highlight_best or {}).get(header) for header in headers]
-        columns = [
-            markup.column([row[i] for row in rows], best[i], reference_rows) for i in range(1, len(headers))
-        ]
+        columns = [markup.column([row[i] for row in rows], best[i], reference_rows) for i in range(1, len(headers))]
         head = "".join(
             f'<th scope="col">{markup.inline(header)}{markup.arrow(better)}</th>'
             for header, better in zip(headers, best, strict=True)

@@ -65,9 +65,7 @@ def _tiles(images: Tensor, scale: int) -> list[Image.Image]:
     tiles = [Image.fromarray(tile.numpy()) for tile in to_uint8(images)]
     if scale == 1:
         return tiles
-    return [
-        tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.BICUBIC) for tile in tiles
-    ]
+    return [tile.resize((tile.width * scale, tile.height * scale), Image.Resampling.BICUBIC) for tile in tiles]
 
 
 def strip(images: Tensor, gap: int = 4) -> bytes:
@@ -102,9 +100,7 @@ def sheet(
     pictures and a half, and headings wider than one, are cut with dots.
     """
     if not rows or len(rows) != len(row_labels):
-        raise UserError(
-            f"picture grid: got {len(rows)} rows and {len(row_labels)} labels, expected one label per row"
-        )
+        raise UserError(f"picture grid: got {len(rows)} rows and {len(row_labels)} labels, expected one label per row")
     sizes = {
         tuple(check_images(row, label or "picture grid").shape[-2:])
         for row, label in zip(rows, row_labels, strict=True)
@@ -126,9 +122,7 @@ def sheet(
             y += line
             for column, heading in enumerate(headings[index][:columns]):
                 middle = left + column * (width + gap) + width // 2
-                draw.text(
-                    (middle, y - 2 * gap), _shorten(heading, font, width), font=font, fill=MUTED, anchor="ms"
-                )
+                draw.text((middle, y - 2 * gap), _shorten(heading, font, width), font=font, fill=MUTED, anchor="ms")
         draw.text((margin, y + height // 2), label, font=font, fill=INK, anchor="lm")
         for column, tile in enumerate(_tiles(row, scale)):
             image.paste(tile, (left + column * (width + gap), y))
@@ -224,9 +218,7 @@ def upscale(maps: Tensor, size: tuple[int, int], blend: Tensor | None = None, we
     if blend is None:
         return enlarged
     if blend.shape != enlarged.shape:
-        raise UserError(
-            f"colour maps: {tuple(enlarged.shape)} cannot be mixed with images {tuple(blend.shape)}"
-        )
+        raise UserError(f"colour maps: {tuple(enlarged.shape)} cannot be mixed with images {tuple(blend.shape)}")
     return weight * enlarged + (1 - weight) * blend.to(enlarged)
 
 
@@ -261,6 +253,4 @@ def contact_sheet(
             data = png(version)
             if len(data) <= limit:
                 return data
-    raise UserError(
-        f"contact sheet: {len(data):,} bytes even in 256 colours, above the limit of {limit:,}; show less"
-    )
+    raise UserError(f"contact sheet: {len(data):,} bytes even in 256 colours, above the limit of {limit:,}; show less")

@@ -226,17 +226,13 @@ def trade_off(points: Sequence[Point], encoder_accuracy: float | None = None) ->
             )  # fmt: skip
         axes.set_xlabel("PSNR of the reconstructions [dB]")
         words = "; ".join(f"{p.label}: {p.psnr:.2f} dB, accuracy {p.accuracy:.3f}" for p in points)
-        return Plot(
-            "Linear-probe accuracy of the latents", to_svg(figure), f"Linear probe against PSNR. {words}."
-        )
+        return Plot("Linear-probe accuracy of the latents", to_svg(figure), f"Linear probe against PSNR. {words}.")
 
 
 def time_bars(times: Mapping[str, float]) -> Plot:
     """Horizontal bars of the seconds that each part took, in the order in which the parts ran."""
     if not times or not all(math.isfinite(seconds) and seconds >= 0 for seconds in times.values()):
-        raise UserError(
-            f"time per part: expected a non-negative number of seconds for each part, got {dict(times)}"
-        )
+        raise UserError(f"time per part: expected a non-negative number of seconds for each part, got {dict(times)}")
     with style():
         figure, axes = new_figure(4.7, 0.2 + 0.28 * len(times))
         rows = list(range(len(times)))

@@ -18,9 +18,7 @@ from aligntok.report import pictures as pics
 from aligntok.report.findings import Results
 from aligntok.report.page import Page, Row
 
-SIZE_LIMIT = (
-    3_800_000  # bytes of HTML: a mail attachment, a quick load; pictures shrink until the page is below it
-)
+SIZE_LIMIT = 3_800_000  # bytes of HTML: a mail attachment, a quick load; pictures shrink until the page is below it
 PICTURE_SIDES = (128, 96, 64, 48, 32)  # pixels of the longer side, tried in this order
 COLUMNS = 10  # pictures per row of a comparison: about 90 CSS pixels each on a desktop screen
 SAMPLES = 8  # samples per class and line
@@ -120,9 +118,7 @@ def _samples(page: Page, results: Results, pictures: Pictures, side: int) -> Non
     told = "is told a class and turns noise" if len(classes) > 1 else "turns noise"
     text = f"The generator {told} into a grid of latents; the tokenizer's decoder makes a picture of them."
     page.section("Samples", text)
-    guided = next(
-        (name for name in findings.table(results, "generation") if name != "no guidance"), "guidance"
-    )
+    guided = next((name for name in findings.table(results, "generation") if name != "no guidance"), "guidance")
     for name in shown:
         heading = f"With {guided}" if name == "samples_guided" else "Without guidance"
         if len(classes) > CLASSES:

@@ -70,9 +70,7 @@ def new_figure(width: float, height: float) -> tuple[Figure, Axes]:
 def to_svg(figure: Figure) -> bytes:
     """Draw, then make the SVG fit for a page of several: relative size, page ink, unique identifiers."""
     buffer = io.BytesIO()
-    figure.savefig(
-        buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
-    )
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     text = buffer.getvalue().decode()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
@@ -81,8 +79,6 @@ def to_svg(figure: Figure) -> bytes:
     text = text.replace(INK, "currentColor")
     used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', text))
     prefix = hashlib.sha256(text.encode()).hexdigest()[:8]
-    text = re.sub(
-        r' id="([^"]+)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", text
-    )
+    text = re.sub(r' id="([^"]+)"', lambda found: f' id="{prefix}-{found[1]}"' if found[1] in used else "", text)
     text = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", text)
     return re.sub(r"\n\s*\n+", "\n", text).encode()

@@ -1,8 +1,9 @@
 """Training checkpoints: exact, atomic, checked.
 
-A checkpoint is a folder `step-000400` with `state.safetensors` (weights, buffers, moving averages, optimizer moments) and
-`state.json` (step, checksum, names of the numbers). Random numbers and data position need no saving: both are functions of the
-seed and the step. A folder that is incomplete or fails its checksum is named, passed over and the one before it is used.
+A checkpoint is a folder `step-000400` with `state.safetensors` (weights, buffers, moving averages, optimizer moments)
+and `state.json` (step, checksum, names of the numbers). Random numbers and data position need no saving: both are
+functions of the seed and the step. A folder that is incomplete or fails its checksum is named, passed over and the
+one before it is used.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Exponential moving average of weights: torch.optim.swa_utils with a warmed-up decay.
 
-    decay_n = min(decay, (1 + n) / (10 + n))      n: updates so far, so that short runs do not average in their first weights
+decay_n = min(decay, (1 + n) / (10 + n))      n: updates so far, so that short runs do not average in their first
+weights
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def build_ema(module: nn.Module, decay: float) -> AveragedModel:
-    """An averaged copy of `module`; call `.update_parameters(module)` after every step. Buffers are copied, not averaged."""
+    """An averaged copy of `module`; call `.update_parameters(module)` after every step."""
 
     @torch.no_grad()
     def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:

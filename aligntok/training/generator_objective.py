@@ -21,7 +21,11 @@ class GeneratorObjective:
     """Trains `model` in place; `latents` gives the normalised latents [B, d, h, w] of a batch."""
 
     def __init__(
-        self, model: LightningDiT, latents: FrozenOutput, config: GeneratorTrainingConfig, precision: Precision
+        self,
+        model: LightningDiT,
+        latents: FrozenOutput,
+        config: GeneratorTrainingConfig,
+        precision: Precision,
     ) -> None:
         self.model, self.latents, self.config, self.precision = model.train(), latents, config, precision
         self.steps = config.steps

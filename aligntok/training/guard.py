@@ -1,7 +1,7 @@
 """Guards of a run: non-finite values, and signals.
 
-A step whose loss or gradient is not finite is skipped and counted; the message names the first layer concerned. After too many
-in a row the run stops, with its last checkpoint intact.
+A step whose loss or gradient is not finite is skipped and counted; the message names the first layer concerned. After
+too many in a row the run stops, with its last checkpoint intact.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ class NonFiniteGuard:
         self.skipped += 1
         self.in_a_row += 1
         what = "loss" if not torch.isfinite(loss) else "gradient"
-        message = f"non-finite {what} in phase {phase.name}, first at {_first_bad_layer(objective, phase)}; step skipped"
+        message = (
+            f"non-finite {what} in phase {phase.name}, first at {_first_bad_layer(objective, phase)}; step skipped"
+        )
         if self.in_a_row >= self.limit:
             raise UserError(f"{message}; {self.in_a_row} in a row, so training stops. {ADVICE}")
         return message

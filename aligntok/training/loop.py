@@ -1,8 +1,9 @@
 """The training loop. It knows nothing of images, stages or networks.
 
-For every step: seed the random numbers by (seed, step), fetch the step's batch, and for each phase of the objective take loss,
-gradient, clip, guard and optimizer step; then moving averages, telemetry and, when due, a checkpoint. Because randomness and data
-are functions of (seed, step), a resumed run continues to the bit where the interrupted one would have gone.
+For every step: seed the random numbers by (seed, step), fetch the step's batch, and for each phase of the objective
+take loss, gradient, clip, guard and optimizer step; then moving averages, telemetry and, when due, a checkpoint.
+Because randomness and data are functions of (seed, step), a resumed run continues to the bit where the interrupted
+one would have gone.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def train(
                 raise Interrupted(signals.received, done)
 
 
-def run_phase(objective: Objective, phase: Phase, batch: Batch, guard: NonFiniteGuard, warn: Callable[[str], None]) -> Values:
+def run_phase(
+    objective: Objective, phase: Phase, batch: Batch, guard: NonFiniteGuard, warn: Callable[[str], None]
+) -> Values:
     """One optimizer step of one phase; skipped, with a warning, where loss or gradient is not finite."""
     phase.optimizer.zero_grad(set_to_none=True)
     loss, values = phase.loss(batch)

@@ -1,7 +1,7 @@
 """What the training loop knows of a training task.
 
-An objective offers one or more phases per step (the generator has one; a tokenizer stage has the autoencoder's and, once the
-adversarial loss is on, the discriminator's). A phase is a loss over some parameters with their optimizer.
+An objective offers one or more phases per step (the generator has one; a tokenizer stage has the autoencoder's and,
+once the adversarial loss is on, the discriminator's). A phase is a loss over some parameters with their optimizer.
 """
 
 from __future__ import annotations

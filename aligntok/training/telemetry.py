@@ -1,7 +1,7 @@
 """What a run says of itself: a progress bar with the step line, `metrics.jsonl`, TensorBoard.
 
-`metrics.jsonl` has one line per logged step: part, step, seconds since the part began, values. A resumed part first drops the
-lines of steps that it will take again, so the file reads as if nothing had happened.
+`metrics.jsonl` has one line per logged step: part, step, seconds since the part began, values. A resumed part first
+drops the lines of steps that it will take again, so the file reads as if nothing had happened.
 """
 
 from __future__ import annotations
@@ -20,7 +20,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from aligntok.files import write_bytes
 from aligntok.training.objective import Values
 
-SHOWN = ("loss", "l1", "perceptual", "gan", "discriminator", "semantic", "mse", "direction")  # on the step line, in order
+SHOWN = (
+    "loss",
+    "l1",
+    "perceptual",
+    "gan",
+    "discriminator",
+    "semantic",
+    "mse",
+    "direction",
+)  # on the step line, in order
 
 
 class Telemetry:
@@ -71,7 +80,9 @@ class Telemetry:
             update(start, steps)
             yield log
         if log.waited > 0.02 * log.elapsed and log.elapsed > 10:
-            self.say(f"{name}: {log.waited / log.elapsed:.0%} of the time went into waiting for images; raise data.workers")
+            self.say(
+                f"{name}: {log.waited / log.elapsed:.0%} of the time went into waiting for images; raise data.workers"
+            )
 
     def records(self) -> list[dict[str, Any]]:
         """All records so far."""
@@ -101,9 +112,7 @@ class Telemetry:
 class PartLog:
     """Step line and records of one part; values stay on their device between two records."""
 
-    def __init__(
-        self, telemetry: Telemetry, name: str, start: int, steps: int, update: Callable[..., None]
-    ) -> None:
+    def __init__(self, telemetry: Telemetry, name: str, start: int, steps: int, update: Callable[..., None]) -> None:
         self.telemetry, self.name, self.steps, self.update = telemetry, name, steps, update
         earlier = [r["seconds"] for r in telemetry.records() if r["part"] == name]
         self.before = max(earlier, default=0.0)  # seconds of the interrupted run, so that time goes on
@@ -136,7 +145,12 @@ class PartLog:
         means = {key: float(total) / self.counts[key] for key, total in self.sums.items()}
         now = time.monotonic()
         rate = self.images / max(now - self.mark, 1e-9)
-        record = {"part": self.name, "step": done, "seconds": self.before + self.elapsed, "images_per_second": rate}
+        record = {
+            "part": self.name,
+            "step": done,
+            "seconds": self.before + self.elapsed,
+            "images_per_second": rate,
+        }
         self.telemetry.write({k: round(v, 6) if isinstance(v, float) else v for k, v in (record | means).items()})
         shown = " ".join(f"{key} {means[key]:.3f}" for key in SHOWN if key in means)
         self.update(done, self.steps, f"{shown} | {rate:.0f} img/s")

@@ -59,7 +59,9 @@ class TokenizerObjective:
         for part in self.trained.values():
             part.train().requires_grad_(True)
         groups = [
-            parameter_group(part.parameters(), stage.encoder_learning_rate if name == "encoder" else stage.learning_rate)
+            parameter_group(
+                part.parameters(), stage.encoder_learning_rate if name == "encoder" else stage.learning_rate
+            )
             for name, part in self.trained.items()
         ]
         fused = optimizer_is_fused(precision.device)

@@ -1,7 +1,7 @@
 """Generator training from a configuration: LightningDiT on the latents of a finished tokenizer.
 
-    OUTPUT/generator/config.json, model.safetensors     the averaged weights, what `aligntok sample` reads
-    OUTPUT/checkpoints/generator/step-N                 while it runs
+OUTPUT/generator/config.json, model.safetensors     the averaged weights, what `aligntok sample` reads
+OUTPUT/checkpoints/generator/step-N                 while it runs
 """
 
 from __future__ import annotations
@@ -98,7 +98,9 @@ class Generator:
         folder = Path(folder)
         file = folder / "config.json"
         if not file.is_file():
-            raise UserError(f"no generator at {folder}: config.json is missing; give a folder that training has written")
+            raise UserError(
+                f"no generator at {folder}: config.json is missing; give a folder that training has written"
+            )
         manifest = json.loads(file.read_text())
         if manifest.get("format") != FORMAT:
             raise UserError(f"{file} says format {manifest.get('format')!r}, expected {FORMAT!r}")

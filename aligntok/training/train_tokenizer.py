@@ -1,4 +1,5 @@
-"""Tokenizer training from a configuration: the three stages one after the other, each resumable, each leaving a tokenizer.
+"""Tokenizer training from a configuration: the three stages one after the other, each resumable, each leaving a
+tokenizer.
 
     OUTPUT/stage1/tokenizer, OUTPUT/stage2/tokenizer, OUTPUT/stage3/tokenizer    finished stages, with latent statistics
     OUTPUT/tokenizer                                                             the last of them: what everybody uses
@@ -79,13 +80,28 @@ class TokenizerTraining:
         objective = TokenizerObjective(
             tokenizer, discriminator, self._perceptual(), self.config.losses, stage, frozen, self.precision
         )
-        mark = fingerprint(name, dataclasses.asdict(stage), self.config.losses, self.config.model, self.config.crop, self.data)
+        mark = fingerprint(
+            name,
+            dataclasses.asdict(stage),
+            self.config.losses,
+            self.config.model,
+            self.config.crop,
+            self.data,
+        )
         checkpoints = Checkpoints(
             self.output / "checkpoints" / name,
             self.config.training.keep_checkpoints,
             fingerprint(mark, self.config.training.seed, self.config.training.batch_size, len(self.images)),
         )
-        train(name, objective, self.source, self.config.training, self.precision.device, self.telemetry, checkpoints)
+        train(
+            name,
+            objective,
+            self.source,
+            self.config.training,
+            self.precision.device,
+            self.telemetry,
+            checkpoints,
+        )
         objective.adopt_averages()
         tokenizer.eval().requires_grad_(False)
         if stage.trains != ("decoder",):

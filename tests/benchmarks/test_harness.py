@@ -62,8 +62,7 @@ def test_table_and_remarks_follow_the_samples():
     eager = Measurement("c", "both", "eager", [3e-6, 1e-6, 2e-6])
     ours = Measurement("c", "both", "ours", [4e-3, 4e-3, 1e-3, 9e-3, 4e-3])
     assert eager.median == 2e-6 and ours.quantile(0.2) == 4e-3 and ours.quantile(0.8) == 9e-3
-    assert (
-        "| c | both | 2.0 us (1.0 us .. 3.0 us) | 4.00 ms (4.00 ms .. 9.00 ms) **0.00x** |"
-        in harness.table([[eager, ours]])
+    assert "| c | both | 2.0 us (1.0 us .. 3.0 us) | 4.00 ms (4.00 ms .. 9.00 ms) **0.00x** |" in harness.table(
+        [[eager, ours]]
     )
     assert harness.remarks([[eager, ours]], "ours") == ["losing: ours at c, both: 0.00x against eager"]

@@ -84,7 +84,11 @@ def test_unreadable_images_are_skipped_counted_and_named(tmp_path):
     images = open_images(str(tmp_path))
     pixels, labels = load_center_crops(images, 16)
     assert pixels.shape == (6, 3, 16, 16) and len(labels) == 6
-    assert {name.split("/")[-1].split("\\")[-1] for name in images.skipped} == {"broken.png", "truncated.png", "empty.jpg"}
+    assert {name.split("/")[-1].split("\\")[-1] for name in images.skipped} == {
+        "broken.png",
+        "truncated.png",
+        "empty.jpg",
+    }
 
 
 def test_one_pixel_and_long_thin_images(tmp_path):
@@ -100,7 +104,10 @@ def test_one_pixel_and_long_thin_images(tmp_path):
     [
         (lambda p: p / "nowhere", "does not exist"),
         (lambda p: p, "no images in"),
-        (lambda p: [(p / "a.zip").write_bytes(b""), p / "a.zip"][1], "expected a folder of images or a WebDataset"),
+        (
+            lambda p: [(p / "a.zip").write_bytes(b""), p / "a.zip"][1],
+            "expected a folder of images or a WebDataset",
+        ),
         (lambda p: [(p / "a.tar").write_bytes(b"junk" * 300), p / "a.tar"][1], "not a WebDataset tar"),
     ],
 )
@@ -119,7 +126,7 @@ def test_split_is_a_partition_and_always_the_same(tmp_path):
     images = open_images(str(write_pictures(tmp_path, 20)))
     training, held_out = images.split(0.25)
     names = [[e.name for e in part.entries] for part in (training, held_out)]
-    assert len(names[1]) == 5 and not set(names[0]) & set(names[1]) and len(set(sum(names, []))) == 20
+    assert len(names[1]) == 5 and not set(names[0]) & set(names[1]) and len({*names[0], *names[1]}) == 20
     assert names[1] == [e.name for e in images.split(0.25)[1].entries]
 
 

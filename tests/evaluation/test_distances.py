@@ -12,6 +12,7 @@ from torchmetrics.image.fid import _compute_fid
 from torchmetrics.image.kid import poly_mmd
 
 from aligntok.errors import UserError
+from aligntok.evaluation import distances
 from aligntok.evaluation.distances import (
     GaussianStatistics,
     feature_distances,
@@ -65,9 +66,7 @@ def test_equal_sets_are_at_distance_zero():
 @settings(max_examples=25, deadline=None)
 @given(sizes=st.lists(st.integers(0, 7), min_size=1, max_size=6), split=st.integers(0, 6))
 def test_streaming_and_merging_equal_one_batch(sizes, split):
-    data = samples(
-        sum(sizes) + 2, 5, 3, shift=1000.0
-    )  # a large mean: the naive sum of squares would lose digits
+    data = samples(sum(sizes) + 2, 5, 3, shift=1000.0)  # a large mean: the naive sum of squares would lose digits
     batches = data.split([2, *sizes])
     first, second = GaussianStatistics(5), GaussianStatistics(5)
     for index, batch in enumerate(batches):
@@ -124,6 +123,14 @@ def test_kernel_distance_is_unbiased_and_seeded():
     assert same != kernel_distance(x, y, subsets=20, seed=2)
     assert kernel_distance(x, y + 1, subsets=5).mean > 10 * abs(same.mean)
     assert same.subset_size == 100 and same.protocol == "20 subsets of 100"
+
+
+def test_large_sets_take_the_same_subsets(monkeypatch):
+    x, y = samples(50, 8, 0), samples(60, 8, 1)
+    whole = kernel_distance(x, y, subsets=5)
+    monkeypatch.setattr(distances, "_WHOLE", 55)
+    parts = kernel_distance(x, y, subsets=5)
+    assert (parts.mean, parts.std) == pytest.approx((whole.mean, whole.std), rel=1e-9)
 
 
 def test_names_and_protocol():

@@ -26,10 +26,7 @@ def square(photo: np.ndarray, size: int = 256) -> torch.Tensor:
     top, left = (image.shape[2] - side) // 2, (image.shape[3] - side) // 2
     image = image[:, :, top : top + side, left : left + side]
     return (
-        torch.nn.functional.interpolate(image, size=(size, size), mode="bicubic", antialias=True).clamp(
-            0, 255
-        )
-        / 127.5
+        torch.nn.functional.interpolate(image, size=(size, size), mode="bicubic", antialias=True).clamp(0, 255) / 127.5
         - 1
     )
 

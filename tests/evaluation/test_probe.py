@@ -15,9 +15,7 @@ from aligntok.evaluation import probe
 from aligntok.evaluation.probe import fit_logistic, linear_probe, probe_latents
 
 
-def clusters(
-    n: int, d: int, classes: int, separation: float, seed: int = 0
-) -> tuple[torch.Tensor, torch.Tensor]:
+def clusters(n: int, d: int, classes: int, separation: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, classes, (n,), generator=generator)
     centres = torch.randn(classes, d, generator=generator) * separation

@@ -44,12 +44,9 @@ def test_matches_scikit_image_on_the_saved_bytes():
     originals, noisy = pair()
     metrics = reconstruction_metrics(originals, noisy, batch_size=4)
     bytes_of = [
-        ((t * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy())
-        for t in (originals, noisy)
+        ((t * 127.5 + 128).clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()) for t in (originals, noisy)
     ]
-    expected_psnr = np.mean(
-        [skimage.metrics.peak_signal_noise_ratio(a, b) for a, b in zip(*bytes_of, strict=True)]
-    )
+    expected_psnr = np.mean([skimage.metrics.peak_signal_noise_ratio(a, b) for a, b in zip(*bytes_of, strict=True)])
     assert metrics["PSNR [dB]"] == pytest.approx(expected_psnr, abs=1e-4)
     # The mean over the whole map: torchmetrics keeps the reflected border, scikit-image drops 5 px of it
     # from its own mean. The two differ in whether the last pixel is repeated.
@@ -64,17 +61,13 @@ def test_matches_scikit_image_on_the_saved_bytes():
 
 def test_known_psnr():
     """A constant error of a tenth of the range is 20 dB."""
-    assert psnr(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.2)).tolist() == pytest.approx(
-        [20.0, 20.0]
-    )
+    assert psnr(torch.zeros(2, 3, 4, 4), torch.full((2, 3, 4, 4), 0.2)).tolist() == pytest.approx([20.0, 20.0])
     assert math.isinf(psnr(torch.zeros(1, 3, 4, 4), torch.zeros(1, 3, 4, 4)).item())
 
 
 def test_images_are_quantised_first():
     originals, _ = pair(2)
-    assert math.isinf(
-        reconstruction_metrics(originals, originals + 0.003)["PSNR [dB]"]
-    )  # below half a grey level
+    assert math.isinf(reconstruction_metrics(originals, originals + 0.003)["PSNR [dB]"])  # below half a grey level
     assert torch.equal(quantise(quantise(originals)), quantise(originals))
 
 

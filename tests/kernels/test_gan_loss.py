@@ -198,9 +198,7 @@ def test_nan_is_not_swallowed(dtype, kind, implementation):
 def test_fp16_gradient_survives_a_loss_scale():
     # 0.5 / 28800 = 1.7e-5 is below fp16's normal range: scaling must come before rounding.
     real, fake = (_logits((32, 1, 30, 30), torch.float16, seed) for seed in (0, 1))
-    _check(
-        discriminator_loss, _expected_discriminator, (real, fake), "non_saturating", "cpp", upstream=65536.0
-    )
+    _check(discriminator_loss, _expected_discriminator, (real, fake), "non_saturating", "cpp", upstream=65536.0)
 
 
 def test_one_side_without_gradient():

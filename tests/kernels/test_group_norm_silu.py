@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from aligntok.kernels import explain, group_norm_silu, use_implementation
+from aligntok.kernels import group_norm_silu, use_implementation
 from aligntok.kernels.group_norm_silu import group_norm_silu_reference
 
 EPS = 1e-6
@@ -21,8 +21,6 @@ SHAPES = (  # x and groups: the decoder's, odd sizes, one channel per group, one
     ((2, 3, 1, 1), 1),
     ((1, 1, 90, 41), 1),
 )
-DEFAULT_CPP = explain("group_norm_silu", "cpu", "cpp")
-pytestmark = pytest.mark.skipif(DEFAULT_CPP.name is None, reason=str(DEFAULT_CPP.rejected))
 
 
 def inputs(shape: tuple[int, ...], dtype: torch.dtype, mean: float = 1.5, seed: int = 0) -> list[Tensor]:
@@ -82,9 +80,7 @@ def test_gradcheck(shape, groups, activation):
 
 
 @pytest.mark.parametrize("activation", [True, False])
-@pytest.mark.parametrize(
-    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 4e-6), (torch.float16, 2e-3)]
-)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 4e-6), (torch.float16, 2e-3)])
 @pytest.mark.parametrize(("shape", "groups"), SHAPES)
 def test_parity_with_fp64(shape, groups, dtype, tolerance, activation):
     tensors = inputs(shape, dtype)
@@ -95,9 +91,7 @@ def test_parity_with_fp64(shape, groups, dtype, tolerance, activation):
 
 
 @pytest.mark.parametrize("activation", [True, False])
-@pytest.mark.parametrize(
-    ("shape", "groups"), [((2, 32, 16, 16), 8), ((1, 33, 70, 31), 3), ((2, 512, 4, 4), 32)]
-)
+@pytest.mark.parametrize(("shape", "groups"), [((2, 32, 16, 16), 8), ((1, 33, 70, 31), 3), ((2, 512, 4, 4), 32)])
 def test_bf16_is_as_exact_as_eager(shape, groups, activation):
     tensors = inputs(shape, torch.bfloat16)
     expected = exact(*tensors, groups, activation)
@@ -123,7 +117,7 @@ def test_ragged_shapes(batch, groups, width, height, columns, dtype, mean, seed)
     tensors = inputs((batch, groups * width, height, columns), dtype, mean, seed)
     found = results(group_norm_silu, *tensors, groups, implementation="cpp")
     expected = exact(*tensors, groups)
-    # A group of few values can have any deviation; the smaller it is, the more the rounding of x - mean weighs.
+    # Few values can have any deviation; the smaller it is, the more the rounding of x - mean weighs.
     x = tensors[0].detach().double().reshape(batch, groups, -1)
     amplification = 1 + (x.abs().amax(-1) / (x.var(-1, correction=0) + EPS).sqrt()).max().item()
     unit = 2**-8 if dtype == torch.bfloat16 else 2**-20
@@ -301,9 +295,7 @@ def test_wrong_shapes(x, weight, bias, groups, eps, message, implementation):
 )
 def test_wrong_dtypes(x, weight, bias, message):
     with pytest.raises(ValueError, match=message):
-        group_norm_silu(
-            torch.ones(2, 8, 4, 4, dtype=x), torch.ones(8, dtype=weight), torch.ones(8, dtype=bias), 2, EPS
-        )
+        group_norm_silu(torch.ones(2, 8, 4, 4, dtype=x), torch.ones(8, dtype=weight), torch.ones(8, dtype=bias), 2, EPS)
 
 
 def test_operator_called_directly_refuses_wrong_shapes():

@@ -25,7 +25,9 @@ def test_equals_differentiating_the_sum_directly():
     z, target = torch.randn(2, 4, 8, 8), torch.randn(2, 3, 8, 8)
     output = decoder(z)
     reconstruction, adversarial = losses(output, target, critic, perceptual)
-    norms = [torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)]
+    norms = [
+        torch.autograd.grad(loss, last.weight, retain_graph=True)[0].norm() for loss in (reconstruction, adversarial)
+    ]
     expected_weight = norms[0] / (norms[1] + DELTA)
     expected = torch.autograd.grad(reconstruction + 0.5 * expected_weight * adversarial, list(decoder.parameters()))
 

@@ -243,9 +243,7 @@ def test_embedded_weights_match_the_graph_they_came_from(graph_file):
         normalised = (image * encoder.input_scale + encoder.input_shift).numpy()
         theirs = session.run(list(outputs.values()), {model.graph.input[0].name: normalised})
         np.testing.assert_allclose(encoder(image), theirs[2][:, 1:], atol=5e-5)  # values reach 9
-        tapped = Encoder(
-            EncoderConfig(name=SMALL, weights=str(graph_file), downsample=14, layer=7, final_norm=False)
-        )
+        tapped = Encoder(EncoderConfig(name=SMALL, weights=str(graph_file), downsample=14, layer=7, final_norm=False))
         np.testing.assert_allclose(tapped(image), theirs[0][:, 1:], atol=5e-5)
 
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from aligntok.config import AdapterConfig, DecoderConfig, DiscriminatorConfig, EncoderConfig, LightningDiTConfig, TokenizerConfig
+from aligntok.config import (
+    AdapterConfig,
+    DecoderConfig,
+    DiscriminatorConfig,
+    EncoderConfig,
+    LightningDiTConfig,
+    TokenizerConfig,
+)
 from aligntok.errors import UserError
 from aligntok.models.decoder import Decoder
 from aligntok.models.discriminator import PatchDiscriminator
@@ -19,7 +26,10 @@ def millions(module: torch.nn.Module) -> float:
     ("config", "expected"),
     [
         (DecoderConfig(), 41.4176),  # LDM decoder at f16d32, without VA-VAE's 1x1 convolution of 1,056
-        (DecoderConfig(base_channels=288, channel_multipliers=(1, 2, 4, 4, 4)), 350.2420),  # the large ablation
+        (
+            DecoderConfig(base_channels=288, channel_multipliers=(1, 2, 4, 4, 4)),
+            350.2420,
+        ),  # the large ablation
     ],
 )
 def test_decoder(config, expected):

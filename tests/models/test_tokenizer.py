@@ -26,7 +26,9 @@ def test_encode_is_normalised_and_decode_is_its_inverse_scale(tokenizer):
     latents = tokenizer.encode(images)
     assert latents.shape == (8, tokenizer.latent_channels, 4, 4)
     torch.testing.assert_close(tokenizer.denormalise(latents), tokenizer.raw_latents(images), atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(tokenizer.decode(latents), tokenizer.decoder(tokenizer.raw_latents(images)), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        tokenizer.decode(latents), tokenizer.decoder(tokenizer.raw_latents(images)), atol=1e-3, rtol=1e-3
+    )
 
 
 @torch.no_grad()

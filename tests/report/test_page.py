@@ -182,9 +182,7 @@ def test_same_calls_give_the_same_bytes_on_disk(tmp_path):
 def test_failed_write_keeps_the_older_page(tmp_path, monkeypatch):
     path = full_page("old").write(tmp_path / "report.html")
     before = path.read_bytes()
-    monkeypatch.setattr(
-        "os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
-    )
+    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     with pytest.raises(UserError, match="No space left"):
         full_page("new").write(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

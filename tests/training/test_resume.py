@@ -57,7 +57,13 @@ def signal_at(part: str, step: int, number: int, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("part", "number"), [("stage1", signal.SIGINT), ("stage2", signal.SIGTERM), ("stage3", signal.SIGINT), ("generator", signal.SIGTERM)]
+    ("part", "number"),
+    [
+        ("stage1", signal.SIGINT),
+        ("stage2", signal.SIGTERM),
+        ("stage3", signal.SIGINT),
+        ("generator", signal.SIGTERM),
+    ],
 )
 def test_interrupted_and_resumed_equals_uninterrupted(part, number, pictures, uninterrupted, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
@@ -136,7 +142,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(pictures, tmp_path, monkeypa
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "_flush", no_space)
-        with pytest.raises(UserError, match="No space left on device.*untouched"):
+        with pytest.raises(UserError, match=r"No space left on device.*untouched"):
             TokenizerTraining(recipe).run()
     assert {p.name for p in folder.iterdir()} == before
     TokenizerTraining(recipe).run()

@@ -1,5 +1,6 @@
 """The three stages: what each of them changes and what it must not touch."""
 
+import itertools
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,13 @@ def changed_parts(before: dict, after: dict) -> set[str]:
 def test_each_stage_changes_what_it_trains(run):
     states = [run.pretrained().state_dict()]
     states += [load_file(run.output / s / "tokenizer" / "model.safetensors") for s in ("stage1", "stage2", "stage3")]
-    changed = [changed_parts(a, b) for a, b in zip(states[:-1], states[1:], strict=True)]
+    changed = [changed_parts(a, b) for a, b in itertools.pairwise(states)]
     statistics = {"latent_mean", "latent_std"}
-    assert changed == [{"adapter", "decoder"} | statistics, {"encoder", "adapter", "decoder"} | statistics, {"decoder"}]
+    assert changed == [
+        {"adapter", "decoder"} | statistics,
+        {"encoder", "adapter", "decoder"} | statistics,
+        {"decoder"},
+    ]
 
 
 def test_stage3_does_not_move_a_latent_bit(run):
@@ -68,7 +73,9 @@ def test_semantic_weight_holds_the_latents(tmp_path, pictures):
     drift = {}
     for weight in (0.1, 1000.0):
         recipe = tiny_recipe(
-            tmp_path / str(weight), pictures, stage2={"steps": 12, "semantic": {"weight": weight}, "gan_start": 99, "ema_decay": None}
+            tmp_path / str(weight),
+            pictures,
+            stage2={"steps": 12, "semantic": {"weight": weight}, "gan_start": 99, "ema_decay": None},
         )
         training = TokenizerTraining(recipe)
         training.run()
@@ -98,7 +105,9 @@ def test_the_fused_gan_loss_is_the_default_and_the_reference_agrees(tmp_path, pi
     results = {}
     for name in ("auto", "reference"):
         with use_implementation(name):
-            training = TokenizerTraining(tiny_recipe(tmp_path / name, pictures, stage2={"steps": 0}, stage3={"steps": 0}))
+            training = TokenizerTraining(
+                tiny_recipe(tmp_path / name, pictures, stage2={"steps": 0}, stage3={"steps": 0})
+            )
             training.run()
         results[name] = training.telemetry.records()[-1]
     for key in ("gan", "discriminator", "gan_weight", "l1"):
@@ -140,7 +149,10 @@ def test_schedule():
         (lambda r: setattr(r.tokenizer.training, "device", "tpu"), "expected auto, cpu"),
         (lambda r: setattr(r.tokenizer.training, "precision", "fp8"), "expected bf16 or fp32"),
         (lambda r: [setattr(s, "steps", 0) for s in vars(r.tokenizer.stages).values()], "nothing to train"),
-        (lambda r: setattr(r.tokenizer.model.encoder, "name", "vit_smal_patch14_dinov2"), "vit_small_patch14_dinov2"),
+        (
+            lambda r: setattr(r.tokenizer.model.encoder, "name", "vit_smal_patch14_dinov2"),
+            "vit_small_patch14_dinov2",
+        ),
     ],
 )
 def test_refusals(tmp_path, pictures, change, message):

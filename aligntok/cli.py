@@ -36,8 +36,8 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   aligntok train-tokenizer --config imagenet256_f16d32 --data.path /data/imagenet/train
   aligntok train-tokenizer --config imagenet256_f16d32 --print_config     every value, with your overrides
 
-Recipes are YAML files (configs/); --config takes a path or the name of one that ships. Any value can be overridden with its
-dotted name. Interrupted training is resumed by giving the same command again.
+Recipes are YAML files (configs/); --config takes a path or the name of one that ships. Any value can be overridden with
+its dotted name. Interrupted training is resumed by giving the same command again.
 """
 
 

@@ -20,7 +20,7 @@ from aligntok.data.sources import MemorySource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
 from aligntok.evaluation.features import EfficientNetLite0
-from aligntok.evaluation.generation import check_pair, describe, draw, evaluate_generation
+from aligntok.evaluation.generation import Reference, check_pair, describe, draw, evaluate_generation
 from aligntok.evaluation.tokenizer import (
     decode_all,
     encode_all,
@@ -137,10 +137,10 @@ def evaluate(
     }
     found |= {name: measured for name, measured in probes.items() if measured is not None}
     if generator is not None:
-        network = Generator(generator)
+        network, reference = Generator(generator), Reference.of(all_pixels, all_labels, extractor)
         for scale in guidance:
             found[f"generation, guidance {scale:g}"] = evaluate_generation(
-                network, tok, all_pixels, all_labels, samples, scale, extractor, precision
+                network, tok, reference, samples, scale, extractor, precision
             )
     _print({name: measured.values for name, measured in found.items()})
     for name, measured in found.items():

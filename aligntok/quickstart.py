@@ -23,7 +23,7 @@ from aligntok.config import PerceptualConfig, Recipe, SemanticConfig
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import load_center_crops, open_images
 from aligntok.evaluation.features import EfficientNetLite0
-from aligntok.evaluation.generation import draw, evaluate_generation
+from aligntok.evaluation.generation import Reference, draw, evaluate_generation
 from aligntok.evaluation.tokenizer import encode_all, encoder_probe, evaluate_probe, evaluate_reconstruction
 from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
@@ -167,7 +167,8 @@ def _generation(
     telemetry: Telemetry,
 ) -> dict[str, Any]:
     tokenizer = load_tokenizer(training.output / "tokenizer").to(training.precision.device)
-    table: dict[str, Any] = {}
+    precision, table = training.precision, {}
+    reference = Reference.of(images, labels, extractor)
     classes = torch.arange(len(generator.classes)).repeat_interleave(SAMPLES_PER_CLASS)
     scales = {"samples": 1.0, "samples_guided": recipe.evaluation.guidance}
     if len(generator.classes) == 1:
@@ -178,17 +179,16 @@ def _generation(
             measured = evaluate_generation(
                 generator,
                 tokenizer,
-                images,
-                labels,
+                reference,
                 recipe.evaluation.samples,
                 guidance,
                 extractor,
-                training.precision,
+                precision,
                 progress=update,
             )
         table[name], table["protocol"] = measured.values, measured.protocol
         sampler = replace(generator.sampler, guidance=guidance)
-        results.pictures[picture] = draw(generator, tokenizer, classes, sampler, training.precision, seed=1)
+        results.pictures[picture] = draw(generator, tokenizer, classes, sampler, precision, seed=1)
     return table
 
 

@@ -16,7 +16,8 @@
 // Images are independent, so a thread finishes one before it starts the next while the image is still in the
 // cache; only if there are too few of them are chunks shared out.
 //
-// Saved for the backward pass: x, mean, rstd. The rest is computed again.
+// Saved from forward to backward: x, mean, rstd. The rest is computed again. Of the two backward passes the first
+// keeps gu for the second where an image is small enough for the cache; otherwise both compute it.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -32,6 +33,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <string>
 #include <tuple>
 #include <type_traits>
@@ -53,6 +55,8 @@ constexpr int64_t kChunk = 16384;
 // values, hence n * (first - mean)^2 <= n * M2, and subtracting it amplifies rounding errors by n + 1 at
 // most, whatever the data.
 constexpr int64_t kChunkRows = 512;
+// Elements of an image up to which gu is kept: 1 MiB of fp32, which the second-level cache of a server holds.
+constexpr int64_t kKept = int64_t(1) << 18;
 // Elements that one thread takes at least: enough work to be worth waking it.
 constexpr int64_t kGrain = 32768;
 
@@ -69,11 +73,11 @@ inline To bits_as(From value) {
   return result;
 }
 
-// exp(t): t = n ln 2 + r with |r| <= ln(2) / 2, exp(r) by the polynomial 1 + r + r^2 (...) of smallest
-// largest relative error (3e-9), times 2^n by adding n to the exponent. At most 0.9 units in the last place
-// with fused multiply-add, 1.2 without. |t| is limited to 87, where the result and its reciprocal are normal
-// numbers, by comparing bits: magnitudes are ordered like integers, and the vector minimum of integers needs
-// no care for NaN. NaN becomes 87 here; it stays NaN in everything below because u is multiplied back in.
+// exp(t): t = n ln 2 + r with |r| <= ln(2) / 2, exp(r) by the polynomial 1 + r + r^2 (...) of smallest largest
+// relative error (3e-9), times 2^n by adding n to the exponent: right to about one unit in the last place. |t| is
+// limited to 87, where the result and its reciprocal are normal numbers, by comparing bits: magnitudes are ordered
+// like integers, and the vector minimum of integers needs no care for NaN. NaN becomes 87 here; it stays NaN in
+// everything below because u is multiplied back in.
 inline float exp_limited(float t) {
   constexpr uint32_t kSign = 0x80000000u;
   constexpr uint32_t kLimit = 0x42ae0000u;     // 87.0f
@@ -176,10 +180,11 @@ ALIGNTOK_INLINE void write_output(
   }
 }
 
-// Sums of gu and gu * (x - mean).
-template <bool activation, typename scalar_t, typename acc_t>
+// Sums of gu and gu * (x - mean). gu itself is written to `kept` where asked for.
+template <bool activation, bool keep, typename scalar_t, typename acc_t>
 ALIGNTOK_INLINE void sum_gradients(
-    const scalar_t* dy, const scalar_t* x, int64_t n, int64_t block, acc_t* parameters, acc_t* sums) {
+    const scalar_t* dy, const scalar_t* x, acc_t* kept, int64_t n, int64_t block, acc_t* parameters,
+    acc_t* sums) {
   const Parameters<acc_t> p(parameters, block);
   acc_t *first = sums, *second = sums + block;
   for (int64_t start = 0; start < n; start += block) {
@@ -191,13 +196,17 @@ ALIGNTOK_INLINE void sum_gradients(
       const acc_t gu = static_cast<acc_t>(dy[start + i]) * slope<activation>(u);
       first[i] += gu;
       second[i] += gu * centred;
+      if constexpr (keep) {
+        kept[start + i] = gu;
+      }
     }
   }
 }
 
-template <bool activation, typename scalar_t, typename acc_t>
+// From dy, or from the gu that was kept: its derivative with respect to itself is that without activation.
+template <bool activation, typename gradient_t, typename scalar_t, typename acc_t>
 ALIGNTOK_INLINE void write_gradient(
-    const scalar_t* dy, const scalar_t* x, scalar_t* dx, int64_t n, int64_t block, acc_t* parameters) {
+    const gradient_t* dy, const scalar_t* x, scalar_t* dx, int64_t n, int64_t block, acc_t* parameters) {
   const Parameters<acc_t> p(parameters, block);
   for (int64_t start = 0; start < n; start += block) {
     const int64_t length = std::min(block, n - start);
@@ -215,10 +224,14 @@ ALIGNTOK_INLINE void write_gradient(
 // ATEN_CPU_CAPABILITY) picks one at run time, so a wheel built on a new processor runs on an old one.
 template <typename s, typename a = at::opmath_type<s>>
 struct Passes {
+  using SumGradients =
+      void (*)(const s* dy, const s* x, a* kept, int64_t n, int64_t block, a* parameters, a* sums);
+
   void (*sum_moments)(const s* x, int64_t n, int64_t block, const a* pivot, a* sums);
   void (*write_output)(const s* x, s* y, int64_t n, int64_t block, a* parameters);
-  void (*sum_gradients)(const s* dy, const s* x, int64_t n, int64_t block, a* parameters, a* sums);
+  SumGradients sum_gradients, sum_and_keep_gradients;
   void (*write_gradient)(const s* dy, const s* x, s* dx, int64_t n, int64_t block, a* parameters);
+  void (*write_gradient_from_kept)(const a* gu, const s* x, s* dx, int64_t n, int64_t block, a* parameters);
 };
 
 #define ALIGNTOK_PASSES(SUFFIX, TARGET)                                                                     \
@@ -230,21 +243,23 @@ struct Passes {
   TARGET void write_output_##SUFFIX(const s* x, s* y, int64_t n, int64_t block, a* parameters) {            \
     write_output<activation>(x, y, n, block, parameters);                                                   \
   }                                                                                                         \
-  template <bool activation, typename s, typename a>                                                        \
+  template <bool activation, bool keep, typename s, typename a>                                             \
   TARGET void sum_gradients_##SUFFIX(                                                                       \
-      const s* dy, const s* x, int64_t n, int64_t block, a* parameters, a* sums) {                          \
-    sum_gradients<activation>(dy, x, n, block, parameters, sums);                                           \
+      const s* dy, const s* x, a* kept, int64_t n, int64_t block, a* parameters, a* sums) {                 \
+    sum_gradients<activation, keep>(dy, x, kept, n, block, parameters, sums);                               \
   }                                                                                                         \
-  template <bool activation, typename s, typename a>                                                        \
+  template <bool activation, typename g, typename s, typename a>                                            \
   TARGET void write_gradient_##SUFFIX(                                                                      \
-      const s* dy, const s* x, s* dx, int64_t n, int64_t block, a* parameters) {                            \
+      const g* dy, const s* x, s* dx, int64_t n, int64_t block, a* parameters) {                            \
     write_gradient<activation>(dy, x, dx, n, block, parameters);                                            \
   }                                                                                                         \
   template <bool activation, typename s, typename a = at::opmath_type<s>>                                   \
   Passes<s> passes_##SUFFIX() {                                                                             \
     return {                                                                                                \
         sum_moments_##SUFFIX<s, a>, write_output_##SUFFIX<activation, s, a>,                                \
-        sum_gradients_##SUFFIX<activation, s, a>, write_gradient_##SUFFIX<activation, s, a>};               \
+        sum_gradients_##SUFFIX<activation, false, s, a>,                                                    \
+        sum_gradients_##SUFFIX<activation, activation, s, a>,                                               \
+        write_gradient_##SUFFIX<activation, s, s, a>, write_gradient_##SUFFIX<false, a, s, a>};             \
   }
 
 ALIGNTOK_PASSES(default, )
@@ -291,6 +306,10 @@ struct Layout {
     return channels / groups;
   }
 
+  int64_t image_elements() const {
+    return pixels * channels;
+  }
+
   int64_t offset(int64_t image, int64_t chunk) const {
     return (image * pixels + chunk * chunk_rows) * channels;
   }
@@ -325,31 +344,41 @@ struct Workspace {
   }
 };
 
-// sums(image, chunk) for every chunk of an image, then combine(image), then elements(image, chunk) for every
-// chunk.
-template <typename Sums, typename Combine, typename Elements>
+// sums(image, chunk, kept) for every chunk of an image, then combine(image), then
+// elements(image, chunk, kept) for every chunk. `kept` is memory for as many elements as the chunk has, or null if not asked for; what the
+// first writes the last can read.
+template <typename acc_t, typename Sums, typename Combine, typename Elements>
 void for_each_image(
-    const Layout& layout, const Sums& sums, const Combine& combine, const Elements& elements) {
-  const int64_t image_elements = layout.pixels * layout.channels;
+    const Layout& layout, bool keep, const Sums& sums, const Combine& combine, const Elements& elements) {
+  const int64_t image_elements = layout.image_elements();
+  const auto memory = [&](int64_t images) {
+    return std::unique_ptr<acc_t[]>(keep ? new acc_t[images * image_elements] : nullptr);
+  };
   if (layout.images >= at::get_num_threads() || image_elements < kGrain) {
     at::parallel_for(0, layout.images, at::divup(kGrain, image_elements), [&](int64_t begin, int64_t end) {
+      const auto kept = memory(1);
+      const auto chunk_memory = [&](int64_t chunk) {
+        return keep ? kept.get() + layout.offset(0, chunk) : nullptr;
+      };
       for (int64_t image = begin; image < end; ++image) {
         for (int64_t chunk = 0; chunk < layout.chunks; ++chunk) {
-          sums(image, chunk);
+          sums(image, chunk, chunk_memory(chunk));
         }
         combine(image);
         for (int64_t chunk = 0; chunk < layout.chunks; ++chunk) {
-          elements(image, chunk);
+          elements(image, chunk, chunk_memory(chunk));
         }
       }
     });
     return;
   }
+  const auto kept = memory(layout.images);
   const auto over_chunks = [&](const auto& function) {
     const int64_t grain = at::divup(kGrain, layout.chunk_rows * layout.channels);
     at::parallel_for(0, layout.images * layout.chunks, grain, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
-        function(i / layout.chunks, i % layout.chunks);
+        const int64_t image = i / layout.chunks, chunk = i % layout.chunks;
+        function(image, chunk, keep ? kept.get() + layout.offset(image, chunk) : nullptr);
       }
     });
   };
@@ -467,7 +496,7 @@ void forward_kernel(
   acc_t *mean = mean_.mutable_data_ptr<acc_t>(), *rstd = rstd_.mutable_data_ptr<acc_t>();
   Workspace<acc_t> work(layout);
 
-  const auto sums = [&](int64_t image, int64_t chunk) {
+  const auto sums = [&](int64_t image, int64_t chunk, acc_t*) {
     const scalar_t* first = x + layout.offset(image, chunk);
     chunk_moments(layout, pass, first, layout.rows(chunk), work.sums_of(image, chunk));
   };
@@ -476,11 +505,11 @@ void forward_kernel(
     group_statistics(layout, work.sums_of(image, 0), eps, m, r);
     set_statistics(layout, m, r, weight, bias, Parameters<acc_t>(work.parameters_of(image), layout.block));
   };
-  const auto elements = [&](int64_t image, int64_t chunk) {
+  const auto elements = [&](int64_t image, int64_t chunk, acc_t*) {
     const int64_t offset = layout.offset(image, chunk), n = layout.rows(chunk) * layout.channels;
     pass.write_output(x + offset, y + offset, n, layout.block, work.parameters_of(image));
   };
-  for_each_image(layout, sums, combine, elements);
+  for_each_image<acc_t>(layout, false, sums, combine, elements);
 }
 
 // Per channel the sums of gu and gu * (x - mean) over an image, [chunks, 2, channels]: the chunks in order,
@@ -546,10 +575,12 @@ void backward_kernel(
     set_statistics(layout, mean + image * groups, rstd + image * groups, weight, bias, p);
   }
 
-  const auto sums = [&](int64_t image, int64_t chunk) {
+  const bool keep = activation && layout.image_elements() <= kKept;
+  const auto sum_gradients = keep ? pass.sum_and_keep_gradients : pass.sum_gradients;
+  const auto sums = [&](int64_t image, int64_t chunk, acc_t* kept) {
     const int64_t offset = layout.offset(image, chunk), n = layout.rows(chunk) * layout.channels;
     std::vector<acc_t> lanes(2 * block);
-    pass.sum_gradients(dy + offset, x + offset, n, block, work.parameters_of(image), lanes.data());
+    sum_gradients(dy + offset, x + offset, kept, n, block, work.parameters_of(image), lanes.data());
     fold(lanes.data(), layout, work.sums_of(image, chunk));
     fold(lanes.data() + block, layout, work.sums_of(image, chunk) + layout.channels);
   };
@@ -558,11 +589,15 @@ void backward_kernel(
     const Parameters<acc_t> p(work.parameters_of(image), block);
     gradient_of_statistics(layout, weight, rstd + image * groups, work.sums_of(image, 0), p);
   };
-  const auto elements = [&](int64_t image, int64_t chunk) {
+  const auto elements = [&](int64_t image, int64_t chunk, const acc_t* kept) {
     const int64_t offset = layout.offset(image, chunk), n = layout.rows(chunk) * layout.channels;
-    pass.write_gradient(dy + offset, x + offset, dx + offset, n, block, work.parameters_of(image));
+    if (keep) {
+      pass.write_gradient_from_kept(kept, x + offset, dx + offset, n, block, work.parameters_of(image));
+    } else {
+      pass.write_gradient(dy + offset, x + offset, dx + offset, n, block, work.parameters_of(image));
+    }
   };
-  for_each_image(layout, sums, combine, elements);
+  for_each_image<acc_t>(layout, keep, sums, combine, elements);
   add_images(layout, work, dweight.mutable_data_ptr<acc_t>(), dbias.mutable_data_ptr<acc_t>());
 }
 

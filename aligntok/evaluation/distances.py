@@ -17,8 +17,8 @@ from torch import Tensor
 from aligntok.errors import UserError
 from aligntok.evaluation.features import FeatureExtractor
 
-# Sets up to this size have all their kernel values computed once and subsets picked from them: 15 times
-# less work for 1300 samples, and at most 3 x 134 MB; larger sets compute each subset's own.
+# Sets up to this size have all their kernel values computed once and subsets picked from them: a third of the
+# time for 1300 samples, and at most 3 x 134 MB. Larger sets compute each subset's own.
 _WHOLE = 4096
 
 

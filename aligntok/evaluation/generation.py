@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -64,11 +64,23 @@ def draw(
     return decode_all(tokenizer, torch.cat(latents), precision)
 
 
+@dataclass
+class Reference:
+    """Real images that generated ones are compared with: their features and labels."""
+
+    features: Tensor  # [n, dimension]
+    labels: Tensor  # [n]
+
+    @classmethod
+    def of(cls, images: Tensor, labels: Tensor, extractor: FeatureExtractor) -> Reference:
+        """From uint8 images [n, 3, H, W] and labels [n]."""
+        return cls(extract(extractor, (to_unit_range(batch) for batch in images.split(BATCH))), labels)
+
+
 def evaluate_generation(
     generator: Generator,
     tokenizer: AlignTok,
-    reference: Tensor,
-    reference_labels: Tensor,
+    reference: Reference,
     count: int,
     guidance: float,
     extractor: FeatureExtractor,
@@ -76,19 +88,13 @@ def evaluate_generation(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
-    """gFD and gKD of `count` samples against uint8 reference images [n, 3, H, W]; labels are drawn as the
-    reference has them."""
+    """gFD and gKD of `count` samples; their labels are drawn from the reference's."""
     sampler = replace(generator.sampler, guidance=guidance)
-    order = torch.randint(len(reference_labels), (count,), generator=torch.Generator().manual_seed(seed))
-    samples = draw(generator, tokenizer, reference_labels[order], sampler, precision, seed, progress)
-    real = extract(extractor, (to_unit_range(batch) for batch in reference.split(BATCH)))
+    order = torch.randint(len(reference.labels), (count,), generator=torch.Generator().manual_seed(seed))
+    samples = draw(generator, tokenizer, reference.labels[order], sampler, precision, seed, progress)
     made = extract(extractor, samples.split(BATCH))
-    values, protocol = feature_distances(real, made, extractor, prefix="g", seed=seed)
-    return Measured(
-        values,
-        f"{protocol}; {describe(sampler)}; labels as in the reference, seed {seed}",
-        {"samples": samples},
-    )
+    values, protocol = feature_distances(reference.features, made, extractor, prefix="g", seed=seed)
+    return Measured(values, f"{protocol}; {describe(sampler)}; labels as in the reference, seed {seed}")
 
 
 def describe(sampler: SamplerConfig) -> str:

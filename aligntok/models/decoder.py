@@ -16,13 +16,14 @@ from torch.nn import functional as F
 
 from aligntok.config import DecoderConfig
 from aligntok.errors import UserError
+from aligntok.kernels import group_norm_silu
 
 EPS = 1e-6  # of every GroupNorm (LDM)
 
 
-def group_norm_silu(x: Tensor, norm: nn.GroupNorm) -> Tensor:
-    """SiLU(GroupNorm(x)) for x [B, C, H, W]."""
-    return F.silu(norm(x))
+def apply_norm(x: Tensor, norm: nn.GroupNorm, activation: bool = True) -> Tensor:
+    """SiLU(norm(x)), or norm(x), for x [B, C, H, W] by the fused operator."""
+    return group_norm_silu(x, norm.weight, norm.bias, norm.num_groups, norm.eps, activation)
 
 
 class ResidualBlock(nn.Module):
@@ -37,8 +38,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(group_norm_silu(x, self.norm1))
-        h = self.conv2(group_norm_silu(h, self.norm2))
+        h = self.conv1(apply_norm(x, self.norm1))
+        h = self.conv2(apply_norm(h, self.norm2))
         return (x if self.shortcut is None else self.shortcut(x)) + h
 
 
@@ -53,7 +54,9 @@ class SpatialAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         _, channels, height, width = x.shape
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2).unsqueeze(1)  # [B, 1, H*W, 3C]
+        qkv = (
+            self.qkv(apply_norm(x, self.norm, activation=False)).flatten(2).transpose(1, 2).unsqueeze(1)
+        )  # [B, 1, H*W, 3C]
         out = F.scaled_dot_product_attention(*qkv.split(channels, dim=-1))  # [B, 1, H*W, C]
         return x + self.proj(out.squeeze(1).transpose(1, 2).unflatten(2, (height, width)))
 
@@ -109,4 +112,4 @@ class Decoder(nn.Module):
     def forward(self, latents: Tensor) -> Tensor:
         h = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
         h = self.levels(self.middle(h))
-        return self.conv_out(group_norm_silu(h, self.norm_out))
+        return self.conv_out(apply_norm(h, self.norm_out))

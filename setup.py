@@ -185,6 +185,7 @@ setup(
     package_dir={"aligntok.kernels": "kernels", "aligntok.configs": "configs"},
     package_data={
         "aligntok": ["data/*.tar", "data/*.json", "data/*.md"],
+        "aligntok.report": ["*.css"],
         "aligntok.configs": ["*.yaml", "**/*.yaml"],
     },
     exclude_package_data={"*": ["_C.*"]},

@@ -16,8 +16,8 @@
 // Images are independent, so a thread finishes one before it starts the next while the image is still in the
 // cache; only if there are too few of them are chunks shared out.
 //
-// Saved from forward to backward: x, mean, rstd. The rest is computed again. Of the two backward passes the first
-// keeps gu for the second where an image is small enough for the cache; otherwise both compute it.
+// Saved from forward to backward: x, mean, rstd. The rest is computed again. Of the two backward passes the
+// first keeps gu for the second where an image is small enough for the cache; otherwise both compute it.
 
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
@@ -73,11 +73,11 @@ inline To bits_as(From value) {
   return result;
 }
 
-// exp(t): t = n ln 2 + r with |r| <= ln(2) / 2, exp(r) by the polynomial 1 + r + r^2 (...) of smallest largest
-// relative error (3e-9), times 2^n by adding n to the exponent: right to about one unit in the last place. |t| is
-// limited to 87, where the result and its reciprocal are normal numbers, by comparing bits: magnitudes are ordered
-// like integers, and the vector minimum of integers needs no care for NaN. NaN becomes 87 here; it stays NaN in
-// everything below because u is multiplied back in.
+// exp(t): t = n ln 2 + r with |r| <= ln(2) / 2, exp(r) by the polynomial 1 + r + r^2 (...) of smallest
+// relative error (3e-9), times 2^n by adding n to the exponent: right to about one unit in the last place.
+// |t| is limited to 87, where the result and its reciprocal are normal numbers, by comparing bits: magnitudes
+// are ordered like integers, and the vector minimum of integers needs no care for NaN. NaN becomes 87 here;
+// it stays NaN in everything below because u is multiplied back in.
 inline float exp_limited(float t) {
   constexpr uint32_t kSign = 0x80000000u;
   constexpr uint32_t kLimit = 0x42ae0000u;     // 87.0f
@@ -100,7 +100,7 @@ inline float exp_limited(float t) {
 }
 
 inline double exp_limited(double t) {
-  return std::exp(t);
+  return std::exp(std::min(std::max(t, -700.0), 700.0));
 }
 
 // To the nearest number of the target type, ties to even. c10's conversion to bf16 branches on NaN, which
@@ -116,24 +116,21 @@ inline scalar_t rounded(acc_t value) {
   }
 }
 
-template <typename acc_t>
-inline acc_t sigmoid(acc_t u) {
-  return acc_t(1) / (acc_t(1) + exp_limited(-u));
-}
-
 template <bool activation, typename acc_t>
 inline acc_t activated(acc_t u) {
   if constexpr (activation) {
-    return u * sigmoid(u);
+    return u * (acc_t(1) / (acc_t(1) + exp_limited(-u)));
   }
   return u;
 }
 
+// The derivative of u * s with s = 1 / (1 + e), e = exp(-u), is s + u * s * (1 - s), where 1 - s = e * s.
 template <bool activation, typename acc_t>
 inline acc_t slope(acc_t u) {
   if constexpr (activation) {
-    const acc_t s = sigmoid(u);
-    return s * (acc_t(1) + u * (acc_t(1) - s));
+    const acc_t e = exp_limited(-u);
+    const acc_t s = acc_t(1) / (acc_t(1) + e);
+    return s * (acc_t(1) + u * (e * s));
   }
   return acc_t(1);
 }
@@ -345,8 +342,8 @@ struct Workspace {
 };
 
 // sums(image, chunk, kept) for every chunk of an image, then combine(image), then
-// elements(image, chunk, kept) for every chunk. `kept` is memory for as many elements as the chunk has, or null if not asked for; what the
-// first writes the last can read.
+// elements(image, chunk, kept) for every chunk. `kept` is memory for as many elements as the chunk has, or
+// null if not asked for; what the first writes the last can read.
 template <typename acc_t, typename Sums, typename Combine, typename Elements>
 void for_each_image(
     const Layout& layout, bool keep, const Sums& sums, const Combine& combine, const Elements& elements) {

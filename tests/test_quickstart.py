@@ -81,7 +81,18 @@ def test_sample_reconstruct_evaluate_and_statistics(run, pictures, tmp_path, cap
     assert main(["reconstruct", *parts, *size, "--output", str(restored)]) == 0
     assert Image.open(restored).size[1] > 2 * 32
     numbers = tmp_path / "numbers.json"
-    command = ["evaluate", *parts, *generator, *size, "--samples", "16", "--guidance", "[1.0]", "--output", str(numbers)]
+    command = [
+        "evaluate",
+        *parts,
+        *generator,
+        *size,
+        "--samples",
+        "16",
+        "--guidance",
+        "[1.0]",
+        "--output",
+        str(numbers),
+    ]
     assert main(command) == 0
     found = json.loads(numbers.read_text())
     assert found.keys() == {"reconstruction", "probe of latents", "probe of encoder", "generation, guidance 1"}

@@ -170,7 +170,7 @@ def test_silu_and_its_derivative_to_the_last_places():
     [expected_derivative] = torch.autograd.grad(expected.sum(), wide)
     relative = (y.flatten().double() / expected.detach() - 1).abs()
     assert relative[u != 0].max() < 4 * 2**-24  # four roundings: exp, 1 + e, division, product
-    assert (derivative.double() - expected_derivative).abs().max() < 4 * 2**-24
+    assert (derivative.double() - expected_derivative).abs().max() < 8 * 2**-24
 
 
 def test_saturated_activation_and_nan():
@@ -222,14 +222,15 @@ for shape in [(2, 33, 9, 7), (1, 64, 65, 66)]:
 """
 
 
-@pytest.mark.parametrize("capability", ["DEFAULT", "AVX2"])
-def test_older_instruction_sets(capability):
+def test_older_instruction_sets():
     """The loops for lesser processors, run on this one. The tests above run the best it has."""
-    if capability == "AVX2" and torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"):
-        capability = "DEFAULT"
-    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()}
-    script = CHECK_CAPABILITY.format(capability=capability)
-    subprocess.run([sys.executable, "-c", script], env=environment, check=True)
+    with_avx2 = torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    processes = []
+    for capability in ("DEFAULT", "AVX2") if with_avx2 else ("DEFAULT",):
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability.lower()}
+        script = CHECK_CAPABILITY.format(capability=capability)
+        processes.append(subprocess.Popen([sys.executable, "-c", script], env=environment))
+    assert [process.wait() for process in processes] == [0] * len(processes)
 
 
 def test_other_layouts_give_the_same_bits():

@@ -33,6 +33,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
 
   aligntok quickstart                                                     twelve minutes on two cores, no GPU
   aligntok quickstart --data ~/pictures                                   the same on your own images
+  aligntok quickstart --ablation                                          and Stage 2 without its semantic loss
   aligntok train-tokenizer --config imagenet256_f16d32 --data.path /data/imagenet/train
   aligntok train-tokenizer --config imagenet256_f16d32 --print_config     every value, with your overrides
 
@@ -140,11 +141,20 @@ class StatisticsConfig:
 
 
 def _quickstart(arguments: list[str]) -> None:
-    arguments = ["--data.path" + a[6:] if a == "--data" or a.startswith("--data=") else a for a in arguments]
-    recipe = parse_recipe("quickstart", arguments, default_recipe="quickstart")
+    recipe = parse_recipe("quickstart", expand_short_options(arguments), default_recipe="quickstart")
     from aligntok.quickstart import quickstart
 
     quickstart(recipe, " ".join(["aligntok quickstart", *arguments]))
+
+
+def expand_short_options(arguments: list[str]) -> list[str]:
+    """The quickstart's short options: --data PATH and --ablation."""
+    short = {"--data": "--data.path", "--ablation": "--evaluation.ablation=true"}
+    expanded = []
+    for argument in arguments:
+        name, equals, value = argument.partition("=")
+        expanded.append(short.get(name, name) + equals + value)
+    return expanded
 
 
 def _train_tokenizer(arguments: list[str]) -> None:

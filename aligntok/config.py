@@ -113,7 +113,8 @@ class StageConfig:
 
     trains: tuple[Part, ...]
     steps: int
-    learning_rate: float = 1e-4  # adapter and decoder; unknown in the paper, VA-VAE's value
+    learning_rate: float = 1e-4  # decoder, and adapter unless it has its own; unknown in the paper, VA-VAE's value
+    adapter_learning_rate: float | None = None  # None = learning_rate; a slower adapter keeps the latent's scale small
     encoder_learning_rate: float = 1e-5  # only used where the encoder trains; unknown, siblings use 5e-6 to 1e-4
     discriminator_learning_rate: float = 1e-4
     warmup_steps: int = 0
@@ -176,6 +177,7 @@ class TokenizerTrainingConfig:
     losses: LossConfig = field(default_factory=LossConfig)
     stages: StagesConfig = field(default_factory=StagesConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    betas: tuple[float, float] = (0.5, 0.9)  # Adam of autoencoder and discriminator, no decay: VA-VAE autoencoder.py
     statistics_images: int = 10_000  # images behind the latent statistics: LightningDiT img_latent_dataset.py
 
 

@@ -117,6 +117,6 @@ def next_commands(results: Results) -> list[tuple[str, str]]:
         ("All of it on your own images", "aligntok quickstart --data FOLDER --output runs/mine"),
     ]
     if "stage2_w_sp_0" not in table(results, "reconstruction"):
-        commands.append(("The price of meaning", "aligntok quickstart --evaluation.ablation true"))
+        commands.append(("The price of meaning", "aligntok quickstart --ablation"))
     recipe = "aligntok train-tokenizer --config imagenet256_f16d32 --data.path FOLDER"
     return [*commands, ("The full recipe, on a GPU", recipe), ("What runs here, and why", "aligntok doctor")]

@@ -25,8 +25,6 @@ from aligntok.models.tokenizer import AlignTok
 from aligntok.training.ema import adopt, build_ema
 from aligntok.training.objective import Phase, Schedule, Values, parameter_group
 
-ADAM_BETAS = (0.5, 0.9)  # GAN-style Adam without decay: VA-VAE autoencoder.py
-
 
 @dataclass
 class FrozenInputs:
@@ -49,6 +47,7 @@ class TokenizerObjective:
         stage: StageConfig,
         frozen: FrozenInputs,
         precision: Precision,
+        betas: tuple[float, float] = (0.5, 0.9),
     ) -> None:
         self.tokenizer, self.discriminator, self.perceptual = tokenizer, discriminator, perceptual
         self.losses, self.stage, self.frozen, self.precision = losses, stage, frozen, precision
@@ -58,16 +57,16 @@ class TokenizerObjective:
         tokenizer.eval().requires_grad_(False)
         for part in self.trained.values():
             part.train().requires_grad_(True)
-        groups = [
-            parameter_group(
-                part.parameters(), stage.encoder_learning_rate if name == "encoder" else stage.learning_rate
-            )
-            for name, part in self.trained.items()
-        ]
+        rates = {
+            "encoder": stage.encoder_learning_rate,
+            "adapter": stage.adapter_learning_rate or stage.learning_rate,
+            "decoder": stage.learning_rate,
+        }
+        groups = [parameter_group(part.parameters(), rates[name]) for name, part in self.trained.items()]
         fused = optimizer_is_fused(precision.device)
-        self.autoencoder_optimizer = Adam(groups, betas=ADAM_BETAS, fused=fused)
+        self.autoencoder_optimizer = Adam(groups, betas=betas, fused=fused)
         group = parameter_group(discriminator.parameters(), stage.discriminator_learning_rate)
-        self.discriminator_optimizer = Adam([group], betas=ADAM_BETAS, fused=fused)
+        self.discriminator_optimizer = Adam([group], betas=betas, fused=fused)
         self.together = nn.ModuleDict(self.trained)
         self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
         self._fake: Tensor | None = None  # this step's reconstructions, handed from the first phase to the second

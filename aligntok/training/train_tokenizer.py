@@ -78,7 +78,14 @@ class TokenizerTraining:
         frozen = self._frozen_inputs(stage, tokenizer)
         before = tokenizer.fingerprint()
         objective = TokenizerObjective(
-            tokenizer, discriminator, self._perceptual(), self.config.losses, stage, frozen, self.precision
+            tokenizer,
+            discriminator,
+            self._perceptual(),
+            self.config.losses,
+            stage,
+            frozen,
+            self.precision,
+            self.config.betas,
         )
         mark = fingerprint(
             name,
@@ -91,7 +98,9 @@ class TokenizerTraining:
         checkpoints = Checkpoints(
             self.output / "checkpoints" / name,
             self.config.training.keep_checkpoints,
-            fingerprint(mark, self.config.training.seed, self.config.training.batch_size, len(self.images)),
+            fingerprint(
+                mark, self.config.betas, self.config.training.seed, self.config.training.batch_size, len(self.images)
+            ),
         )
         train(
             name,

@@ -182,8 +182,8 @@ def test_the_commands_of_the_page_are_understood_by_the_command_line(results):
         if command in options:
             cli.parse_options(command, options[command], arguments)
         else:
-            cli.parse_recipe(command, arguments)
-    assert any("--evaluation.ablation" in line for _, line in commands) == (not results)
+            cli.parse_recipe(command, cli.expand_short_options(arguments))
+    assert any("--ablation" in line for _, line in commands) == (not results)
 
 
 WRONG = {

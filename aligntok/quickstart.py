@@ -28,6 +28,7 @@ from aligntok.evaluation.tokenizer import encode_all, encoder_probe, evaluate_pr
 from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.tokenizer import AlignTok, load_tokenizer
+from aligntok.report.pictures import contact_sheet
 from aligntok.report.quickstart_page import build_page
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.train_generator import Generator, train_generator
@@ -64,7 +65,7 @@ class Clock:
 
 
 def quickstart(recipe: Recipe, command: str) -> Path:
-    """Run what is left to run and write OUTPUT/report.html; returns its path."""
+    """Run what is left to run and write OUTPUT/report.html and overview.png; returns the first."""
     output = Path(recipe.output)
     telemetry = Telemetry(output, recipe.tokenizer.training.log_every)
     clock = Clock(output / "times.json")
@@ -77,9 +78,18 @@ def quickstart(recipe: Recipe, command: str) -> Path:
         results = evaluate(training, stages, generator, recipe, telemetry)
     results.numbers |= facts(training, recipe, command, clock)
     write_bytes(output / "results.json", json.dumps(results.numbers, indent=1).encode())
+    write_bytes(output / "overview.png", overview(results, training.images.classes))
     page = build_page(results.numbers, results.pictures, telemetry.records()).write(output / "report.html")
     telemetry.say(f"done in {sum(clock.seconds.values()) / 60:.1f} minutes: open {page}")
     return page
+
+
+def overview(results: Results, classes: list[str]) -> bytes:
+    """One PNG: held-out pictures after every stage above samples of every class."""
+    names = {"originals": "Original", "stage1": "Stage 1", "stage2": "Stage 2", "stage3": "Stage 3"}
+    rows = {names[key]: results.pictures[key] for key in names if key in results.pictures}
+    samples = results.pictures.get("samples_guided", results.pictures["samples"])
+    return contact_sheet(rows, samples, classes)
 
 
 def run_tokenizer(training: TokenizerTraining, recipe: Recipe, clock: Clock) -> dict[str, AlignTok]:

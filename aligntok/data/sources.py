@@ -7,7 +7,8 @@ flip [B].
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import numpy as np
@@ -86,20 +87,39 @@ class MemorySource:
 
 
 class StreamSource:
-    """Pictures decoded by worker processes as training goes; random or centre crops."""
+    """Pictures decoded by worker processes as training goes; random or centre crops.
 
-    def __init__(self, images: ImageSet, data: DataConfig, crop: str, batch_size: int, seed: int) -> None:
+    An unreadable picture is replaced by another one of its batch, recorded in `images.skipped` and named once to `say`.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        data: DataConfig,
+        crop: str,
+        batch_size: int,
+        seed: int,
+        say: Callable[[str], None] = warnings.warn,
+    ) -> None:
+        self.images, self.say = images, say
         self.dataset = _Crops(images, data.image_size, crop)
         self.order = Order(len(images), batch_size, seed)
         self.data = data
         self._batches: Iterator[Batch] | None = None
         self._next_step = -1
+        self._named: set[str] = set()
 
     def batch(self, step: int) -> Batch:
         if self._batches is None or step != self._next_step:
             self._batches = self._start(step)
         self._next_step = step + 1
-        return next(self._batches)
+        batch = next(self._batches)
+        for name, reason in batch.pop("skipped", []):
+            if name not in self._named:
+                self._named.add(name)
+                self.images.skipped[name] = reason
+                self.say(f"skipped {name}: {reason} ({len(self._named)} unreadable so far)")
+        return batch
 
     def _start(self, step: int) -> Iterator[Batch]:
         loader = DataLoader(

@@ -79,4 +79,4 @@ def step_seed(seed: int, step: int) -> int:
 
 def move(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on `device`, copied asynchronously."""
-    return {k: v.to(device, non_blocking=True) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

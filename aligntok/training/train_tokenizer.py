@@ -218,7 +218,7 @@ def build_source(
         return MemorySource(pixels, labels, batch_size, seed, data.flip)
     why = "random crops never repeat" if crop == "random" else f"{gib:.1f} GiB exceed data.memory_limit_gib"
     telemetry.say(f"images are decoded as training goes ({why}); frozen networks run in the loop")
-    return StreamSource(images, data, crop, batch_size, seed)
+    return StreamSource(images, data, crop, batch_size, seed, telemetry.say)
 
 
 def report_skipped(images: ImageSet, telemetry: Telemetry) -> None:

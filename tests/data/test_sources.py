@@ -59,10 +59,12 @@ def test_stream_resumes_at_any_step_with_workers(images):
 
 def test_a_corrupt_picture_in_a_stream_is_replaced_and_named(images, tmp_path):
     (tmp_path / "disc" / "000.png").write_bytes(b"junk")
-    stream = StreamSource(images, DataConfig(image_size=32, workers=0), "center", 10, 0)
-    batch = stream.batch(0)
-    assert batch["images"].shape == (10, 3, 32, 32)
-    assert [name for name, _ in batch["skipped"]] == ["disc/000.png"]
+    said = []
+    stream = StreamSource(images, DataConfig(image_size=32, workers=0), "center", 10, 0, said.append)
+    for step in range(2):
+        assert stream.batch(step)["images"].shape == (10, 3, 32, 32)
+    assert len(said) == 1 and "skipped disc/000.png" in said[0]
+    assert list(images.skipped) == ["disc/000.png"]
 
 
 def test_a_batch_of_corrupt_pictures_is_refused(images, tmp_path):

@@ -132,7 +132,7 @@ def evaluate(
     extractor = EfficientNetLite0().to(precision.device)
     perceptual = build_perceptual(PerceptualConfig(kind="st-lpips-alex")).to(precision.device)
     protocols: dict[str, str] = {}
-    reconstruction, probes = {}, {}
+    reconstruction, probes, probed = {}, {}, {}
     results.pictures["originals"] = to_unit_range(held_out[:SHOWN])
     with telemetry.bar("evaluation") as update:
         for index, (name, tokenizer) in enumerate(stages.items()):
@@ -140,7 +140,9 @@ def evaluate(
             reconstruction[name], protocols["reconstruction"] = measured.values, measured.protocol
             results.pictures[name] = measured.extra["reconstructions"][:SHOWN]
             results.pictures[f"latents_{name}"] = measured.extra["latents"][:SHOWN]
-            probe = evaluate_probe(encode_all(tokenizer, everything, precision), labels)
+            if tokenizer.fingerprint() not in probed:  # a refined decoder leaves the latents as they are
+                probed[tokenizer.fingerprint()] = evaluate_probe(encode_all(tokenizer, everything, precision), labels)
+            probe = probed[tokenizer.fingerprint()]
             if probe is not None:
                 probes[name], protocols["probe"] = probe.values, probe.protocol
             update(index + 1, len(stages))

@@ -29,6 +29,9 @@ SIZES = {  # depth, width, heads. S as in DiT; L/1 is not defined in LightningDi
 ROPE_THETA = 10_000.0
 TIME_FEATURES = 256  # sinusoidal features of raw t in [0, 1]
 NORM_EPS = 1e-6
+SHORT_SEQUENCE = (
+    64  # tokens up to which PyTorch's CPU flash attention is slower than three plain calls (docs/decisions.md)
+)
 
 
 def dimensions(config: LightningDiTConfig) -> tuple[int, int, int]:
@@ -85,10 +88,25 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return x * cos + turned * sin
 
 
+class RMSNorm(nn.RMSNorm):
+    """RMSNorm over the last dimension in float32 whatever the autocast, as in LightningDiT's rmsnorm.py."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
+
+
 def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
     """x * (1 + scale) + shift with per-image vectors [B, D] over tokens [B, N, D]."""
     x = x * (1 + scale.unsqueeze(1))
     return x if shift is None else x + shift.unsqueeze(1)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for q, k, v [B, H, N, D]; written out for short sequences on a CPU."""
+    if q.device.type == "cpu" and q.shape[-2] <= SHORT_SEQUENCE:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, N]
+        return scores.softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 class Attention(nn.Module):
@@ -98,16 +116,15 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = nn.RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each
         q, k = rotate(self.q_norm(q), *rope).to(v.dtype), rotate(self.k_norm(k), *rope).to(v.dtype)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
 
 
 class SwiGLU(nn.Module):
@@ -130,9 +147,9 @@ class Block(nn.Module):
     def __init__(self, width: int, heads: int, qk_norm: bool, shift: bool) -> None:
         super().__init__()
         self.shift = shift
-        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm1 = RMSNorm(width, eps=NORM_EPS)
         self.attention = Attention(width, heads, qk_norm)
-        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm2 = RMSNorm(width, eps=NORM_EPS)
         self.mlp = SwiGLU(width)
         self.modulation = nn.Linear(width, (6 if shift else 4) * width)
 
@@ -166,7 +183,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
+        self.norm = RMSNorm(width, eps=NORM_EPS)
         self.modulation = nn.Linear(width, 2 * width)
         self.linear = nn.Linear(width, out)
 

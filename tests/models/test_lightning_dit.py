@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from aligntok.config import LightningDiTConfig
 from aligntok.errors import UserError
-from aligntok.models.lightning_dit import LightningDiT, rope_table, rotate, sincos_table
+from aligntok.models.lightning_dit import LightningDiT, attend, rope_table, rotate, sincos_table
 
 
 def small(**options) -> LightningDiT:
@@ -81,3 +81,16 @@ def test_sincos_table_separates_all_places():
     table = F.normalize(sincos_table((16, 16), 384), dim=1)
     similarity = table @ table.T - torch.eye(256)
     assert similarity.max() < 0.999
+
+
+@pytest.mark.parametrize("tokens", [16, 64, 65])
+def test_attention_equals_scaled_dot_product_attention(tokens):
+    q, k, v = (torch.randn(2, 3, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    expected = F.scaled_dot_product_attention(q, k, v)
+    torch.testing.assert_close(attend(q, k, v), expected)
+    for a, b in zip(
+        torch.autograd.grad(attend(q, k, v).sum().sin(), (q, k, v)),
+        torch.autograd.grad(expected.sum().sin(), (q, k, v)),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)

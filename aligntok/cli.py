@@ -63,7 +63,7 @@ class SampleConfig:
     generator: str
     tokenizer: str
     output: str = "samples.png"
-    labels: list[str] | None = None
+    labels: list[str | int] | None = None
     per_class: int = 8
     steps: int | None = None
     guidance: float | None = None

@@ -44,7 +44,7 @@ def sample(
     generator: str,
     tokenizer: str,
     output: str,
-    labels: list[str] | None,
+    labels: list[str | int] | None,
     per_class: int,
     steps: int | None,
     guidance: float | None,
@@ -74,7 +74,7 @@ def sample(
     telemetry.say(f"{output}: {len(drawn)} pictures; {describe(sampler)}, seed {seed}")
 
 
-def class_numbers(labels: list[str] | None, classes: list[str]) -> list[int]:
+def class_numbers(labels: list[str | int] | None, classes: list[str]) -> list[int]:
     """Class numbers of names or numbers given as text; None = every class.
 
     Raises:
@@ -83,7 +83,7 @@ def class_numbers(labels: list[str] | None, classes: list[str]) -> list[int]:
     if not labels:
         return list(range(len(classes)))
     numbers = []
-    for label in labels:
+    for label in map(str, labels):
         if label in classes:
             numbers.append(classes.index(label))
         elif label.isdigit() and int(label) < len(classes):

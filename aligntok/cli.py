@@ -50,7 +50,7 @@ class SampleConfig:
         generator: folder written by train-generator.
         tokenizer: folder of the tokenizer that it was trained on.
         output: PNG file of the grid; single pictures go to a folder of the same name with --separate true.
-        labels: class names or numbers; empty = every class.
+        labels: class names or numbers, one or [several, of, them]; null = every class.
         per_class: pictures per class.
         steps: network evaluations per picture; null = the generator's own setting.
         guidance: classifier-free guidance scale, 1 = none; null = the generator's own setting.
@@ -63,7 +63,7 @@ class SampleConfig:
     generator: str
     tokenizer: str
     output: str = "samples.png"
-    labels: list[str | int] | None = None
+    labels: list[str | int] | int | str | None = None
     per_class: int = 8
     steps: int | None = None
     guidance: float | None = None

@@ -44,7 +44,7 @@ def sample(
     generator: str,
     tokenizer: str,
     output: str,
-    labels: list[str | int] | None,
+    labels: list[str | int] | int | str | None,
     per_class: int,
     steps: int | None,
     guidance: float | None,
@@ -74,16 +74,16 @@ def sample(
     telemetry.say(f"{output}: {len(drawn)} pictures; {describe(sampler)}, seed {seed}")
 
 
-def class_numbers(labels: list[str | int] | None, classes: list[str]) -> list[int]:
+def class_numbers(labels: list[str | int] | int | str | None, classes: list[str]) -> list[int]:
     """Class numbers of names or numbers given as text; None = every class.
 
     Raises:
         UserError: an unknown name or a number out of range.
     """
-    if not labels:
+    if labels is None or labels == []:
         return list(range(len(classes)))
     numbers = []
-    for label in map(str, labels):
+    for label in map(str, labels if isinstance(labels, list) else [labels]):
         if label in classes:
             numbers.append(classes.index(label))
         elif label.isdigit() and int(label) < len(classes):

@@ -119,6 +119,7 @@ def test_statistics_complete_a_tokenizer_in_place(run, pictures, tmp_path):
     ("options", "message"),
     [
         (["--labels", "[circle]"], "no class 'circle'"),
+        (["--labels", "circle"], "no class 'circle'"),
         (["--labels", "[2]"], "expected 0..1"),
         (["--steps", "0"], "at least 1"),
         (["--guidance_channels", "9", "--guidance", "2"], "expected 1..8"),

@@ -241,7 +241,7 @@ class GeneratorTrainingConfig:
 class EvaluationConfig:
     """What the quickstart measures at its end; `aligntok evaluate` takes the same numbers as options."""
 
-    samples: int = 512  # generated pictures behind gFD and gKD
+    samples: int = 384  # generated pictures behind gFD and gKD
     guidance: float = 2.0  # the guided column, on all channels
     ablation: bool = False  # also train and evaluate a Stage-2 branch with w_sp = 0
 

@@ -11,6 +11,7 @@ import dataclasses
 import json
 import platform
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,7 +56,8 @@ class Clock:
         self.seconds: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
 
     @contextmanager
-    def part(self, name: str):
+    def part(self, name: str) -> Iterator[None]:
+        """Add the time of the block to part `name`, also where it is interrupted."""
         began = time.monotonic()
         try:
             yield

@@ -11,6 +11,7 @@ from . import _extension
 from ._dispatch import Selection, explain, operators, use_implementation
 from .gan_loss import discriminator_loss, generator_loss
 from .group_norm_silu import group_norm_silu
+from .swiglu import swiglu
 
 __all__ = [
     "Selection",
@@ -19,6 +20,7 @@ __all__ = [
     "generator_loss",
     "group_norm_silu",
     "operators",
+    "swiglu",
     "use_implementation",
 ]
 

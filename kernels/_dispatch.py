@@ -5,8 +5,10 @@ reason why it cannot run on a device. The request comes from, first found first 
 `implementation=`, the context manager `use_implementation`, the environment variable ALIGNTOK_KERNELS, else
 `auto`.
 
-- `auto` takes the first implementation without a reason; the PyTorch reference is last and has none.
+- `auto` takes the first implementation without a reason; the PyTorch reference is last and has none. It never
+  takes Triton's interpreter, which is for tests and a thousand times slower than anything else.
 - Any other request is met or refused with the list of reasons. Nothing else runs in its place.
+- A call may bring reasons of its own against an implementation (a dtype, a head width): `unfit`.
 """
 
 import os
@@ -22,6 +24,7 @@ NAMES = (AUTO, "triton", "cpp", "reference")
 ENVIRONMENT_VARIABLE = "ALIGNTOK_KERNELS"
 
 Check = Callable[[torch.device], "str | None"]
+Unfit = tuple[tuple[str, str], ...]  # (implementation, reason) pairs that one call adds
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class Selection:
 _registry: dict[str, dict[str, Check]] = {}
 _in_context: ContextVar[str | None] = ContextVar("aligntok_implementation", default=None)
 # Checks look at the device's type and at what is installed. Neither changes while the process lives.
-_selected: dict[tuple[str, str, str], str] = {}
+_selected: dict[tuple[str, str, str, Unfit], str] = {}
 
 
 def register(op: str, **implementations: Check) -> None:
@@ -91,23 +94,25 @@ def use_implementation(name: str) -> Iterator[None]:
         _in_context.reset(token)
 
 
-def explain(op: str, device: torch.device | str, implementation: str | None = None) -> Selection:
+def explain(op: str, device: torch.device | str, implementation: str | None = None, unfit: Unfit = ()) -> Selection:
     """What would run for `op` on `device`, and the reasons against the implementations that would not.
 
     Raises:
         ValueError: the request names no known implementation.
     """
     device, requested = torch.device(device), _request(implementation)
-    candidates = _registry[op]
+    candidates, of_this_call = _registry[op], dict(unfit)
     if requested != AUTO:
         check = candidates.get(requested)
-        reason = check(device) if check else f"{op} has no such implementation"
+        reason = (check(device) or of_this_call.get(requested)) if check else f"{op} has no such implementation"
         return Selection(
             op, device.type, requested, None if reason else requested, {requested: reason} if reason else {}
         )
     rejected: dict[str, str] = {}
     for name, check in candidates.items():
-        reason = check(device)
+        reason = check(device) or of_this_call.get(name)
+        if reason is None and name == "triton" and device.type == "cpu":
+            reason = "Triton's interpreter runs only when it is requested"
         if reason is None:
             return Selection(op, device.type, requested, name, rejected)
         rejected[name] = reason
@@ -115,22 +120,31 @@ def explain(op: str, device: torch.device | str, implementation: str | None = No
 
 
 @torch.compiler.assume_constant_result
-def select(op: str, device_type: str, implementation: str | None = None) -> str:
+def select(op: str, device_type: str, implementation: str | None = None, unfit: Unfit = ()) -> str:
     """The name of the implementation to run for `op` on a device type such as "cpu" or "cuda".
+
+    Args:
+        op: a registered operator.
+        device_type: of the tensors.
+        implementation: the request, or None to follow the context and the environment.
+        unfit: reasons of this call against implementations, as (implementation, reason) pairs.
 
     Raises:
         ValueError: the request is unknown, or cannot be met; the message lists the reasons and what would
             run.
     """
     requested = _request(implementation)
-    name = _selected.get((op, device_type, requested))
+    key = (op, device_type, requested, unfit)
+    name = _selected.get(key)
     if name is None:
-        found = explain(op, device_type, requested)
+        found = explain(op, device_type, requested, unfit)
         if found.name is None:
             raise ValueError(
                 f"{op}: implementation {requested!r} was requested for a tensor on {device_type!r} and "
                 f"cannot run: {found.rejected[requested]}. Of {', '.join(_registry[op])}, 'auto' would take "
-                f"{explain(op, device_type, AUTO).name!r} here."
+                f"{explain(op, device_type, AUTO, unfit).name!r} here."
             )
-        name = _selected[op, device_type, requested] = found.name
+        name = found.name
+        if device_type != "meta":  # whether Triton takes meta tensors depends on whether launches are recorded
+            _selected[key] = name
     return name

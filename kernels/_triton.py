@@ -1,0 +1,169 @@
+"""What all Triton kernels here share: the import, the operator, the launch, the pinned configuration.
+
+Triton is absent on some platforms (macOS), interpreted in tests (TRITON_INTERPRET=1), and used without any device
+when the hardware report compiles every kernel ahead of time. The kernels' files need not know: they say
+`from ._triton import configuration, launch, operator, tl, triton`, launch with `launch(wrap_triton(kernel), ...)`,
+and take block sizes from `configuration`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.library import custom_op, triton_op
+
+try:
+    import triton
+    import triton.language as tl
+
+    ABSENT: str | None = None
+    INTERPRETED: bool = triton.knobs.runtime.interpret
+except ImportError as error:
+
+    class _Absent:
+        """Lets modules with kernels be imported without Triton; `refusal` keeps the kernels from being called."""
+
+        constexpr = None
+
+        @staticmethod
+        def jit(function: Callable) -> Callable:
+            return function
+
+        @staticmethod
+        def cdiv(a: int, b: int) -> int:
+            return -(-a // b)
+
+        @staticmethod
+        def next_power_of_2(n: int) -> int:
+            return 1 << (n - 1).bit_length()
+
+    triton = tl = _Absent()
+    ABSENT = f"Triton cannot be imported ({error}); it exists for Linux: pip install triton"
+    INTERPRETED = False
+
+ARCHITECTURES = (80, 90)  # A100, H100: those with pinned configurations
+Configuration = dict[str, Any]  # block sizes (upper case), num_warps, num_stages
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: `arguments` by parameter name (tensors on the meta device), `options` such as num_warps."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+
+_recorder: ContextVar[tuple[int, list[Launch]] | None] = ContextVar("aligntok_recorder", default=None)
+_overrides: ContextVar[Mapping[str, Configuration] | None] = ContextVar("aligntok_configurations", default=None)
+
+
+def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable], Any]:
+    """Register `aligntok::name`: a `triton_op`, so that the compiler sees the kernels inside.
+
+    Under the interpreter, which no compiler can trace, an opaque `custom_op`. The body doubles as the fake
+    implementation: `launch` does nothing for fake and meta tensors, so that shapes and strides cannot differ.
+    """
+
+    def register(body: Callable) -> Any:
+        if not (INTERPRETED or ABSENT):
+            return triton_op(f"aligntok::{name}", body, mutates_args=mutates_args)
+        op = custom_op(f"aligntok::{name}", body, mutates_args=mutates_args)
+        op.register_fake(body)
+        return op
+
+    return register
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
+    """kernel[grid](*arguments, **meta), where `kernel` comes out of `wrap_triton` (which must be written in the
+    operator's body: torch finds the kernels of an operator by that name).
+
+    Meta and fake tensors are not computed on; inside `record_launches` the launch is written down.
+    """
+    if any(isinstance(a, Tensor) and (a.is_meta or isinstance(a, FakeTensor)) for a in arguments):
+        recorder = _recorder.get()
+        if recorder is not None:
+            recorder[1].append(_described(kernel, grid, arguments, meta))
+        return
+    kernel[grid](*arguments, **meta)
+
+
+def _described(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], meta: dict[str, Any]) -> Launch:
+    kernel = getattr(kernel, "kernel", kernel)  # out of torch's traceable wrapper
+    options = {name: value for name, value in meta.items() if name not in kernel.arg_names}
+    named = dict(zip(kernel.arg_names, arguments, strict=False)) | {n: v for n, v in meta.items() if n not in options}
+    return Launch(kernel, tuple(grid), named, options)
+
+
+@contextmanager
+def record_launches(architecture: int) -> Iterator[list[Launch]]:
+    """Collect the launches that operators make for meta tensors, configured for sm_80 or sm_90."""
+    assert architecture in ARCHITECTURES, architecture
+    launches: list[Launch] = []
+    token = _recorder.set((architecture, launches))
+    try:
+        yield launches
+    finally:
+        _recorder.reset(token)
+
+
+@cache
+def _capability(index: int | None) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+def architecture(device: torch.device) -> int:
+    """The pinned architecture to configure for: the newest in ARCHITECTURES that is not newer than the device."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        return recorder[0]
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return ARCHITECTURES[0]
+    major, minor = _capability(device.index)
+    return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=ARCHITECTURES[0])
+
+
+def configuration(kernel: str, table: Mapping[int, Configuration], device: torch.device) -> Configuration:
+    """The pinned block sizes and options of a kernel on a device, unless `use_configurations` says otherwise."""
+    overrides = _overrides.get() or {}
+    return dict(overrides.get(kernel, table[architecture(device)]))
+
+
+@contextmanager
+def use_configurations(configurations: Mapping[str, Configuration]) -> Iterator[None]:
+    """Inside the block, launch the named kernels with these configurations: for tuning, and for small test shapes."""
+    token = _overrides.set({**(_overrides.get() or {}), **configurations})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` for tl.dot: fp32 operands follow torch's float32 matmul precision, others have no choice."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+def refusal(device: torch.device) -> str | None:
+    """Why no Triton kernel can run on a device, or None."""
+    if ABSENT:
+        return ABSENT
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or _capability(device.index) >= (8, 0):  # a faked device is taken for real
+            return None
+        return "the Triton kernels need compute capability 8.0 (A100) or newer"
+    if INTERPRETED and device.type == "cpu":
+        return None
+    if _recorder.get() is not None and device.type == "meta":
+        return None
+    return f"the Triton kernels are for CUDA devices, not for {device.type!r}"

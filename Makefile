@@ -12,10 +12,10 @@ TESTABLE := $(VENV)/.testable
 RUFF := $(VENV)/.ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint clean
+.PHONY: help install quickstart test lint kernel-report gpu-check clean
 
 help:  ## this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
 
 install: $(INSTALLED)  ## .venv with aligntok in editable mode, its C++ extension compiled
 
@@ -28,6 +28,12 @@ test: $(TESTABLE)  ## install with the development tools, then run all tests
 lint: $(RUFF)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+kernel-report: $(TESTABLE)  ## compile every kernel for sm_80 and sm_90, read the machine code, count bytes: benchmarks/results/
+	$(BIN)/python -m benchmarks.hardware_report
+
+gpu-check: $(TESTABLE)  ## on a machine with a GPU: its tests, all benchmarks, training throughput, in eight minutes
+	$(BIN)/python -m benchmarks.gpu_check
 
 clean:  ## remove .venv, build results and caches; runs/ stays
 	rm -rf $(VENV) build dist *.egg-info aligntok/_C.* .pytest_cache .ruff_cache .hypothesis

@@ -194,6 +194,7 @@ class LightningDiTConfig:
     label_dropout: float = 0.1
     qk_norm: bool = False  # off for 64 epochs, on for longer runs, without it losses turn NaN (project page, plot)
     shift: bool = True  # adaLN with shift; False = "wo_shift"
+    attention: Literal["auto", "fused", "flash-attn", "xformers", "sdpa"] = "auto"  # models/attention.py
 
 
 @dataclass

@@ -5,106 +5,90 @@
 - Runs are interleaved: one of each provider per round, so that a busy machine slows all of them alike. In
   each round the order is another rotation.
 - The figure is the median over rounds, with the 20 % and 80 % quantiles beside it.
-- Cases that a provider loses are printed like all others and listed once more at the end.
+- On a GPU the clock is a pair of CUDA events, the L2 cache is flushed before every sample, and the peak of allocated
+  memory beyond the inputs is measured in a run of its own.
+- Cases that a provider loses are printed like all others and listed once more at the end; so is what was left out.
 """
 
 import argparse
-import csv
-import datetime
 import gc
-import os
-import platform
-import shlex
-import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from aligntok.kernels import explain
+from benchmarks.machine import CUDA, DEVICE, bandwidth, machine_line, matmul_rate
+from benchmarks.results import Measurement, plot, remarks, table, write_csv
+from benchmarks.workloads import Workload
+
 PHASES = ("forward", "backward", "both")
 # A measurement shorter than this is repeated inside the timed region: perf_counter resolves far less, but an
 # interrupt of some microseconds then stays below a hundredth of the sample.
 _MIN_SAMPLE_S = 1e-3
+_FLUSHED_BYTES = 256 * 2**20  # five times the L2 cache of an H100
 
 
 @dataclass(frozen=True)
 class Provider:
-    """An implementation: takes the case's inputs, returns tensors of which the first is the scalar to
-    differentiate.
+    """An implementation: takes the case's inputs, returns a tensor or tensors.
 
     It may return fewer outputs than the baseline (its column is then named accordingly); gradients are always
     compared.
     """
 
     name: str
-    run: Callable[..., Sequence[Tensor]]
+    run: Callable[..., Tensor | Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Case:
-    """One row: a label, the inputs (those that require a gradient get one), and the tolerance of the
-    comparison.
+    """One row: a label, the inputs (tensors that require a gradient get one), and the tolerance of the comparison.
 
     `tolerance` is the largest accepted difference relative to the largest magnitude in the baseline's tensor.
+    `ideal(phase)` gives the seconds that the measured bandwidth or matmul rate of this machine would allow.
     """
 
     label: str
-    inputs: tuple[Tensor, ...]
+    inputs: tuple
     tolerance: float
-
-
-@dataclass
-class Measurement:
-    """Seconds per call, or the reason why there are none."""
-
-    case: str
-    phase: str
-    provider: str
-    samples: list[float] = field(default_factory=list)
-    refusal: str | None = None
-
-    def quantile(self, share: float) -> float:
-        """The sample below which `share` of all samples lie."""
-        ordered = sorted(self.samples)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+    ideal: Callable[[str], float] | None = None
 
     @property
-    def median(self) -> float:
-        """Median seconds per call."""
-        return statistics.median(self.samples)
+    def leaves(self) -> list[Tensor]:
+        """The inputs that get a gradient."""
+        return [x for x in self.inputs if isinstance(x, Tensor) and x.requires_grad]
 
 
-def machine_line() -> str:
-    """Processor, threads, torch, date and command, in one line to print above every table."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        model = names[0].partition(":")[2].strip() if names else model
-    capability = torch.backends.cpu.get_cpu_capability()
-    date = datetime.date.today().isoformat()
-    module = Path(sys.argv[0]).stem
-    command = shlex.join(["python", "-m", f"benchmarks.{module}", *sys.argv[1:]])
-    threads = f"{torch.get_num_threads()} threads"
-    return f"{model}, {capability}, {threads}, torch {torch.__version__}, {date}, `{command}`"
+def _differentiable(outputs: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    return [y for y in ([outputs] if isinstance(outputs, Tensor) else outputs) if y.requires_grad]
 
 
-def _clear_gradients(case: Case) -> None:
-    for tensor in case.inputs:
-        tensor.grad = None
+def _cotangents(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """One for scalars, else normal numbers, the same for every provider whatever the strides."""
+    generator = torch.Generator(DEVICE).manual_seed(1)
+
+    def normal(y: Tensor) -> Tensor:
+        return torch.empty_like(y).copy_(torch.randn(y.shape, generator=generator, device=DEVICE))
+
+    return [torch.ones_like(y) if y.ndim == 0 else normal(y) for y in outputs]
+
+
+def _fresh(case: Case) -> list:
+    """The inputs, with copies of those that an operator may write to in place (no gradient, floating point)."""
+    return [x.clone() if isinstance(x, Tensor) and not x.requires_grad else x for x in case.inputs]
 
 
 def _results(provider: Provider, case: Case) -> dict[str, Tensor]:
-    _clear_gradients(case)
-    outputs = provider.run(*case.inputs)
-    outputs[0].backward()
-    found = {f"output {index}": tensor for index, tensor in enumerate(outputs)}
-    found |= {f"gradient {index}": t.grad for index, t in enumerate(case.inputs) if t.requires_grad}
-    _clear_gradients(case)
+    outputs = provider.run(*_fresh(case))
+    found = {f"output {i}": y for i, y in enumerate([outputs] if isinstance(outputs, Tensor) else outputs)}
+    differentiable = _differentiable(outputs)
+    if case.leaves and differentiable:
+        gradients = torch.autograd.grad(differentiable, case.leaves, _cotangents(differentiable))
+        found |= {f"gradient {i}": g for i, g in enumerate(gradients)}
     return {name: tensor.detach().double() for name, tensor in found.items()}
 
 
@@ -114,6 +98,8 @@ def disagreement(provider: Provider, baseline: Provider, case: Case) -> str | No
         found, expected = _results(provider, case), _results(baseline, case)
     except Exception as error:  # a provider that cannot run is a row without figures, not a crash
         return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    if case.leaves and any(n.startswith("gradient") for n in expected) and "gradient 0" not in found:
+        return "has no gradient"
     for name, one in found.items():
         other = expected[name]
         if one.shape != other.shape:
@@ -124,33 +110,69 @@ def disagreement(provider: Provider, baseline: Provider, case: Case) -> str | No
     return None
 
 
+class _Clock:
+    """Seconds between start() and stop(): CUDA events behind a flushed cache on a GPU, perf_counter elsewhere."""
+
+    def __init__(self) -> None:
+        self._flushed = torch.empty(_FLUSHED_BYTES, dtype=torch.uint8, device=DEVICE) if CUDA else None
+
+    def start(self) -> None:
+        if self._flushed is None:
+            self._start = time.perf_counter()
+            return
+        self._flushed.zero_()
+        self._events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        self._events[0].record()
+
+    def stop(self) -> float:
+        if self._flushed is None:
+            return time.perf_counter() - self._start
+        self._events[1].record()
+        torch.cuda.synchronize()
+        return self._events[0].elapsed_time(self._events[1]) / 1e3
+
+
 def _timer(provider: Provider, case: Case, phase: str) -> Callable[[int], float]:
     """A function that runs the phase `repeats` times and returns seconds per run; set-up is outside the
     clock.
     """
+    clock = _Clock()
+    leaves = case.leaves
 
     def forward(repeats: int) -> float:
-        start = time.perf_counter()
+        inputs = _fresh(case)
+        clock.start()
         for _ in range(repeats):
-            provider.run(*case.inputs)
-        return (time.perf_counter() - start) / repeats
+            provider.run(*inputs)
+        return clock.stop() / repeats
 
     def backward(repeats: int) -> float:
-        losses = [provider.run(*case.inputs)[0] for _ in range(repeats)]
-        start = time.perf_counter()
-        for loss in losses:
-            _clear_gradients(case)
-            loss.backward()
-        return (time.perf_counter() - start) / repeats
+        graphs = [_differentiable(provider.run(*_fresh(case))) for _ in range(repeats)]
+        cotangents = _cotangents(graphs[0])
+        clock.start()
+        for outputs in graphs:
+            torch.autograd.grad(outputs, leaves, cotangents)
+        return clock.stop() / repeats
 
     def both(repeats: int) -> float:
-        start = time.perf_counter()
+        inputs = _fresh(case)
+        cotangents = _cotangents(_differentiable(provider.run(*inputs)))
+        clock.start()
         for _ in range(repeats):
-            _clear_gradients(case)
-            provider.run(*case.inputs)[0].backward()
-        return (time.perf_counter() - start) / repeats
+            torch.autograd.grad(_differentiable(provider.run(*inputs)), leaves, cotangents)
+        return clock.stop() / repeats
 
     return {"forward": forward, "backward": backward, "both": both}[phase]
+
+
+def _peak_bytes(timer: Callable[[int], float]) -> int | None:
+    if not CUDA:
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    timer(1)
+    return torch.cuda.max_memory_allocated() - before
 
 
 def measure(case: Case, phase: str, providers: Sequence[Provider], budget_s: float) -> list[Measurement]:
@@ -164,86 +186,41 @@ def measure(case: Case, phase: str, providers: Sequence[Provider], budget_s: flo
         if result.refusal is None:
             timer = _timer(provider, case, phase)
             timer(1)
-            repeats = max(1, min(100, round(_MIN_SAMPLE_S / timer(3))))
+            result.peak_bytes = _peak_bytes(timer)
+            repeats = 1 if CUDA else max(1, min(100, round(_MIN_SAMPLE_S / timer(3))))
             timers.append((result, timer, repeats))
     deadline = time.perf_counter() + budget_s
     gc.disable()
     try:
         rounds = 0
-        while rounds < 5 or time.perf_counter() < deadline:
+        while timers and (rounds < 5 or time.perf_counter() < deadline):
             shift = rounds % len(timers)
             for result, timer, repeats in timers[shift:] + timers[:shift]:
                 result.samples.append(timer(repeats))
             rounds += 1
     finally:
         gc.enable()
-    _clear_gradients(case)
+    for result in results:
+        if case.ideal and result.samples:
+            result.share = case.ideal(phase) / result.median
     return results
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds * 1e6:.1f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
-
-
-def _cell(result: Measurement, baseline: Measurement) -> str:
-    if result.refusal:
-        return "refused"
-    spread = f"{_time(result.median)} ({_time(result.quantile(0.2))} .. {_time(result.quantile(0.8))})"
-    return spread if result is baseline else f"{spread} **{baseline.median / result.median:.2f}x**"
-
-
-def table(rows: Sequence[Sequence[Measurement]]) -> str:
-    """A Markdown table: one row per case and phase, one column per provider, ratios against the first."""
-    names = [result.provider for result in rows[0]]
-    lines = [
-        "| case | phase | " + " | ".join(names) + " |",
-        "|---|---|" + "---|" * len(names),
-    ]
-    for row in rows:
-        cells = [_cell(result, row[0]) for result in row]
-        lines.append(f"| {row[0].case} | {row[0].phase} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def remarks(rows: Sequence[Sequence[Measurement]], ours: str) -> list[str]:
-    """Refused providers with the reason, and every case that `ours` loses against any other column."""
-    lines = []
-    for row in rows:
-        own = next(result for result in row if result.provider == ours)
-        for result in row:
-            if result.refusal:
-                lines.append(f"refused: {result.provider} at {result.case}, {result.phase}: {result.refusal}")
-            elif own.samples and result is not own and result.median < own.median:
-                ratio = result.median / own.median
-                lines.append(f"losing: {ours} at {row[0].case}, {row[0].phase}: {ratio:.2f}x against {result.provider}")
-    return lines
-
-
-def write_csv(path: Path, rows: Sequence[Sequence[Measurement]]) -> None:
-    """Write one line per case, phase and provider, times in microseconds."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["case", "phase", "provider", "median_us", "q20_us", "q80_us", "samples", "refusal"])
-        for result in (result for row in rows for result in row):
-            times = [result.median, result.quantile(0.2), result.quantile(0.8)] if result.samples else [None] * 3
-            cells = [f"{seconds * 1e6:.3f}" if seconds is not None else "" for seconds in times]
-            head = [result.case, result.phase, result.provider]
-            writer.writerow([*head, *cells, len(result.samples), result.refusal or ""])
-    os.replace(unfinished, path)
 
 
 def arguments(description: str) -> argparse.ArgumentParser:
     """The options that all benchmarks share."""
-    parser = argparse.ArgumentParser(description=description)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phase", choices=[*PHASES, "all"], default="both", help="what is timed (default: both)")
     parser.add_argument("--seconds", type=float, default=2.0, help="time per row, all providers together (default: 2)")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--csv", type=Path, default=None, help="also write the figures to this file")
+    parser.add_argument("--plot", type=Path, default=None, help="also draw the ratios into this PNG file")
     return parser
 
 
-def compare(parts: Sequence[tuple[Sequence[Provider], Sequence[Case]]], ours: str, options: argparse.Namespace) -> int:
+Parts = Sequence[tuple[Sequence[Provider], Sequence[Case]]]
+
+
+def compare(parts: Parts, ours: str, options: argparse.Namespace, left_out: Sequence[str] = ()) -> int:
     """Measure every case with its providers; print machine line, table and remarks.
 
     Returns:
@@ -251,17 +228,66 @@ def compare(parts: Sequence[tuple[Sequence[Provider], Sequence[Case]]], ours: st
     """
     if options.threads:
         torch.set_num_threads(options.threads)
-    phases = PHASES if options.phase == "all" else (options.phase,)
-    rows = [
-        measure(case, phase, providers, options.seconds)
-        for providers, cases in parts
-        for case in cases
-        for phase in phases
-    ]
+    rows = []
+    for providers, cases in parts:
+        for case in cases:
+            wanted = PHASES if options.phase == "all" else (options.phase,)
+            wanted = wanted if case.leaves else ("forward",)
+            rows += [measure(case, phase, providers, options.seconds) for phase in wanted]
     print(machine_line())
     print("Median per call (20 % .. 80 % quantile) and ratio against the first column.\n")
     print(table(rows))
-    print("", *remarks(rows, ours), sep="\n")
+    print("", *remarks(rows, ours), *dict.fromkeys(left_out), sep="\n")
     if options.csv:
         write_csv(options.csv, rows)
+    if options.plot:
+        plot(options.plot, rows, machine_line())
     return int(any(result.refusal for row in rows for result in row))
+
+
+def _ideal(workload: Workload, shape: dict[str, int]) -> Callable[[str], float]:
+    """Seconds that the slower of memory and tensor cores needs at the rates measured on this machine."""
+    itemsize = workload.dtype.itemsize
+    amounts = zip(workload.minimum(itemsize, **shape), workload.flops(**shape), strict=True)
+    passes = [max((b or 0) / bandwidth(), f / matmul_rate(workload.dtype) if f else 0.0) for b, f in amounts]
+    return lambda phase: {"forward": passes[0], "backward": passes[1], "both": sum(passes)}[phase]
+
+
+def _part(workload: Workload, compiled: bool) -> tuple[tuple[Sequence[Provider], Sequence[Case]], list[str]]:
+    """Providers and case of a workload on this machine, and what had to be left out."""
+    selection = explain(workload.op, DEVICE)
+    shape = workload.shape if CUDA else workload.cpu_shape
+    providers, left_out = [Provider("eager", workload.reference)], []
+    if compiled:
+        providers.append(Provider("torch.compile", torch.compile(workload.reference, fullgraph=True, dynamic=False)))
+    for name, run in workload.providers.items():
+        if isinstance(run, str):
+            left_out.append(f"left out: {name}: {run}")
+        else:
+            providers.append(Provider(name, run))
+    if selection.name == "reference":
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in selection.rejected.items())
+        left_out.append(f"left out: {workload.op}'s fused kernels ({reasons}); only PyTorch was run")
+    else:
+        providers.append(Provider("ours", workload.ours))
+    if shape != workload.shape:
+        left_out.append(f"reduced for a CPU: {workload.label} ran at {workload.sized(shape)}")
+    inputs = workload.make(DEVICE, workload.dtype, **shape)
+    ideal = _ideal(workload, shape) if CUDA else None
+    return (providers, [Case(workload.sized(shape), inputs, workload.tolerance, ideal)]), left_out
+
+
+def run_workloads(description: str, workloads: Sequence[Workload]) -> int:
+    """The command line of a benchmark: every workload, on the GPU if there is one, else reduced on the CPU.
+
+    Returns:
+        The exit status: 1 if a provider's results were wrong.
+    """
+    parser = arguments(description)
+    parser.add_argument("--no-compile", action="store_true", help="leave the column of torch.compile out")
+    options = parser.parse_args()
+    torch._dynamo.config.recompile_limit = 4 * len(workloads) + 8
+    torch.manual_seed(0)
+    found = [_part(workload, not options.no_compile) for workload in workloads]
+    left_out = [line for _, lines in found for line in lines]
+    return compare([part for part, _ in found], "ours", options, left_out)

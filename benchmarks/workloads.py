@@ -32,6 +32,7 @@ class Workload:
         dtype: of the large tensors.
         tolerance: accepted relative difference between the two in `dtype`.
         note: what a reader of the report should know about this shape.
+        cpu: sizes that replace some of `shape` where the benchmark runs on a CPU; none: `reduced` there too.
         providers: further columns of the benchmark: name -> (function like `reference`, or the reason against it).
     """
 
@@ -46,18 +47,28 @@ class Workload:
     dtype: torch.dtype = torch.bfloat16
     tolerance: float = 3e-2
     note: str = ""
+    cpu: dict[str, int] = field(default_factory=dict)
     providers: dict[str, "Callable[..., Outputs] | str"] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
         """Such as "M=65536 C=1024 d=32 bfloat16"."""
-        sizes = " ".join(f"{name}={size}" for name, size in self.shape.items())
+        return self.sized(self.shape)
+
+    def sized(self, shape: dict[str, int]) -> str:
+        """The label with other sizes."""
+        sizes = " ".join(f"{name}={size}" for name, size in shape.items())
         return f"{sizes} {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def reduced_shape(self) -> dict[str, int]:
         """`shape` with the reduced sizes put in."""
         return self.shape | self.reduced
+
+    @property
+    def cpu_shape(self) -> dict[str, int]:
+        """`shape` with the sizes for a CPU put in."""
+        return self.shape | (self.cpu or self.reduced)
 
     def differentiable(self) -> bool:
         """Whether the operator has a backward pass at all."""

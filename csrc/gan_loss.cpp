@@ -15,28 +15,23 @@
 // order. Which thread takes which chunk has no influence, so the result has the same bits for any number of
 // threads.
 
+#include "common.h"
+
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/TensorSubclassLikeUtils.h>
-#include <ATen/Version.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <string_view>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 namespace {
 
+using namespace aligntok;
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -47,48 +42,12 @@ enum class Phi { kLinear, kHinge, kSoftplus };
 // between its loops.
 constexpr int64_t kChunk = 4096;
 
-// Elementwise mathematics, without branches or calls for fp32 so that the compiler vectorises the loops
-// around it. Left to itself, GCC does not inline all of it.
-#define ALIGNTOK_INLINE [[gnu::always_inline]] inline
-
-template <typename To, typename From>
-ALIGNTOK_INLINE To bits_as(From value) {
-  static_assert(sizeof(To) == sizeof(From), "reinterpretation keeps the size");
-  To result;
-  std::memcpy(&result, &value, sizeof(To));
-  return result;
-}
-
 // `value` where the condition holds, else 0. As bit arithmetic: a chain of ?: on one condition becomes
 // branches.
 template <typename acc_t>
 ALIGNTOK_INLINE acc_t kept_if(bool condition, acc_t value) {
   using bits_t = std::conditional_t<sizeof(acc_t) == 8, uint64_t, uint32_t>;
   return bits_as<acc_t>(bits_as<bits_t>(value) & (bits_t(0) - static_cast<bits_t>(condition)));
-}
-
-// Precision of the logits to precision of the arithmetic and back. bf16 by hand: the class's own conversions
-// keep GCC from vectorising the loop.
-template <typename scalar_t>
-ALIGNTOK_INLINE at::opmath_type<scalar_t> widened(scalar_t value) {
-  return static_cast<at::opmath_type<scalar_t>>(value);
-}
-
-ALIGNTOK_INLINE float widened(at::BFloat16 value) {
-  return bits_as<float>(static_cast<uint32_t>(value.x) << 16);
-}
-
-template <typename scalar_t>
-ALIGNTOK_INLINE scalar_t narrowed(at::opmath_type<scalar_t> value) {
-  return static_cast<scalar_t>(value);
-}
-
-template <>
-ALIGNTOK_INLINE at::BFloat16 narrowed<at::BFloat16>(float value) {
-  const uint32_t bits = bits_as<uint32_t>(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;  // to the nearest, ties to even
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  return at::BFloat16(static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded), at::BFloat16::from_bits());
 }
 
 // exp(t) for t <= 0: t = n ln 2 + r with |r| <= ln(2) / 2, Taylor to r^7 (truncation 3e-8 of the value),
@@ -185,8 +144,7 @@ sum_chunk(const scalar_t* logits, scalar_t* gradient, int64_t n, double sign_, d
   return {static_cast<double>(value_sum), static_cast<double>(logit_sum), static_cast<double>(right_side)};
 }
 
-// The same loop compiled for several instruction sets. PyTorch's own choice (and its switch
-// ATEN_CPU_CAPABILITY) picks one at run time, so a wheel built on a new processor runs on an old one.
+// The same loop compiled for several instruction sets.
 template <typename scalar_t>
 using ChunkFunction = Sums (*)(const scalar_t*, scalar_t*, int64_t, double, double);
 
@@ -198,20 +156,9 @@ using ChunkFunction = Sums (*)(const scalar_t*, scalar_t*, int64_t, double, doub
 
 ALIGNTOK_CHUNK_FUNCTION(sum_chunk_default, )
 #if defined(__x86_64__)
-ALIGNTOK_CHUNK_FUNCTION(sum_chunk_avx2, __attribute__((target("avx2,fma,f16c"))))
-ALIGNTOK_CHUNK_FUNCTION(
-    sum_chunk_avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))))
+ALIGNTOK_CHUNK_FUNCTION(sum_chunk_avx2, ALIGNTOK_AVX2)
+ALIGNTOK_CHUNK_FUNCTION(sum_chunk_avx512, ALIGNTOK_AVX512)
 #endif
-
-enum class Capability { kDefault, kAvx2, kAvx512 };
-
-Capability capability() {
-  static const Capability found = [] {
-    const std::string name = at::get_cpu_capability();
-    return name == "AVX512" ? Capability::kAvx512 : name == "AVX2" ? Capability::kAvx2 : Capability::kDefault;
-  }();
-  return found;
-}
 
 template <Phi phi, bool with_gradient, typename scalar_t>
 ChunkFunction<scalar_t> chunk_function() {

@@ -19,28 +19,21 @@
 // Saved from forward to backward: x, mean, rstd. The rest is computed again. Of the two backward passes the
 // first keeps gu for the second where an image is small enough for the cache; otherwise both compute it.
 
+#include "common.h"
+
 #include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
-#include <ATen/Version.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <memory>
-#include <string>
 #include <tuple>
-#include <type_traits>
 #include <vector>
 
 namespace {
 
+using namespace aligntok;
 using at::Tensor;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
@@ -57,64 +50,8 @@ constexpr int64_t kChunk = 16384;
 constexpr int64_t kChunkRows = 512;
 // Elements of an image up to which gu is kept: 1 MiB of fp32, which the second-level cache of a server holds.
 constexpr int64_t kKept = int64_t(1) << 18;
-// Elements that one thread takes at least: enough work to be worth waking it.
-constexpr int64_t kGrain = 32768;
 
-#define ALIGNTOK_INLINE [[gnu::always_inline]] inline
-
-// Elementwise mathematics, without branches or calls for fp32 so that the compiler vectorises the loops
-// around it.
-
-template <typename To, typename From>
-inline To bits_as(From value) {
-  static_assert(sizeof(To) == sizeof(From), "reinterpretation keeps the size");
-  To result;
-  std::memcpy(&result, &value, sizeof(To));
-  return result;
-}
-
-// exp(t): t = n ln 2 + r with |r| <= ln(2) / 2, exp(r) by the polynomial 1 + r + r^2 (...) of smallest
-// relative error (3e-9), times 2^n by adding n to the exponent: right to about one unit in the last place.
-// |t| is limited to 87, where the result and its reciprocal are normal numbers, by comparing bits: magnitudes
-// are ordered like integers, and the vector minimum of integers needs no care for NaN. NaN becomes 87 here;
-// it stays NaN in everything below because u is multiplied back in.
-inline float exp_limited(float t) {
-  constexpr uint32_t kSign = 0x80000000u;
-  constexpr uint32_t kLimit = 0x42ae0000u;     // 87.0f
-  constexpr float kRound = 12582912.0f;        // 1.5 * 2^23: adding it leaves round(x) in the low bits
-  constexpr float kLn2High = 0.693359375f;     // ln 2 = high + low, high exact in 9 bits
-  constexpr float kLn2Low = -2.12194440e-4f;
-  const uint32_t bits = bits_as<uint32_t>(t);
-  t = bits_as<float>((bits & kSign) | std::min(bits & ~kSign, kLimit));
-  const float shifted = t * 1.44269504f + kRound;
-  const float n = shifted - kRound;
-  const float r = (t - n * kLn2High) - n * kLn2Low;
-  float p = 1.3814540579915047e-3f;
-  p = p * r + 8.36874544620514e-3f;
-  p = p * r + 4.166838899254799e-2f;
-  p = p * r + 1.666652113199234e-1f;
-  p = p * r + 4.999999403953552e-1f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  return bits_as<float>(bits_as<uint32_t>(p) + (bits_as<uint32_t>(shifted) << 23));
-}
-
-inline double exp_limited(double t) {
-  return std::exp(std::min(std::max(t, -700.0), 700.0));
-}
-
-// To the nearest number of the target type, ties to even. c10's conversion to bf16 branches on NaN, which
-// keeps the loops around it from being vectorised.
-template <typename scalar_t, typename acc_t>
-inline scalar_t rounded(acc_t value) {
-  if constexpr (std::is_same_v<scalar_t, at::BFloat16>) {
-    const uint32_t bits = bits_as<uint32_t>(value);
-    const uint32_t nearest = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-    return {static_cast<uint16_t>(value != value ? 0x7fc0u : nearest), at::BFloat16::from_bits()};
-  } else {
-    return static_cast<scalar_t>(value);
-  }
-}
+// NaN that exp_limited loses stays in the two functions below because u is multiplied back in.
 
 template <bool activation, typename acc_t>
 inline acc_t activated(acc_t u) {
@@ -156,7 +93,7 @@ ALIGNTOK_INLINE void sum_moments(
     const int64_t length = std::min(block, n - start);
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
-      const acc_t d = static_cast<acc_t>(x[start + i]) - pivot[i];
+      const acc_t d = widened(x[start + i]) - pivot[i];
       first[i] += d;
       second[i] += d * d;
     }
@@ -171,8 +108,8 @@ ALIGNTOK_INLINE void write_output(
     const int64_t length = std::min(block, n - start);
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
-      const acc_t u = (static_cast<acc_t>(x[start + i]) - p.mean[i]) * p.scale[i] + p.bias[i];
-      y[start + i] = rounded<scalar_t>(activated<activation>(u));
+      const acc_t u = (widened(x[start + i]) - p.mean[i]) * p.scale[i] + p.bias[i];
+      y[start + i] = narrowed<scalar_t>(activated<activation>(u));
     }
   }
 }
@@ -188,9 +125,9 @@ ALIGNTOK_INLINE void sum_gradients(
     const int64_t length = std::min(block, n - start);
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
-      const acc_t centred = static_cast<acc_t>(x[start + i]) - p.mean[i];
+      const acc_t centred = widened(x[start + i]) - p.mean[i];
       const acc_t u = centred * p.scale[i] + p.bias[i];
-      const acc_t gu = static_cast<acc_t>(dy[start + i]) * slope<activation>(u);
+      const acc_t gu = widened(dy[start + i]) * slope<activation>(u);
       first[i] += gu;
       second[i] += gu * centred;
       if constexpr (keep) {
@@ -209,16 +146,15 @@ ALIGNTOK_INLINE void write_gradient(
     const int64_t length = std::min(block, n - start);
 #pragma omp simd
     for (int64_t i = 0; i < length; ++i) {
-      const acc_t centred = static_cast<acc_t>(x[start + i]) - p.mean[i];
+      const acc_t centred = widened(x[start + i]) - p.mean[i];
       const acc_t u = centred * p.scale[i] + p.bias[i];
-      const acc_t gu = static_cast<acc_t>(dy[start + i]) * slope<activation>(u);
-      dx[start + i] = rounded<scalar_t>(gu * p.scale[i] + (centred * p.tilt[i] + p.offset[i]));
+      const acc_t gu = widened(dy[start + i]) * slope<activation>(u);
+      dx[start + i] = narrowed<scalar_t>(gu * p.scale[i] + (centred * p.tilt[i] + p.offset[i]));
     }
   }
 }
 
-// The same passes compiled for several instruction sets. PyTorch's own choice (and its switch
-// ATEN_CPU_CAPABILITY) picks one at run time, so a wheel built on a new processor runs on an old one.
+// The same passes compiled for several instruction sets.
 template <typename s, typename a = at::opmath_type<s>>
 struct Passes {
   using SumGradients =
@@ -261,19 +197,20 @@ struct Passes {
 
 ALIGNTOK_PASSES(default, )
 #if defined(__x86_64__)
-ALIGNTOK_PASSES(avx2, __attribute__((target("avx2,fma,f16c"))))
-ALIGNTOK_PASSES(avx512, __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,f16c"))))
+ALIGNTOK_PASSES(avx2, ALIGNTOK_AVX2)
+ALIGNTOK_PASSES(avx512, ALIGNTOK_AVX512)
 #endif
 
 template <bool activation, typename scalar_t>
 Passes<scalar_t> passes() {
 #if defined(__x86_64__)
-  static const std::string capability = at::get_cpu_capability();
-  if (capability == "AVX512") {
-    return passes_avx512<activation, scalar_t>();
-  }
-  if (capability == "AVX2") {
-    return passes_avx2<activation, scalar_t>();
+  switch (capability()) {
+    case Capability::kAvx512:
+      return passes_avx512<activation, scalar_t>();
+    case Capability::kAvx2:
+      return passes_avx2<activation, scalar_t>();
+    default:
+      break;
   }
 #endif
   return passes_default<activation, scalar_t>();
@@ -598,10 +535,6 @@ void backward_kernel(
   add_images(layout, work, dweight.mutable_data_ptr<acc_t>(), dbias.mutable_data_ptr<acc_t>());
 }
 
-at::ScalarType statistics_type(const Tensor& x) {
-  return x.scalar_type() == at::kDouble ? at::kDouble : at::kFloat;
-}
-
 void check(const Tensor& x, const Tensor& weight, const Tensor& bias, int64_t groups) {
   TORCH_CHECK_VALUE(x.dim() == 4, "group_norm_silu: x must be [B, C, H, W], got ", x.sizes());
   TORCH_CHECK_VALUE(x.numel() > 0, "group_norm_silu: x has no element, got shape ", x.sizes());
@@ -618,7 +551,7 @@ using ForwardResult = std::tuple<Tensor, Tensor, Tensor>;
 using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
 
 ForwardResult forward_meta(const Tensor& x, const Tensor&, const Tensor&, int64_t groups, double, bool) {
-  const auto options = x.options().dtype(statistics_type(x));
+  const auto options = x.options().dtype(arithmetic_type(x.scalar_type()));
   const c10::SymInt shape[] = {x.sym_size(0), groups};
   return {at::empty_like(x, x.options(), at::MemoryFormat::ChannelsLast), at::empty_symint(shape, options),
           at::empty_symint(shape, options)};
@@ -656,7 +589,7 @@ BackwardResult backward_cpu(
   TORCH_CHECK_VALUE(
       dy.sizes() == x.sizes() && dy.scalar_type() == x.scalar_type(),
       "group_norm_silu: dy and x differ in shape or dtype");
-  const at::ScalarType type = statistics_type(x);
+  const at::ScalarType type = arithmetic_type(x.scalar_type());
   const auto channels_last = at::MemoryFormat::ChannelsLast;
   const Tensor w = weight.to(type).contiguous(), b = bias.to(type).contiguous();
   const Tensor dx = at::empty_like(x, x.options(), channels_last);
@@ -699,10 +632,7 @@ struct GroupNormSilu : public torch::autograd::Function<GroupNormSilu> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& upstream) {
-    TORCH_CHECK_NOT_IMPLEMENTED(
-        !at::GradMode::is_enabled(),
-        "group_norm_silu: the C++ implementation has no second derivative; use "
-        "implementation=\"reference\" where create_graph=True is needed");
+    refuse_second_derivative("group_norm_silu");
     const auto saved = ctx->get_saved_variables();
     auto [dx, dweight, dbias] = call_backward(
         upstream[0], saved[0], saved[1], saved[2], saved[3], saved[4],

@@ -9,17 +9,33 @@ import warnings
 
 from . import _extension
 from ._dispatch import Selection, explain, operators, use_implementation
+from .adaln import adaln
+from .adapter_projection import adapter_projection
+from .flow_interpolate import flow_interpolate
+from .flow_loss import flow_loss
+from .flow_step import flow_step
 from .gan_loss import discriminator_loss, generator_loss
 from .group_norm_silu import group_norm_silu
+from .lpips_distance import lpips_distance
+from .qknorm_attention import qknorm_attention
+from .qknorm_rope import qknorm_rope
 from .swiglu import swiglu
 
 __all__ = [
     "Selection",
+    "adaln",
+    "adapter_projection",
     "discriminator_loss",
     "explain",
+    "flow_interpolate",
+    "flow_loss",
+    "flow_step",
     "generator_loss",
     "group_norm_silu",
+    "lpips_distance",
     "operators",
+    "qknorm_attention",
+    "qknorm_rope",
     "swiglu",
     "use_implementation",
 ]

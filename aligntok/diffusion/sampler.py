@@ -6,7 +6,8 @@
     guidance:  v = v_null + w (v_label - v_null), on all channels or on the first k, for t inside an interval
 
 `steps` counts evaluations of the network per sample: N Euler steps, or N / 2 Heun steps. (LightningDiT's `num_steps`
-counts grid points, one more than its evaluations.) Where guidance is off, the null half is not computed.
+counts grid points, one more than its evaluations.) Where guidance is off, the null half is not computed. Guidance and
+update are one fused operator, `flow_step`, in place on a float32 state.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from aligntok.config import SamplerConfig
 from aligntok.errors import UserError
+from aligntok.kernels.flow_step import flow_step
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z [B, d, h, w], t [B], labels [B]) -> v like z
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
@@ -30,21 +32,21 @@ def time_grid(steps: int, shift: float) -> Tensor:
     return shift * u / (1 + (shift - 1) * u)
 
 
-def guided_velocity(
+def evaluate(
     model: Velocity, z: Tensor, t: float, labels: Tensor, null_class: int, config: SamplerConfig
-) -> Tensor:
-    """Velocity [B, d, h, w] at one time with classifier-free guidance as configured, float32."""
+) -> tuple[Tensor, float]:
+    """The network at one time, as `flow_step` takes it: its velocity and the guidance to apply.
+
+    Returns:
+        velocity [2B, d, h, w], labelled half first, with the configured guidance inside its interval; else [B, d, h, w]
+        and 1.
+    """
     low, high = config.guidance_interval
     times = torch.full((z.shape[0],), t, device=z.device, dtype=torch.float32)
     if config.guidance == 1.0 or not low <= t <= high:
-        return model(z, times, labels).float()
-    both = model(z.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, torch.full_like(labels, null_class)]))
-    labelled, null = both.float().chunk(2)
-    guided = null + config.guidance * (labelled - null)
-    if config.guidance_channels is None:
-        return guided
-    k = config.guidance_channels
-    return torch.cat([guided[:, :k], labelled[:, k:]], dim=1)
+        return model(z, times, labels), 1.0
+    null = torch.full_like(labels, null_class)
+    return model(z.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, null])), config.guidance
 
 
 @torch.no_grad()
@@ -64,14 +66,16 @@ def integrate(
     _check(labels, null_class, noise.shape[1], config)
     solver_steps = config.steps if config.solver == "euler" else config.steps // 2
     grid = time_grid(solver_steps, config.time_shift).tolist()
-    z = noise.float()
+    z = noise.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
+    ahead = torch.empty_like(z) if config.solver == "heun" else None
+    channels = config.guidance_channels
     for index, (t, following) in enumerate(itertools.pairwise(grid)):
-        velocity = guided_velocity(model, z, t, labels, null_class, config)
-        ahead = z + (following - t) * velocity
-        if config.solver == "heun":
-            second = guided_velocity(model, ahead, following, labels, null_class, config)
-            ahead = z + (following - t) * 0.5 * (velocity + second)
-        z = ahead
+        dt = following - t
+        velocity, guidance = evaluate(model, z, t, labels, null_class, config)
+        flow_step(z, velocity, dt, guidance=guidance, channels=channels, ahead=ahead)
+        if ahead is not None:
+            velocity, guidance = evaluate(model, ahead, following, labels, null_class, config)
+            flow_step(z, velocity, dt / 2, guidance=guidance, channels=channels)
         if progress is not None:
             progress(index + 1, solver_steps)
     return z

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from aligntok.config import PerceptualConfig
 from aligntok.errors import UserError
+from aligntok.kernels.lpips_distance import lpips_distance
 from aligntok.losses import st_lpips
 
 # The published scaling of [-1, 1] images: the `lpips` package, ScalingLayer
 _SHIFT = (-0.030, -0.088, -0.188)
 _SCALE = (0.458, 0.448, 0.450)
-_EPSILON = 1e-10  # added to the norm over channels, as in the `lpips` package
 
 # Smallest side for which every layer has an output (tests try it and the size below)
 _SMALLEST = {"lpips-vgg": 16, "lpips-alex": 31, "st-lpips-vgg": 18, "st-lpips-alex": 21}
@@ -82,7 +82,7 @@ class PerceptualDistance(nn.Module):
         self._check(x, y)
         pairs = zip(self.features(x), self.features(y), self.heads, strict=True)
         with torch.autocast(x.device.type, enabled=False):
-            return torch.stack([_layer_distance(fx.float(), fy.float(), head.float()) for fx, fy, head in pairs]).sum(0)
+            return torch.stack([lpips_distance(fx, fy, head) for fx, fy, head in pairs]).sum(0)
 
     def _check(self, x: Tensor, y: Tensor) -> None:
         if x.shape != y.shape or x.ndim != 4 or x.shape[1] != 3:
@@ -92,14 +92,6 @@ class PerceptualDistance(nn.Module):
                 f"{self.name} needs images of at least {self.smallest} x {self.smallest} px, "
                 f"got {x.shape[2]} x {x.shape[3]}"
             )
-
-
-def _layer_distance(fx: Tensor, fy: Tensor, head: Tensor) -> Tensor:
-    """[B, C, H, W] twice, [C] -> [B]. vector_norm has gradient 0 at 0, where sqrt(sum of squares) would
-    give NaN."""
-    fx = fx / (torch.linalg.vector_norm(fx, dim=1, keepdim=True) + _EPSILON)
-    fy = fy / (torch.linalg.vector_norm(fy, dim=1, keepdim=True) + _EPSILON)
-    return torch.einsum("bchw,c->bhw", (fx - fy).square(), head).mean(dim=(1, 2))
 
 
 def build_perceptual(config: PerceptualConfig) -> PerceptualDistance:

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 
 from aligntok.config import LightningDiTConfig
 from aligntok.errors import UserError
+from aligntok.kernels import adaln, swiglu
+from aligntok.models.attention import attention
 
 SIZES = {  # depth, width, heads. S as in DiT; L/1 is not defined in LightningDiT, its L/2 widths are used
     "S": (12, 384, 6),
@@ -29,9 +31,6 @@ SIZES = {  # depth, width, heads. S as in DiT; L/1 is not defined in LightningDi
 ROPE_THETA = 10_000.0
 TIME_FEATURES = 256  # sinusoidal features of raw t in [0, 1]
 NORM_EPS = 1e-6
-SHORT_SEQUENCE = (
-    64  # tokens up to which PyTorch's CPU flash attention is slower than three plain calls (docs/decisions.md)
-)
 
 
 def dimensions(config: LightningDiTConfig) -> tuple[int, int, int]:
@@ -81,50 +80,28 @@ def rope_table(grid: tuple[int, int], head_width: int, trained_side: int) -> tup
     return angles.cos(), angles.sin()
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x [B, H, N, D] by tables [N, D] over interleaved pairs."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack((-odd, even), dim=-1).flatten(-2)
-    return x * cos + turned * sin
-
-
-class RMSNorm(nn.RMSNorm):
-    """RMSNorm over the last dimension in float32 whatever the autocast, as in LightningDiT's rmsnorm.py."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight, self.eps)
-
-
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """x * (1 + scale) + shift with per-image vectors [B, D] over tokens [B, N, D]."""
-    x = x * (1 + scale.unsqueeze(1))
-    return x if shift is None else x + shift.unsqueeze(1)
-
-
-def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for q, k, v [B, H, N, D]; written out for short sequences on a CPU."""
-    if q.device.type == "cpu" and q.shape[-2] <= SHORT_SEQUENCE:
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, N]
-        return scores.softmax(dim=-1).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer would take x: autocast's where autocast is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 class Attention(nn.Module):
     """Multi-head self-attention from a packed qkv projection [B, N, 3, H, D], with QK-norm and 2-D RoPE."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, backend: str) -> None:
         super().__init__()
         self.heads = heads
+        self.backend = backend
         self.qkv = nn.Linear(width, 3 * width)
-        self.q_norm = RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else nn.Identity()
+        self.q_norm = nn.RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else None
+        self.k_norm = nn.RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else None
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each
-        q, k = rotate(self.q_norm(q), *rope).to(v.dtype), rotate(self.k_norm(k), *rope).to(v.dtype)
-        return self.proj(attend(q, k, v).transpose(1, 2).flatten(2))
+        weights = (norm and norm.weight for norm in (self.q_norm, self.k_norm))
+        return self.proj(attention(qkv, *weights, rope, NORM_EPS, self.backend))
 
 
 class SwiGLU(nn.Module):
@@ -137,31 +114,39 @@ class SwiGLU(nn.Module):
         self.w3 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
+        return self.w3(swiglu(self.w12(x)))
+
+
+# What a branch adds to the residual stream, and its gate: added by the adaLN that follows, in the same pass.
+Pending = tuple[Tensor, Tensor] | tuple[None, None]
 
 
 class Block(nn.Module):
     """Attention and SwiGLU, each behind RMSNorm and adaLN-zero modulation; `shift=False` is LightningDiT's wo_shift."""
 
-    def __init__(self, width: int, heads: int, qk_norm: bool, shift: bool) -> None:
+    def __init__(self, width: int, heads: int, qk_norm: bool, shift: bool, backend: str) -> None:
         super().__init__()
         self.shift = shift
-        self.norm1 = RMSNorm(width, eps=NORM_EPS)
-        self.attention = Attention(width, heads, qk_norm)
-        self.norm2 = RMSNorm(width, eps=NORM_EPS)
+        self.norm1 = nn.RMSNorm(width, eps=NORM_EPS)
+        self.attention = Attention(width, heads, qk_norm, backend)
+        self.norm2 = nn.RMSNorm(width, eps=NORM_EPS)
         self.mlp = SwiGLU(width)
         self.modulation = nn.Linear(width, (6 if shift else 4) * width)
 
-    def forward(self, x: Tensor, condition: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(
+        self, x: Tensor, pending: Pending, condition: Tensor, rope: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Pending]:
+        """Stream x [B, N, D] without the previous block's last branch, which is `pending` -> the same after this block."""
         parts = self.modulation(F.silu(condition)).chunk(6 if self.shift else 4, dim=-1)
         if self.shift:
             shift1, scale1, gate1, shift2, scale2, gate2 = parts
         else:
             shift1 = shift2 = None
             scale1, gate1, scale2, gate2 = parts
-        x = x + gate1.unsqueeze(1) * self.attention(modulate(self.norm1(x), shift1, scale1), rope)
-        return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        dtype = compute_dtype(x)
+        x, y = adaln(x, scale1, shift1, *pending, self.norm1.weight, eps=NORM_EPS, dtype=dtype)
+        x, y = adaln(x, scale2, shift2, self.attention(y, rope), gate1, self.norm2.weight, eps=NORM_EPS, dtype=dtype)
+        return x, (self.mlp(y), gate2)
 
 
 class TimeEmbedding(nn.Module):
@@ -183,13 +168,14 @@ class FinalLayer(nn.Module):
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
-        self.norm = RMSNorm(width, eps=NORM_EPS)
+        self.norm = nn.RMSNorm(width, eps=NORM_EPS)
         self.modulation = nn.Linear(width, 2 * width)
         self.linear = nn.Linear(width, out)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, pending: Pending, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)
-        return self.linear(modulate(self.norm(x), shift, scale))
+        _, y = adaln(x, scale, shift, *pending, self.norm.weight, eps=NORM_EPS, dtype=compute_dtype(x))
+        return self.linear(y)
 
 
 class LightningDiT(nn.Module):
@@ -212,7 +198,9 @@ class LightningDiT(nn.Module):
         self.patches = nn.Conv2d(latent_channels, width, config.patch_size, stride=config.patch_size)
         self.time = TimeEmbedding(width)
         self.label = nn.Embedding(config.classes + 1, width)  # the last row is the null class
-        self.blocks = nn.ModuleList(Block(width, heads, config.qk_norm, config.shift) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, config.qk_norm, config.shift, config.attention) for _ in range(depth)
+        )
         self.final = FinalLayer(width, config.patch_size**2 * latent_channels)
         self.positions = nn.Parameter(sincos_table(self._grid(latent_size), width)[None], requires_grad=False)
         self._initialise()
@@ -229,9 +217,10 @@ class LightningDiT(nn.Module):
         x = x + self._position_table(grid)
         condition = self.time(t) + self.label(labels)  # [B, width]
         rope = self._rope(grid, x.device)
+        pending: Pending = (None, None)
         for block in self.blocks:
-            x = block(x, condition, rope)
-        return self._unpatch(self.final(x, condition), grid)
+            x, pending = block(x, pending, condition, rope)
+        return self._unpatch(self.final(x, pending, condition), grid)
 
     def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
         height, width = size

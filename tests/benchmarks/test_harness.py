@@ -7,8 +7,9 @@ import re
 import pytest
 import torch
 
-from benchmarks import harness
-from benchmarks.harness import Case, Measurement, Provider
+from benchmarks import harness, results
+from benchmarks.harness import Case, Provider
+from benchmarks.results import Measurement
 
 BASELINE = Provider("eager", lambda x: (x.square().mean(), x.detach().max()))
 
@@ -37,13 +38,14 @@ def test_results_are_compared_before_anything_is_timed(case, provider, reason):
 
 
 def _options(tmp_path, phase="all"):
-    return argparse.Namespace(phase=phase, seconds=0.01, threads=None, csv=tmp_path / "figures.csv")
+    return argparse.Namespace(phase=phase, seconds=0.01, threads=None, csv=tmp_path / "figures.csv", plot=tmp_path / "ratios.png")
 
 
 def test_a_wrong_provider_has_no_figures_and_fails_the_run(case, tmp_path, capsys):
     wrong = Provider("ours", lambda x: (x.mean(), x.detach().max()))
     status = harness.compare([([BASELINE, wrong], [case])], "ours", _options(tmp_path))
     printed = capsys.readouterr().out
+    assert (tmp_path / "ratios.png").stat().st_size > 1000
     assert status == 1 and "refused: ours at five, both: output 0 differs" in printed
     assert "x**" not in printed and "torch " + torch.__version__ in printed
     rows = list(csv.DictReader((tmp_path / "figures.csv").open()))
@@ -62,7 +64,7 @@ def test_table_and_remarks_follow_the_samples():
     eager = Measurement("c", "both", "eager", [3e-6, 1e-6, 2e-6])
     ours = Measurement("c", "both", "ours", [4e-3, 4e-3, 1e-3, 9e-3, 4e-3])
     assert eager.median == 2e-6 and ours.quantile(0.2) == 4e-3 and ours.quantile(0.8) == 9e-3
-    assert "| c | both | 2.0 us (1.0 us .. 3.0 us) | 4.00 ms (4.00 ms .. 9.00 ms) **0.00x** |" in harness.table(
+    assert "| c | both | 2.0 us (1.0 us .. 3.0 us) | 4.00 ms (4.00 ms .. 9.00 ms) **0.00x** |" in results.table(
         [[eager, ours]]
     )
-    assert harness.remarks([[eager, ours]], "ours") == ["losing: ours at c, both: 0.00x against eager"]
+    assert results.remarks([[eager, ours]], "ours") == ["losing: ours at c, both: 0.00x against eager"]

@@ -6,6 +6,7 @@ import torch
 from aligntok.config import SamplerConfig
 from aligntok.diffusion.sampler import integrate, time_grid
 from aligntok.errors import UserError
+from aligntok.kernels import use_implementation
 
 NULL = 10
 
@@ -57,6 +58,22 @@ def test_guidance_extrapolates_from_the_null_class():
 def test_guidance_on_the_first_channels_leaves_the_others():
     z, _ = run(steps=1, guidance=3.0, guidance_channels=3)
     torch.testing.assert_close(z[0, :, 0, 0], torch.tensor([-1.0, -1.0, -1.0, 0.0]))
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_noise_given_is_not_overwritten(solver):
+    noise = torch.ones(2, 4, 1, 1)
+    config = SamplerConfig(solver=solver, steps=2)
+    z = integrate(Field(), noise, torch.tensor([0, 1]), NULL, config)
+    assert torch.equal(noise, torch.ones(2, 4, 1, 1)) and not torch.equal(z, noise)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_the_fused_step_samples_the_same(solver):
+    options = {"solver": solver, "steps": 4, "guidance": 3.0, "guidance_channels": 3, "guidance_interval": (0.0, 0.6)}
+    with use_implementation("triton"):
+        found = run(**options)[0]
+    torch.testing.assert_close(found, run(**options)[0])
 
 
 def test_time_grid_and_shift():

@@ -1,0 +1,122 @@
+"""Self-attention from a packed qkv projection, by one of several backends.
+
+    fused       aligntok.kernels.qknorm_attention: QK-norm, RoPE and attention in one kernel, from qkv to [B, N, H*D]
+    flash-attn  the flash-attn package        } behind aligntok.kernels.qknorm_rope,
+    xformers    xformers' compiled attention  } which norms and rotates q and k in one pass
+    sdpa        PyTorch                       }
+
+`auto` takes `fused` where its Triton kernels run and `sdpa` elsewhere. Any other request is met or refused with the
+reasons; nothing else runs in its place.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from aligntok.errors import UserError
+from aligntok.kernels import explain, qknorm_attention, qknorm_rope
+from aligntok.kernels.qknorm_attention import HEAD_WIDTHS
+
+BACKENDS = ("auto", "fused", "flash-attn", "xformers", "sdpa")
+# Tokens up to which PyTorch's CPU flash attention is slower than three plain calls (docs/decisions.md)
+SHORT_SEQUENCE = 256
+_HALF = (torch.bfloat16, torch.float16)
+
+
+@cache
+def _import_error(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a compiled package raises is the reason to print
+        return f"{module} cannot be imported ({type(error).__name__}: {error})"
+    return None
+
+
+def refusal(backend: str, device: str, dtype: torch.dtype, head_width: int) -> str | None:
+    """Why a backend cannot run for heads of a width and dtype on a device type, or None."""
+    if backend == "fused":
+        found = explain("qknorm_attention", device)
+        if found.name != "triton":
+            return found.rejected.get("triton", "the reference was requested")
+        widths = ", ".join(map(str, HEAD_WIDTHS))
+        return None if head_width in HEAD_WIDTHS else f"heads of {head_width} channels; there are kernels for {widths}"
+    if backend == "sdpa":
+        return None
+    module = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}[backend]
+    if device != "cuda":
+        return f"{backend} needs a CUDA device, the tensors are on {device!r}"
+    if dtype not in _HALF:
+        return f"{backend} takes bfloat16 and float16, not {str(dtype).removeprefix('torch.')}"
+    return _import_error(module)
+
+
+@torch.compiler.assume_constant_result
+def choose(backend: str, device: str, dtype: torch.dtype, head_width: int) -> str:
+    """The backend that runs for a request, on a device type such as "cuda".
+
+    Raises:
+        UserError: an unknown name, or a request that cannot be met; the message lists every backend's reason.
+    """
+    if backend not in BACKENDS:
+        raise UserError(f"model.attention is {backend!r}, expected one of {', '.join(BACKENDS)}")
+    if backend == "auto":
+        return "sdpa" if refusal("fused", device, dtype, head_width) else "fused"
+    if refusal(backend, device, dtype, head_width):
+        reasons = ((name, refusal(name, device, dtype, head_width)) for name in BACKENDS[1:])
+        raise UserError(
+            f"model.attention is {backend!r}, which cannot run here: "
+            + "; ".join(f"{name}: {reason or 'available'}" for name, reason in reasons)
+        )
+    return backend
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v for q, k, v [B, H, N, D]; written out for short sequences on a CPU."""
+    if q.device.type == "cpu" and q.shape[-2] <= SHORT_SEQUENCE:
+        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, N]
+        return scores.softmax(dim=-1).to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def attention(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    rope: tuple[Tensor, Tensor],
+    eps: float,
+    backend: str = "auto",
+) -> Tensor:
+    """Multi-head self-attention with optional QK-norm and rotary positions.
+
+    Args:
+        qkv: packed projection [B, N, 3, H, D].
+        q_weight: learned scales [D] of q's RMSNorm, or None for no norm.
+        k_weight: those of k; both or none.
+        rope: cos and sin [N, D], every value twice (the two channels of a pair).
+        eps: of the norms.
+        backend: one of BACKENDS.
+
+    Returns:
+        [B, N, H*D] in qkv's dtype.
+
+    Raises:
+        UserError: the backend is unknown or cannot run here.
+    """
+    chosen = choose(backend, qkv.device.type, qkv.dtype, qkv.shape[-1])
+    if chosen == "fused":
+        return qknorm_attention(qkv, q_weight, k_weight, *rope, eps=eps)
+    q, k, v = qknorm_rope(qkv, q_weight, k_weight, *rope, eps=eps)  # [B, N, H, D] each
+    if chosen == "flash-attn":
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(q, k, v).flatten(2)
+    if chosen == "xformers":
+        from xformers.ops import memory_efficient_attention
+
+        return memory_efficient_attention(q, k, v).flatten(2)
+    return attend(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2).flatten(2)

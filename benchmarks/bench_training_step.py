@@ -1,0 +1,135 @@
+"""One training step of a LightningDiT with the fused operators and with the PyTorch references, in one run.
+
+    python -m benchmarks.bench_training_step [--size S] [--tokens 256] [--batch 16] [--rounds 7] [--profile]
+
+A step is forward, flow-matching loss, backward and fused AdamW under bf16 autocast, on random latents of 32 channels.
+Both paths start from the same weights and see the same batches; their first losses must agree before anything is timed.
+Steps alternate between the paths. FLOPs are counted by PyTorch's counter on the reference path; the share is against
+the rate of one large bf16 matrix product measured in the same run.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from aligntok.config import FlowConfig, LightningDiTConfig
+from aligntok.diffusion.flow import training_loss
+from aligntok.kernels import use_implementation
+from aligntok.models.lightning_dit import LightningDiT
+from benchmarks.machine import DEVICE, machine_line, matmul_rate, synchronize
+
+CHANNELS = 32
+CLASSES = 1000
+PATHS = {"reference": "reference", "fused": "auto"}
+# Two bf16 paths round differently; after one step the losses have been seen to agree to about 1e-3
+LOSS_TOLERANCE = 1e-2
+
+
+class Path:
+    """A model with its optimizer, stepped under one choice of implementations."""
+
+    def __init__(self, model: LightningDiT, implementation: str) -> None:
+        self.model = copy.deepcopy(model)
+        self.implementation = implementation
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
+        self.samples: list[float] = []
+
+    def loss(self, seed: int, data: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of one batch, with times and noise from a seed."""
+        torch.manual_seed(seed)
+        with use_implementation(self.implementation), torch.autocast(DEVICE, torch.bfloat16):
+            return training_loss(self.model, data, labels, FlowConfig())[0]
+
+    def step(self, seed: int, data: torch.Tensor, labels: torch.Tensor) -> float:
+        """One whole training step; returns its loss."""
+        loss = self.loss(seed, data, labels)
+        with use_implementation(self.implementation):
+            loss.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return loss.item()
+
+    def timed_step(self, seed: int, data: torch.Tensor, labels: torch.Tensor) -> None:
+        """A step whose seconds are kept."""
+        synchronize()
+        start = time.perf_counter()
+        self.step(seed, data, labels)
+        synchronize()
+        self.samples.append(time.perf_counter() - start)
+
+
+def batch(size: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Random latents [B, 32, side, side] and labels [B]."""
+    generator = torch.Generator().manual_seed(3)
+    data = torch.randn(size, CHANNELS, side, side, generator=generator).to(DEVICE)
+    return data, torch.randint(CLASSES, (size,), generator=generator).to(DEVICE)
+
+
+def perturbed(config: LightningDiTConfig, side: int) -> LightningDiT:
+    """A model whose zero-initialised modulations are not zero, so that every operator does real work."""
+    torch.manual_seed(0)
+    model = LightningDiT(config, CHANNELS, (side, side)).to(DEVICE)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad and not parameter.any():
+                parameter.normal_(std=0.02)
+    return model
+
+
+def profile(path: Path, inputs: tuple[torch.Tensor, torch.Tensor]) -> str:
+    """The operators that take most of a step's time."""
+    with torch.profiler.profile() as found:
+        path.step(0, *inputs)
+    return found.key_averages().table(sort_by="self_cpu_time_total", row_limit=20, max_name_column_width=60)
+
+
+def main() -> int:
+    """Print both medians, their ratio and the share of the matmul rate; exit status 1 if the losses differ."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="S", choices=["S", "B", "L", "XL"], help="of the LightningDiT, patch size 1")
+    parser.add_argument("--tokens", type=int, default=256, help="a square number")
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each path")
+    parser.add_argument("--qk-norm", action="store_true", help="with QK-norm")
+    parser.add_argument("--profile", action="store_true", help="print where the fused step spends its time")
+    options = parser.parse_args()
+    side = round(options.tokens**0.5)
+    config = LightningDiTConfig(size=options.size, patch_size=1, classes=CLASSES, qk_norm=options.qk_norm)
+    model, inputs = perturbed(config, side), batch(options.batch, side)
+    paths = {name: Path(model, implementation) for name, implementation in PATHS.items()}
+    with FlopCounterMode(display=False) as counter:
+        paths["reference"].loss(0, *inputs).backward()
+    paths["reference"].optimizer.zero_grad()
+    first = {name: path.step(0, *inputs) for name, path in paths.items()}
+    second = {name: path.step(1, *inputs) for name, path in paths.items()}
+    print(machine_line())
+    for losses in (first, second):
+        difference = abs(losses["fused"] - losses["reference"])
+        print(f"loss: reference {losses['reference']:.6f}, fused {losses['fused']:.6f}")
+        if not difference <= LOSS_TOLERANCE * abs(losses["reference"]):
+            print("the losses differ: nothing is timed")
+            return 1
+    for seed in range(options.rounds):
+        for path in paths.values():
+            path.timed_step(seed, *inputs)
+    flops, rate = counter.get_total_flops(), matmul_rate(torch.bfloat16)
+    print(f"LightningDiT-{options.size}/1, {options.tokens} tokens, batch {options.batch}: {flops / 1e9:.0f} GFLOP a step")
+    print(f"measured bf16 matmul rate: {rate / 1e9:.0f} GFLOP/s")
+    medians = {name: statistics.median(path.samples) for name, path in paths.items()}
+    for name, seconds in medians.items():
+        spread = f"{min(paths[name].samples):.3f} .. {max(paths[name].samples):.3f}"
+        images = options.batch / seconds
+        print(f"{name}: {seconds:.3f} s ({spread}), {images:.1f} img/s, {flops / seconds / rate:.0%} of the matmul rate")
+    print(f"ratio: {medians['reference'] / medians['fused']:.2f}x")
+    if options.profile:
+        print(profile(paths["fused"], inputs))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

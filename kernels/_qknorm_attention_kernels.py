@@ -1,0 +1,415 @@
+"""Triton kernels of `qknorm_attention`: row tiles in two parts, the prologue and its adjoint, short and long forms.
+
+A tile of rows [R, D] is a pair (main, tail): `main` has the largest power of two of columns that fits in D, `tail` the
+rest, padded with zeros to a power of two of at least 16, the least depth of a tensor-core instruction. With TAIL == 0
+there is no tail, and the second member is a name for the first that nothing uses. Every product runs over both parts.
+
+Below, q' and k' are prepared rows rope(rms_norm(.)); q' carries the softmax scale and log2(e), so that
+p = exp2(q' k'^T - lse), where lse is the base-2 logarithm of the denominators. Rows past N are read as zeros, which
+takes them out of every product; only the probabilities of keys past N are masked, since exp2(0 - lse) may overflow.
+"""
+
+from ._triton import tl, triton
+
+
+@triton.jit
+def _head(program, stride_batch, stride_head, H, ALIGN: tl.constexpr):
+    """Offset of a (batch, head); ALIGN divides every stride, which the compiler has to know for 16-byte loads."""
+    offset = (program // H).to(tl.int64) * stride_batch + (program % H).to(tl.int64) * stride_head
+    return tl.multiple_of(offset, [ALIGN])
+
+
+@triton.jit
+def _load(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
+    """Rows start to start + ROWS of a matrix [N, D] as (main, tail)."""
+    row = start + tl.arange(0, ROWS)[:, None]
+    source = base + row.to(tl.int64) * stride
+    column = tl.arange(0, MAIN)[None, :]
+    main = tl.load(source + column, mask=(row < N) & (column < D), other=0.0)
+    tail = main
+    if TAIL:
+        column = tl.arange(0, TAIL)[None, :]
+        tail = tl.load(source + MAIN + column, mask=(row < N) & (column < D - MAIN), other=0.0)
+    return main, tail
+
+
+@triton.jit
+def _store(base, stride, start, N, tile, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
+    """Write the rows of a tile that lie below N."""
+    row = start + tl.arange(0, ROWS)[:, None]
+    target = base + row.to(tl.int64) * stride
+    column = tl.arange(0, MAIN)[None, :]
+    tl.store(target + column, tile[0].to(base.dtype.element_ty), mask=(row < N) & (column < D))
+    if TAIL:
+        column = tl.arange(0, TAIL)[None, :]
+        inside = (row < N) & (column < D - MAIN)
+        tl.store(target + MAIN + column, tile[1].to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _vector(base, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """A vector [D] as fp32 rows (main [1, MAIN], tail [1, TAIL])."""
+    column = tl.arange(0, MAIN)[None, :]
+    main = tl.load(base + column, mask=column < D, other=0.0).to(tl.float32)
+    tail = main
+    if TAIL:
+        column = tl.arange(0, TAIL)[None, :]
+        tail = tl.load(base + MAIN + column, mask=column < D - MAIN, other=0.0).to(tl.float32)
+    return main, tail
+
+
+@triton.jit
+def _product(a, b, total, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """a b^T over the columns of both parts."""
+    if TAIL:
+        total = tl.dot(a[1], tl.trans(b[1]), total, input_precision=PRECISION)
+    return tl.dot(a[0], tl.trans(b[0]), total, input_precision=PRECISION)
+
+
+@triton.jit
+def _accumulate(total, a, b, TAIL: tl.constexpr, PRECISION: tl.constexpr):
+    """total + a b for a matrix a and a pair b."""
+    main = tl.dot(a, b[0], total[0], input_precision=PRECISION)
+    tail = total[1]
+    if TAIL:
+        tail = tl.dot(a, b[1], total[1], input_precision=PRECISION)
+    return main, tail
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    main = tl.zeros([ROWS, MAIN], tl.float32)
+    tail = main
+    if TAIL:
+        tail = tl.zeros([ROWS, TAIL], tl.float32)
+    return main, tail
+
+
+@triton.jit
+def _row_sum(a, b, TAIL: tl.constexpr):
+    """sum over both parts of a * b in fp32, [R, 1]."""
+    total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), axis=1)
+    if TAIL:
+        total += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), axis=1)
+    return total[:, None]
+
+
+@triton.jit
+def _turn(x, cos, sin, start, N, FIRST: tl.constexpr, PAIRS: tl.constexpr, ROPE: tl.constexpr, SIGN: tl.constexpr):
+    """Rotate neighbouring columns of x [R, C] by the angles of their pairs, backwards for SIGN = -1.
+
+    FIRST: the pair that belongs to column 0. ROPE: columns of the tables for each pair. The two channels of a pair sit
+    in one thread, so that nothing moves between threads.
+    """
+    row = start + tl.arange(0, x.shape[0])[:, None]
+    pair = FIRST + tl.arange(0, x.shape[1] // 2)[None, :]
+    offset = row * (PAIRS * ROPE) + pair * ROPE
+    inside = (row < N) & (pair < PAIRS)
+    c = tl.load(cos + offset, mask=inside, other=0.0).to(tl.float32)
+    s = tl.load(sin + offset, mask=inside, other=0.0).to(tl.float32) * SIGN
+    pairs = tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2))
+    first = (tl.arange(0, 2) == 0)[None, None, :]
+    even, odd = tl.sum(tl.where(first, pairs, 0.0), axis=2), tl.sum(tl.where(first, 0.0, pairs), axis=2)
+    turned = tl.where(first, (even * c - odd * s)[:, :, None], (odd * c + even * s)[:, :, None])
+    return tl.reshape(turned, (x.shape[0], x.shape[1]))
+
+
+@triton.jit
+def _prepare(
+    tile, weight, cos, sin, start, N, eps, factor,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """factor * rope(rms_norm(rows) * weight), rounded to the rows' type."""
+    main, tail = tile[0].to(tl.float32) * factor, tile[1].to(tl.float32) * factor
+    if NORM:
+        scale = tl.rsqrt(_row_sum(tile, tile, TAIL) / D + eps)
+        w = _vector(weight, D, MAIN, TAIL)
+        main, tail = main * scale * w[0], tail * scale * w[1]
+    if ROPE:
+        main = _turn(main, cos, sin, start, N, 0, D // 2, ROPE, 1)
+        if TAIL:
+            tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, ROPE, 1)
+    return main.to(tile[0].dtype), tail.to(tile[0].dtype)
+
+
+@triton.jit
+def _unprepare(
+    gradient, tile, weight, cos, sin, start, N, eps, factor,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+):  # fmt: skip
+    """factor * gradient of prepared rows -> that of the rows as read (`tile`), and the weight's summed over the rows."""
+    main, tail = gradient[0] * factor, gradient[1] * factor
+    if ROPE:
+        main = _turn(main, cos, sin, start, N, 0, D // 2, ROPE, -1)
+        if TAIL:
+            tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, ROPE, -1)
+    dweight = (tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32))
+    if NORM:
+        scale = tl.rsqrt(_row_sum(tile, tile, TAIL) / D + eps)
+        normed = (tile[0].to(tl.float32) * scale, tile[1].to(tl.float32) * scale)
+        dweight = (tl.sum(main * normed[0], axis=0), tl.sum(tail * normed[1], axis=0))
+        w = _vector(weight, D, MAIN, TAIL)
+        main, tail = main * w[0], tail * w[1]
+        mean = _row_sum((main, tail), normed, TAIL) / D
+        main, tail = (main - normed[0] * mean) * scale, (tail - normed[1] * mean) * scale
+    return (main, tail), dweight
+
+
+@triton.jit
+def _attend(
+    o, top, total, q, k, v, start, N,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One block of keys of the online softmax: (o, top, total) are its sums so far, relative to the maximum `top`."""
+    s = _product(q, k, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
+    if not EVEN:
+        s = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, s, float("-inf"))
+    higher = tl.maximum(top, tl.max(s, axis=1))
+    shrink = tl.exp2(top - higher)
+    p = tl.exp2(s - higher[:, None])
+    o = (o[0] * shrink[:, None], o[1] * shrink[:, None])
+    return _accumulate(o, p.to(v[0].dtype), v, TAIL, PRECISION), higher, total * shrink + tl.sum(p, axis=1)
+
+
+@triton.jit
+def _store_partial(partial, program, dweight, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
+    """Row `program` of the partial sums [programs, D] of a weight's gradient."""
+    target = partial + program.to(tl.int64) * D
+    column = tl.arange(0, MAIN)
+    tl.store(target + column, dweight[0], mask=column < D)
+    if TAIL:
+        column = tl.arange(0, TAIL)
+        tl.store(target + MAIN + column, dweight[1], mask=column < D - MAIN)
+
+
+@triton.jit
+def _short_forward_kernel(
+    qkv, q_weight, k_weight, cos, sin, out, lse,
+    N, H, stride_b, stride_n, stride_3, stride_h, eps, factor,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program per (batch, head), N <= BLOCKS * BLOCK_K: k' and v are prepared once and stay on the chip."""
+    program = tl.program_id(0)
+    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
+    target = out + _head(program, N * H * D, D, H, 8)
+    k_all, v_all = (), ()
+    for i in tl.static_range(BLOCKS):
+        k = _load(source + stride_3, stride_n, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
+        k = _prepare(k, k_weight, cos, sin, i * BLOCK_K, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
+        v = _load(source + 2 * stride_3, stride_n, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
+        k_all, v_all = k_all + (k,), v_all + (v,)
+    for start in range(0, N, BLOCK_Q):
+        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
+        top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+        total = tl.zeros([BLOCK_Q], tl.float32)
+        o = _zeros(BLOCK_Q, MAIN, TAIL)
+        for i in tl.static_range(BLOCKS):
+            o, top, total = _attend(
+                o, top, total, q, k_all[i], v_all[i], i * BLOCK_K, N, TAIL, PRECISION, EVEN, BLOCK_Q, BLOCK_K
+            )
+        o = (o[0] / total[:, None], o[1] / total[:, None])
+        _store(target, H * D, start, N, o, D, MAIN, TAIL, BLOCK_Q)
+        row = start + tl.arange(0, BLOCK_Q)
+        tl.store(lse + program.to(tl.int64) * N + row, top + tl.log2(total), mask=row < N)
+
+
+@triton.jit
+def _short_backward_kernel(
+    qkv, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, dweight,
+    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program per (batch, head), N <= BLOCKS * BLOCK_Q, five products for each tile of scores.
+
+    q', dout, the row sums and dq stay on the chip for all queries, while blocks of keys pass by.
+    """
+    program = tl.program_id(0)
+    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
+    target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
+    upstream = dout + _head(program, dout_b, D, H, ALIGN)
+    result = out + _head(program, N * H * D, D, H, 8)
+    q_all, do_all, delta_all, lse_all, dq_all = (), (), (), (), ()
+    for i in tl.static_range(BLOCKS):
+        start = i * BLOCK_Q
+        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
+        do = _load(upstream, dout_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        o = _load(result, H * D, start, N, D, MAIN, TAIL, BLOCK_Q)
+        row = start + tl.arange(0, BLOCK_Q)[:, None]
+        q_all, do_all, delta_all = q_all + (q,), do_all + (do,), delta_all + (_row_sum(o, do, TAIL),)
+        lse_all = lse_all + (tl.load(lse + program.to(tl.int64) * N + row, mask=row < N, other=0.0),)
+        dq_all = dq_all + (_zeros(BLOCK_Q, MAIN, TAIL),)
+    dk_main, dk_tail = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32)
+    for start in range(0, N, BLOCK_K):
+        k_read = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
+        k = _prepare(k_read, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
+        v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
+        dk, dv, dq_next = _zeros(BLOCK_K, MAIN, TAIL), _zeros(BLOCK_K, MAIN, TAIL), ()
+        for i in tl.static_range(BLOCKS):
+            s = _product(q_all[i], k, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
+            p = tl.exp2(s - lse_all[i])
+            if not EVEN:
+                p = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, p, 0.0)
+            dv = _accumulate(dv, tl.trans(p.to(v[0].dtype)), do_all[i], TAIL, PRECISION)
+            dp = _product(do_all[i], v, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
+            ds = (p * (dp - delta_all[i])).to(v[0].dtype)
+            dk = _accumulate(dk, tl.trans(ds), q_all[i], TAIL, PRECISION)
+            dq_next = dq_next + (_accumulate(dq_all[i], ds, k, TAIL, PRECISION),)
+        dq_all = dq_next
+        _store(target + 2 * H * D, 3 * H * D, start, N, dv, D, MAIN, TAIL, BLOCK_K)
+        dk, dweight_block = _unprepare(
+            dk, k_read, k_weight, cos, sin, start, N, eps, scale / factor,
+            D, MAIN, TAIL, NORM, ROPE,
+        )  # fmt: skip
+        _store(target + H * D, 3 * H * D, start, N, dk, D, MAIN, TAIL, BLOCK_K)
+        dk_main, dk_tail = dk_main + dweight_block[0], dk_tail + dweight_block[1]
+    dq_main, dq_tail = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32)
+    for i in tl.static_range(BLOCKS):
+        start = i * BLOCK_Q
+        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        dq, dweight_block = _unprepare(
+            dq_all[i], q, q_weight, cos, sin, start, N, eps, scale,
+            D, MAIN, TAIL, NORM, ROPE,
+        )  # fmt: skip
+        _store(target, 3 * H * D, start, N, dq, D, MAIN, TAIL, BLOCK_Q)
+        dq_main, dq_tail = dq_main + dweight_block[0], dq_tail + dweight_block[1]
+    if NORM:
+        _store_partial(dweight, program, (dq_main, dq_tail), D, MAIN, TAIL)
+        _store_partial(dweight, tl.num_programs(0) + program, (dk_main, dk_tail), D, MAIN, TAIL)
+
+
+@triton.jit
+def _prepare_kernel(
+    qkv, q_weight, k_weight, cos, sin, prepared,
+    N, H, stride_b, stride_n, stride_3, stride_h, eps, factor,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Long form, first launch: prepared [1 or 2, B, H, N, D] = k' and, in the backward pass, q' of all heads."""
+    program = tl.program_id(0) // tl.cdiv(N, ROWS)
+    start = tl.program_id(0) % tl.cdiv(N, ROWS) * ROWS
+    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
+    target = prepared + program.to(tl.int64) * N * D
+    if tl.program_id(1) == 0:
+        k = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, ROWS)
+        k = _prepare(k, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
+        _store(target, D, start, N, k, D, MAIN, TAIL, ROWS)
+    else:
+        q = _load(source, stride_n, start, N, D, MAIN, TAIL, ROWS)
+        q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
+        target += tl.num_programs(0) // tl.cdiv(N, ROWS) * N.to(tl.int64) * D
+        _store(target, D, start, N, q, D, MAIN, TAIL, ROWS)
+
+
+@triton.jit
+def _long_forward_kernel(
+    qkv, prepared, q_weight, cos, sin, out, lse,
+    N, H, stride_b, stride_n, stride_3, stride_h, eps, factor,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program per (batch, head) and block of queries; online softmax over blocks of prepared keys."""
+    program = tl.program_id(0) // tl.cdiv(N, BLOCK_Q)
+    first = tl.program_id(0) % tl.cdiv(N, BLOCK_Q) * BLOCK_Q
+    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
+    keys = prepared + program.to(tl.int64) * N * D
+    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    q = _prepare(q, q_weight, cos, sin, first, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
+    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    o = _zeros(BLOCK_Q, MAIN, TAIL)
+    for start in range(0, N, BLOCK_K):
+        k = _load(keys, D, start, N, D, MAIN, TAIL, BLOCK_K)
+        v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
+        o, top, total = _attend(o, top, total, q, k, v, start, N, TAIL, PRECISION, EVEN, BLOCK_Q, BLOCK_K)
+    o = (o[0] / total[:, None], o[1] / total[:, None])
+    _store(out + _head(program, N * H * D, D, H, 8), H * D, first, N, o, D, MAIN, TAIL, BLOCK_Q)
+    row = first + tl.arange(0, BLOCK_Q)
+    tl.store(lse + program.to(tl.int64) * N + row, top + tl.log2(total), mask=row < N)
+
+
+@triton.jit
+def _long_dq_kernel(
+    qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
+    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program per (batch, head) and block of queries: dq, and delta = rowsum(out * dout) for the next kernel."""
+    program = tl.program_id(0) // tl.cdiv(N, BLOCK_Q)
+    first = tl.program_id(0) % tl.cdiv(N, BLOCK_Q) * BLOCK_Q
+    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
+    keys = prepared + program.to(tl.int64) * N * D
+    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    q = _prepare(q, q_weight, cos, sin, first, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
+    do = _load(dout + _head(program, dout_b, D, H, ALIGN), dout_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    o = _load(out + _head(program, N * H * D, D, H, 8), H * D, first, N, D, MAIN, TAIL, BLOCK_Q)
+    row = first + tl.arange(0, BLOCK_Q)[:, None]
+    per_row = program.to(tl.int64) * N + row
+    denominator = tl.load(lse + per_row, mask=row < N, other=0.0)
+    sums = _row_sum(o, do, TAIL)
+    tl.store(delta + per_row, sums, mask=row < N)
+    dq = _zeros(BLOCK_Q, MAIN, TAIL)
+    for start in range(0, N, BLOCK_K):
+        k = _load(keys, D, start, N, D, MAIN, TAIL, BLOCK_K)
+        v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
+        s = _product(q, k, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
+        dp = _product(do, v, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
+        ds = tl.exp2(s - denominator) * (dp - sums)
+        if not EVEN:
+            ds = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, ds, 0.0)
+        dq = _accumulate(dq, ds.to(v[0].dtype), k, TAIL, PRECISION)
+    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    dq, dweight_block = _unprepare(
+        dq, q, q_weight, cos, sin, first, N, eps, scale, D, MAIN, TAIL, NORM, ROPE
+    )
+    _store(dqkv + _head(program, 3 * N * H * D, D, H, 8), 3 * H * D, first, N, dq, D, MAIN, TAIL, BLOCK_Q)
+    if NORM:
+        _store_partial(dweight, tl.program_id(0), dweight_block, D, MAIN, TAIL)
+
+
+@triton.jit
+def _long_dkv_kernel(
+    qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dweight,
+    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """One program per (batch, head) and block of keys: dk and dv over blocks of prepared queries.
+
+    The scores are computed transposed, [keys, queries], so that they are left operands as they come out.
+    """
+    program = tl.program_id(0) // tl.cdiv(N, BLOCK_K)
+    first = tl.program_id(0) % tl.cdiv(N, BLOCK_K) * BLOCK_K
+    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
+    upstream = dout + _head(program, dout_b, D, H, ALIGN)
+    queries = prepared + (tl.num_programs(0) // tl.cdiv(N, BLOCK_K) + program).to(tl.int64) * N * D
+    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
+    k = _prepare(k, k_weight, cos, sin, first, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
+    v = _load(source + 2 * stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
+    dk, dv = _zeros(BLOCK_K, MAIN, TAIL), _zeros(BLOCK_K, MAIN, TAIL)
+    for start in range(0, N, BLOCK_Q):
+        q = _load(queries, D, start, N, D, MAIN, TAIL, BLOCK_Q)
+        do = _load(upstream, dout_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        row = start + tl.arange(0, BLOCK_Q)[None, :]
+        per_row = program.to(tl.int64) * N + row
+        s = _product(k, q, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION)
+        p = tl.exp2(s - tl.load(lse + per_row, mask=row < N, other=0.0))
+        dv = _accumulate(dv, p.to(v[0].dtype), do, TAIL, PRECISION)
+        dp = _product(v, do, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION)
+        ds = p * (dp - tl.load(delta + per_row, mask=row < N, other=0.0))
+        dk = _accumulate(dk, ds.to(v[0].dtype), q, TAIL, PRECISION)
+    target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
+    _store(target + 2 * H * D, 3 * H * D, first, N, dv, D, MAIN, TAIL, BLOCK_K)
+    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
+    dk, dweight_block = _unprepare(
+        dk, k, k_weight, cos, sin, first, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE
+    )
+    _store(target + H * D, 3 * H * D, first, N, dk, D, MAIN, TAIL, BLOCK_K)
+    if NORM:
+        _store_partial(dweight, tl.program_id(0), dweight_block, D, MAIN, TAIL)

@@ -1,0 +1,327 @@
+"""Self-attention from one packed projection, with QK-norm and rotary positions inside.
+
+For qkv [B, N, 3, H, D], per batch and head,
+
+    q' = rope(rms_norm(q) * q_weight),  k' = rope(rms_norm(k) * k_weight)          [N, D]
+    out = softmax(q' k'^T / sqrt(D)) v                                              [B, N, H * D]
+
+rms_norm(x) = x / sqrt(mean(x^2) + eps) over D in fp32; rope turns the pairs of neighbouring channels (2i, 2i + 1) by the
+angles of the tables. With P the softmax and dO the gradient of the result,
+
+    dv = P^T dO,  dS = P * (dO v^T - rowsum(dO * out)),  dq' = dS k' / sqrt(D),  dk' = dS^T q' / sqrt(D)
+
+and dq, dk follow through the rotation and the norm in the same kernel. Nothing is transposed, concatenated or copied:
+results and gradients are written where the neighbouring projections read them.
+
+Up to SHORT tokens one program owns a (batch, head): its k' and v (backward: q' and dO as well) stay on the chip and one
+kernel does the pass. Beyond, k' (backward: q' too) is prepared once by a kernel of its own, since each of the N / BLOCK
+programs of a head would otherwise repeat that for every tile; then one kernel makes the result, or one dq and one dk
+and dv. No atomics: a weight's gradient is summed per program, then over programs in a fixed order.
+
+A head of 72 channels is 64 + 8 and not 128: see `parts`.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.library import wrap_triton
+
+from . import _qknorm_attention_kernels as kernels
+from . import _triton
+from ._dispatch import register, select
+from ._triton import Configuration, configuration, dot_precision, launch, operator, triton
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HEAD_WIDTHS = (32, 48, 64, 72, 96, 128)  # of the kernels; any even width works in the reference
+SHORT = 256  # tokens: q', k', v and dO of a head in 2-byte numbers fill 80 to 128 KiB of shared memory
+SHORT_ON_CPU = 64  # tokens up to which PyTorch's flash attention for CPUs is slower than three calls (docs/decisions.md)
+EPS = 1e-6
+LOG2_E = 1 / math.log(2)
+
+
+def parts(D: int) -> tuple[int, int]:
+    """(MAIN, TAIL): D's largest power of two, and the rest padded to a power of two >= 16 (0: no rest).
+
+    Triton's tiles have sides that are powers of two; 72 as 64 + 16 has 80 columns where one tile has 128.
+    """
+    main = 1 << (D.bit_length() - 1)
+    return main, max(16, triton.next_power_of_2(D - main)) if D > main else 0
+
+
+def qknorm_attention_reference(
+    qkv: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    eps: float = EPS,
+) -> Tensor:
+    """The same in plain PyTorch with its scaled_dot_product_attention; see `qknorm_attention`."""
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each
+    q, k = _prepared(q, q_weight, cos, sin, eps), _prepared(k, k_weight, cos, sin, eps)
+    if q.device.type == "cpu" and q.shape[2] <= SHORT_ON_CPU:
+        out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1).to(v.dtype) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v)
+    return out.transpose(1, 2).flatten(2)
+
+
+def _prepared(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
+    """rope(rms_norm(x) * weight) for x [B, H, N, D], in fp32 (fp64 for fp64), rounded to x's dtype."""
+    dtype, D = x.dtype, x.shape[-1]
+    wide = torch.promote_types(dtype, torch.float32)
+    if weight is not None:
+        x = F.rms_norm(x.to(wide), (D,), weight.to(wide), eps)
+    if cos is not None:
+        cos, sin = (t if t.shape[-1] == D else t.repeat_interleave(2, dim=-1) for t in (cos, sin))
+        even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+        x = x * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin
+    return x.to(dtype)
+
+
+def _row(q: int, k: int, warps: int, stages: int = 1) -> Configuration:
+    return {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
+
+
+FLOAT32 = {
+    "short_forward": _row(32, 64, 4),
+    "short_backward": _row(32, 32, 4),
+    "long_forward": _row(32, 32, 4),
+    "long_dq": _row(32, 32, 4),
+    "long_dkv": _row(32, 32, 4),
+}
+CONFIGURATIONS: dict[str, list[tuple[int, int, dict[int, Configuration]]]] = {
+    "short_forward": [
+        (128, 64, {80: _row(64, 64, 4), 90: _row(64, 64, 4)}),
+        (128, 256, {80: _row(128, 64, 8), 90: _row(128, 64, 8)}),
+    ],
+    "short_backward": [
+        (128, 64, {80: _row(64, 64, 4), 90: _row(64, 64, 4)}),
+        (128, 256, {80: _row(128, 64, 8), 90: _row(128, 64, 8)}),
+    ],
+    "long_forward": [(128, 0, {80: _row(128, 64, 8, 2), 90: _row(128, 64, 8, 2)})],
+    "long_dq": [(128, 0, {80: _row(128, 64, 8, 2), 90: _row(128, 64, 8, 2)})],
+    "long_dkv": [(128, 0, {80: _row(64, 64, 4, 2), 90: _row(64, 64, 4, 2)})],
+}
+PREPARE = {arch: {"ROWS": 64, "num_warps": 4, "num_stages": 1} for arch in _triton.ARCHITECTURES}
+
+
+def _configured(kernel: str, qkv: Tensor) -> Configuration:
+    """The pinned configuration of a kernel for the number type, width and length of qkv."""
+    D, N = qkv.shape[4], qkv.shape[1]
+    if qkv.dtype == torch.float32:
+        table = dict.fromkeys(_triton.ARCHITECTURES, FLOAT32[kernel])
+    else:
+        table = next(t for width, length, t in CONFIGURATIONS[kernel] if D <= width and (N <= length or not length))
+    return configuration(f"qknorm_attention_{kernel}", table, qkv.device)
+
+
+def _is_short(qkv: Tensor) -> bool:
+    return qkv.shape[1] * qkv.element_size() <= 2 * SHORT
+
+
+def _unit_stride(x: Tensor) -> Tensor:
+    """x, copied only where its last dimension is not dense."""
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _dense(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(table if table is None else table.contiguous() for table in tables)
+
+
+def _constants(qkv: Tensor, weight: Tensor | None, cos: Tensor | None, *others: Tensor) -> dict[str, int | bool]:
+    """What every kernel is compiled for: widths, switches, and the alignment of qkv's and the others' rows."""
+    D, vector = qkv.shape[4], 16 // qkv.element_size()
+    aligned = all(s % vector == 0 for x in (qkv, *others) for s in x.stride()[:-1])
+    MAIN, TAIL = parts(D)
+    rope = 0 if cos is None else 2 * cos.shape[1] // D  # columns of the tables for each pair of channels
+    return {
+        "D": D,
+        "MAIN": MAIN,
+        "TAIL": TAIL,
+        "NORM": weight is not None,
+        "ROPE": rope,
+        "ALIGN": vector if aligned else 1,
+    }
+
+
+def _prepared_rows(qkv: Tensor, vectors: tuple, eps: float, members: int) -> Tensor:
+    """k' and, for members = 2, q' of all heads, [members, B, H, N, D]."""
+    B, N, _, H, D = qkv.shape
+    prepared = torch.empty((members, B, H, N, D), dtype=qkv.dtype, device=qkv.device)
+    config = configuration("qknorm_attention_prepare", PREPARE, qkv.device)
+    grid = (B * H * triton.cdiv(N, config["ROWS"]), members)
+    arguments = (qkv, *vectors, prepared, N, H, *qkv.stride()[:4], eps, D**-0.5 * LOG2_E)
+    constants = _constants(qkv, vectors[0], vectors[2])
+    launch(wrap_triton(kernels._prepare_kernel), grid, *arguments, **constants, **config)
+    return prepared
+
+
+@operator("qknorm_attention_triton")
+def _forward(
+    qkv: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    qkv = _unit_stride(qkv)
+    B, N, _, H, D = qkv.shape
+    out = torch.empty((B, N, H * D), dtype=qkv.dtype, device=qkv.device)
+    lse = torch.empty((B, H, N), dtype=torch.float32, device=qkv.device)
+    vectors = (q_weight, k_weight, *_dense(cos, sin))
+    scalars = (N, H, *qkv.stride()[:4], eps, D**-0.5 * LOG2_E)
+    constants = _constants(qkv, q_weight, cos) | {"PRECISION": dot_precision(qkv.dtype)}
+    if _is_short(qkv):
+        config = _configured("short_forward", qkv)
+        constants |= {"EVEN": N % config["BLOCK_K"] == 0, "BLOCKS": triton.cdiv(N, config["BLOCK_K"])}
+        kernel = wrap_triton(kernels._short_forward_kernel)
+        launch(kernel, (B * H,), qkv, *vectors, out, lse, *scalars, **constants, **config)
+        return out, lse
+    keys = _prepared_rows(qkv, vectors, eps, 1)
+    config = _configured("long_forward", qkv)
+    constants["EVEN"] = N % config["BLOCK_K"] == 0
+    grid = (B * H * triton.cdiv(N, config["BLOCK_Q"]),)
+    pointers = (qkv, keys, q_weight, *vectors[2:], out, lse)
+    launch(wrap_triton(kernels._long_forward_kernel), grid, *pointers, *scalars, **constants, **config)
+    return out, lse
+
+
+@operator("qknorm_attention_triton_backward")
+def _backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """dqkv, and the gradients [2, D] of both weights in fp32 (zeros without weights)."""
+    qkv, dout = _unit_stride(qkv), _unit_stride(dout)
+    B, N, _, H, D = qkv.shape
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
+    vectors = (q_weight, k_weight, *_dense(cos, sin))
+    scalars = (N, H, *qkv.stride()[:4], *dout.stride()[:2], eps, D**-0.5 * LOG2_E, D**-0.5)
+    constants = _constants(qkv, q_weight, cos, dout) | {"PRECISION": dot_precision(qkv.dtype)}
+    if _is_short(qkv):
+        config = _configured("short_backward", qkv)
+        constants |= {"EVEN": N % config["BLOCK_K"] == 0, "BLOCKS": triton.cdiv(N, config["BLOCK_Q"])}
+        partial = _partials(q_weight, (2, B * H, D), dqkv)
+        pointers = (qkv, *vectors, out, lse, dout, dqkv, partial)
+        launch(wrap_triton(kernels._short_backward_kernel), (B * H,), *pointers, *scalars, **constants, **config)
+        return dqkv, partial.sum(1)
+    delta = torch.empty_like(lse)
+    both = _prepared_rows(qkv, vectors, eps, 2)
+    config = _configured("long_dq", qkv)
+    programs = B * H * triton.cdiv(N, config["BLOCK_Q"])
+    dq_weight = _partials(q_weight, (programs, D), dqkv)
+    even = {"EVEN": N % config["BLOCK_K"] == 0}
+    pointers = (qkv, both, q_weight, *vectors[2:], out, lse, dout, dqkv, delta, dq_weight)
+    launch(wrap_triton(kernels._long_dq_kernel), (programs,), *pointers, *scalars, **constants, **even, **config)
+    config = _configured("long_dkv", qkv)
+    programs = B * H * triton.cdiv(N, config["BLOCK_K"])
+    dk_weight = _partials(q_weight, (programs, D), dqkv)
+    pointers = (qkv, both, k_weight, *vectors[2:], lse, dout, dqkv, delta, dk_weight)
+    launch(wrap_triton(kernels._long_dkv_kernel), (programs,), *pointers, *scalars, **constants, **config)
+    return dqkv, torch.stack((dq_weight.sum(0), dk_weight.sum(0)))
+
+
+def _partials(weight: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Room for each program's sums; nothing where there are no weights."""
+    if weight is None:
+        shape = (*shape[:-2], 0, shape[-1])
+    return torch.empty(shape, dtype=torch.float32, device=like.device)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    qkv, q_weight, k_weight, cos, sin, eps = inputs
+    ctx.save_for_backward(qkv, *output, q_weight, k_weight, cos, sin)
+    ctx.mark_non_differentiable(output[1])
+    ctx.eps = eps
+
+
+def _autograd(ctx, dout: Tensor, _dlse: Tensor | None) -> tuple:
+    q_weight, k_weight = ctx.saved_tensors[3:5]
+    dqkv, dweights = _backward(dout, *ctx.saved_tensors, ctx.eps)
+    if q_weight is None:
+        return dqkv, None, None, None, None, None
+    return dqkv, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None, None, None
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+register("qknorm_attention", triton=_triton.refusal)
+
+
+def qknorm_attention(
+    qkv: Tensor,
+    q_weight: Tensor | None = None,
+    k_weight: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    *,
+    eps: float = EPS,
+    implementation: str | None = None,
+) -> Tensor:
+    """Non-causal self-attention with QK-norm and RoPE from the packed projection; formulas in the module's docstring.
+
+    Args:
+        qkv: [B, N, 3, H, D], bf16, fp16, fp32 or fp64; any strides (copied only where D is not dense).
+        q_weight, k_weight: [D] scales of the RMSNorm of q and k, in qkv's dtype or fp32. None for both: no norm.
+        cos, sin: rotary tables without gradient, [N, D / 2] with one column for each pair of channels, or [N, D] with
+            every value twice, as LightningDiT's `rope_table` makes them. The Triton kernels read the narrow form in
+            16-byte pieces and the wide one value by value. None for both: no rotation.
+        eps: of the RMSNorm.
+        implementation: "auto", "triton" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
+
+    Returns:
+        [B, N, H * D] in qkv's dtype, ready for the output projection. The Triton implementation differentiates once,
+        in qkv and the weights.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit; one weight or one table without the other; `implementation` is
+            unknown or cannot run here.
+    """
+    _check(qkv, q_weight, k_weight, cos, sin)
+    unfit = _unfit(qkv.dtype, qkv.shape[4])
+    if select("qknorm_attention", qkv.device.type, implementation, unfit) == "triton":
+        return _forward(qkv, q_weight, k_weight, cos, sin, eps)[0]
+    return qknorm_attention_reference(qkv, q_weight, k_weight, cos, sin, eps=eps)
+
+
+def _unfit(dtype: torch.dtype, D: int) -> tuple[tuple[str, str], ...]:
+    if dtype == torch.float64:
+        return (("triton", "fp64 is for the reference"),)
+    if D not in HEAD_WIDTHS:
+        return (("triton", f"heads of {D} channels have no kernel, those of {', '.join(map(str, HEAD_WIDTHS))} have"),)
+    return ()
+
+
+def _check(
+    qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None
+) -> None:
+    if qkv.dtype not in DTYPES:
+        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise ValueError(f"qkv: expected dtype {accepted}, got {qkv.dtype}")
+    if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.numel() == 0:
+        raise ValueError(f"qkv: expected shape [B, N, 3, H, D] without a zero, got {list(qkv.shape)}")
+    N, D = qkv.shape[1], qkv.shape[4]
+    if (q_weight is None) != (k_weight is None) or (cos is None) != (sin is None):
+        raise ValueError("q_weight and k_weight, and cos and sin: give both or neither")
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        if weight is not None and (weight.shape != (D,) or weight.dtype not in (qkv.dtype, torch.float32)):
+            given = f"{list(weight.shape)} in {weight.dtype}"
+            raise ValueError(f"{name}: expected shape [{D}] in {qkv.dtype} or torch.float32, got {given}")
+    for name, table in (("cos", cos), ("sin", sin)):
+        if table is not None and (D % 2 or table.shape not in ((N, D), (N, D // 2)) or table.requires_grad):
+            raise ValueError(
+                f"{name}: expected a table [{N}, {D // 2}] or [{N}, {D}] without gradient, got {list(table.shape)}"
+            )
+    if cos is not None and cos.shape != sin.shape:
+        raise ValueError(f"cos and sin: expected one shape, got {list(cos.shape)} and {list(sin.shape)}")

@@ -1,0 +1,86 @@
+"""A test of the tests: copies of kernels with one deliberate mistake each must fail the check that the originals pass."""
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from kernel_checks import check_kernel, normal
+
+import aligntok.kernels
+from aligntok.kernels import _dispatch
+from aligntok.kernels.qknorm_attention import qknorm_attention_reference
+from aligntok.kernels.swiglu import swiglu_reference
+from aligntok.models.lightning_dit import rope_table
+
+FOLDER = Path(aligntok.kernels.__path__[0])
+
+
+def _load(file: str, text: str, folder: Path) -> ModuleType:
+    """Import changed source as a module of the package, under a name of its own."""
+    copy = folder / file
+    copy.write_text(text)
+    name = f"aligntok.kernels.{copy.stem}"
+    spec = importlib.util.spec_from_file_location(name, copy)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _copy(op: str, kernels: str, tag: str, old: str, new: str, folder: Path) -> Callable:
+    """The public function of a copy of an operator, with `old` replaced in the file that holds its kernels.
+
+    The copy's operators are registered under other names, and the dispatch keeps the original's entry.
+    """
+    source = (FOLDER / f"{kernels}.py").read_text()
+    assert source.count(old) >= 1, f"{kernels}.py has no {old!r}: say what to break instead"
+    changed = source.replace(old, new)
+    registered = dict(_dispatch._registry)
+    try:
+        if kernels != op:
+            _load(f"{kernels}_{tag}.py", changed, folder)
+            changed = (FOLDER / f"{op}.py").read_text().replace(kernels, f"{kernels}_{tag}")
+        changed = changed.replace('@operator("', f'@operator("{tag}_')
+        return getattr(_load(f"{op}_{tag}.py", changed, folder), op)
+    finally:
+        _dispatch._registry.clear()
+        _dispatch._registry.update(registered)
+
+
+def _check_swiglu(operator: Callable) -> None:
+    packed = normal(3, 2 * 37, seed=1).requires_grad_()
+    check_kernel(lambda x: operator(x, implementation="triton"), swiglu_reference, [packed])
+
+
+def _check_attention(operator: Callable) -> None:
+    qkv = normal(1, 10, 3, 1, 32, seed=2).requires_grad_()
+    weights = [(1 + 0.3 * normal(32, seed=3 + i)).requires_grad_() for i in range(2)]
+    tables = [table.to(qkv.device) for table in rope_table((2, 5), 32, 5)]
+    inputs = [qkv, *weights, *tables]
+    check_kernel(
+        lambda *x: operator(*x, implementation="triton"), qknorm_attention_reference, inputs, 1e-4
+    )
+
+
+CASES = {
+    "off-by-one mask": (
+        "swiglu", "swiglu", "inside = column < H", "inside = column < H - 1", _check_swiglu,
+    ),
+    "no softmax scale in the gradient of the keys": (
+        "qknorm_attention", "_qknorm_attention_kernels", "N, eps, scale / factor,", "N, eps, 1.0 / factor,", _check_attention,
+    ),
+    "rotation in the wrong direction in the backward pass": (
+        "qknorm_attention", "_qknorm_attention_kernels", "D // 2, -1)", "D // 2, 1)", _check_attention,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mistake", CASES)
+def test_a_broken_copy_is_caught_and_a_faithful_one_is_not(mistake, tmp_path):
+    op, kernels, old, new, check = CASES[mistake]
+    number = list(CASES).index(mistake)
+    check(_copy(op, kernels, f"faithful{number}", old, old, tmp_path))
+    with pytest.raises(AssertionError, match="relative error"):
+        check(_copy(op, kernels, f"broken{number}", old, new, tmp_path))

@@ -59,7 +59,9 @@ DEPENDENCIES = [
 ]
 
 CPP_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cpp"))
+# Named NAME_cuda.cu: torch's build would write the objects of NAME.cpp and NAME.cu to one file.
 CUDA_SOURCES = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").glob("*.cu"))
+HEADERS = sorted(str(p.relative_to(ROOT)) for pattern in ("*.h", "*.cuh") for p in (ROOT / "csrc").glob(pattern))
 # -fopenmp: at::parallel_for is a plain loop without it. -fno-trapping-math: comparisons become vector masks;
 # results are the same. Neither -march=native nor -ffast-math: the sources choose the instruction set at run
 # time, and NaN stays NaN.
@@ -72,6 +74,7 @@ CXX_FLAGS = [
     "-g0",
     "-Wall",
 ]
+NVCC_FLAGS = ["-O3", "-Xcompiler=-fvisibility=hidden"]
 
 
 def compiler_refusal() -> str | None:
@@ -94,10 +97,13 @@ def compiler_version() -> str:
     return answer.stdout.partition("\n")[0].strip() or command[0]
 
 
-def prepare(extension: Extension) -> dict:
-    """Give the extension torch's folders, flags and, if possible, the CUDA sources; return what to report."""
+def prepare(extension: Extension, cuda_failure: str | None = None) -> dict:
+    """Give the extension torch's folders, flags and, if possible, the CUDA sources; return what to report.
+
+    `cuda_failure` says why the CUDA part, already tried, is to be left out.
+    """
     toolkit, toolkit_reason = cuda_toolkit.find_toolkit()
-    cuda_reason = cuda_toolkit.refusal(CUDA_SOURCES, torch.version.cuda, toolkit, toolkit_reason)
+    cuda_reason = cuda_failure or cuda_toolkit.refusal(CUDA_SOURCES, torch.version.cuda, toolkit, toolkit_reason)
     architectures = [] if cuda_reason else re.split(r"[;\s]+", cuda_toolkit.architectures(os.environ))
     macros = {
         "ALIGNTOK_COMPILER": compiler_version(),
@@ -110,16 +116,18 @@ def prepare(extension: Extension) -> dict:
         cpp_extension.CUDA_HOME = str(toolkit.home)
         template = cpp_extension.CUDAExtension(
             extension.name,
-            extension.sources + CUDA_SOURCES,
-            extra_compile_args={"cxx": [*flags, "-DALIGNTOK_WITH_CUDA"], "nvcc": ["-O3"]},
+            CPP_SOURCES + CUDA_SOURCES,
+            extra_compile_args={"cxx": [*flags, "-DALIGNTOK_WITH_CUDA"], "nvcc": NVCC_FLAGS},
+            extra_link_args=["-fopenmp"],
         )
         folders = [sysconfig.get_path("purelib"), *site.getsitepackages(), *sys.path]
         unique = [f for f in dict.fromkeys(folders) if f]
         template.include_dirs += cuda_toolkit.wheel_include_folders(unique, torch.version.cuda)
     else:
         template = cpp_extension.CppExtension(
-            extension.name, extension.sources, extra_compile_args=flags, extra_link_args=["-fopenmp"]
+            extension.name, CPP_SOURCES, extra_compile_args=flags, extra_link_args=["-fopenmp"]
         )
+    template.depends = HEADERS
     vars(extension).update({k: v for k, v in vars(template).items() if k not in ("_full_name", "_needs_stub")})
     extension.optional = True
     cuda = {"built": cuda_reason is None, "reason": cuda_reason, "architectures": architectures}
@@ -144,8 +152,7 @@ class BuildExtensionWithReport(BuildExt):
         report, reason = {}, compiler_refusal()
         if reason is None:
             try:
-                report = prepare(extension)
-                super().build_extensions()
+                report = self._compile(extension, library)
                 if not library.exists():
                     reason = "compilation failed; `pip install -v -e .` shows the compiler's words"
             except Exception as error:  # whatever stops a compiler must not stop the installation
@@ -159,6 +166,26 @@ class BuildExtensionWithReport(BuildExt):
         target = self._report_path(library)
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(report, indent=1) + "\n")
+
+    def _compile(self, extension: Extension, library: Path) -> dict:
+        """Compile; where that fails with the CUDA sources, compile without them. Returns what to report."""
+        report = prepare(extension)
+        if not report["cuda"]["built"]:
+            super().build_extensions()
+            return report
+        force = cuda_toolkit.switch(os.environ, "FORCE_BUILD")
+        failure = "its compilation failed; `pip install -v -e .` shows the compiler's words"
+        try:
+            super().build_extensions()
+        except Exception:  # as in build_extensions
+            if force:
+                raise
+        if library.exists() or force:
+            return report
+        warnings.warn(f"the CUDA part of aligntok._C is left out: {failure}", stacklevel=1)
+        report = prepare(extension, failure)
+        super().build_extensions()
+        return report
 
     def copy_extensions_to_source(self) -> None:
         """Editable install: put library and report into the source tree; a stale library must not outlive a

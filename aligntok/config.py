@@ -96,6 +96,8 @@ class LossConfig:
     gan: Literal["hinge", "non_saturating"] = "hinge"  # VA-VAE
     gan_weight: float = 0.5  # factor on the adaptive ratio: VA-VAE config; unknown in the paper
     gan_weight_max: float = 1e4  # clamp of the adaptive ratio: VA-VAE contperceptual.py
+    lecam_weight: float = 0.0  # LeCam term of the discriminator's loss; 0 = off as in VA-VAE, SoftVQ and TiTok use 1e-3
+    lecam_decay: float = 0.999  # moving averages of the mean logits: TiTok, SoftVQ
 
 
 @dataclass

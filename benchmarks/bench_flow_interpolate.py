@@ -3,8 +3,8 @@
     python -m benchmarks.bench_flow_interpolate [--phase forward] [--seconds S] [--csv FILE] [--plot FILE]
 
 Shapes: latents f16d32 and f16d64 at 256 px, batch 1024 over eight GPUs and over one; z_t in bf16, as autocast wants it.
-The baseline reads the same noise from memory, where it was put before the clock started: what a training step without the
-kernel pays for drawing and storing it is left out, in the baseline's favour.
+The baseline reads the same noise from memory, where it was put before the clock started: what a training step without
+the kernel pays for drawing and storing it is left out, in the baseline's favour.
 """
 
 import sys

@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_flow_loss [--phase forward|backward|both|all] [--seconds S] [--csv FILE] [--plot FILE]
 
-Shapes: latents f16d32 and f16d64 at 256 px, batch 1024 over eight GPUs and over one. The velocity comes channels-last, as
-a generator with patch size 1 gives it. The baseline reads the same noise from memory, as a training step without the
+Shapes: latents f16d32 and f16d64 at 256 px, batch 1024 over eight GPUs and over one. The velocity comes channels-last,
+as a generator with patch size 1 gives it. The baseline reads the same noise from memory, as a training step without the
 kernel would have to keep it.
 """
 

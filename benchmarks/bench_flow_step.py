@@ -3,7 +3,8 @@
     python -m benchmarks.bench_flow_step [--phase forward] [--seconds S] [--csv FILE] [--plot FILE]
 
 Shapes: 256 samples of f16d32 and f16d64 latents at 256 and 512 px. The velocity comes channels-last, as a generator
-with patch size 1 gives it; rows = 2 has a null half, guided on the first k channels; ahead = 1 is Heun's first evaluation.
+with patch size 1 gives it; rows = 2 has a null half, guided on the first k channels; ahead = 1 is Heun's first
+evaluation.
 """
 
 import sys

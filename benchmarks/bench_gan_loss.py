@@ -1,11 +1,11 @@
-"""`gan_loss`: discriminator and generator losses against eager PyTorch and torch.compile, on the CPU.
+"""`gan_loss`: discriminator and generator losses against eager PyTorch and torch.compile.
 
-    python -m benchmarks.bench_gan_loss [--phase forward|backward|both|all] [--threads N] [--csv FILE]
+    python -m benchmarks.bench_gan_loss [--phase forward|backward|both|all] [--threads N] [--csv FILE] [--plot FILE]
 
 The baseline is the reference of `kernels/gan_loss.py` run eagerly: loss, gradient and statistics, which is
 what a training step needs. "eager, loss only" leaves the statistics out, to show how much of the gain is due
-to them. The sizes: a few logits, one image, the discriminator's real output at batch 32 (32x1x30x30), and up
-to 4 M logits.
+to them. "D lecam" is the hinge with the LeCam term. The sizes: a few logits, one image, the discriminator's
+real output at batch 32 (32x1x30x30), and up to 4 M logits.
 """
 
 import sys
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from aligntok.kernels import gan_loss
 from benchmarks.harness import Case, Provider, arguments, compare
+from benchmarks.machine import DEVICE
 
 SHAPES = ((1, 1, 1, 1), (1, 1, 30, 30), (32, 1, 30, 30), (256, 1, 30, 30), (32, 1, 128, 256), (4_000_000,))
 # Relative to the largest magnitude. fp32: sums of 4 M terms in another order. bf16: the gradient is rounded
@@ -24,8 +25,10 @@ SHAPES = ((1, 1, 1, 1), (1, 1, 30, 30), (32, 1, 30, 30), (256, 1, 30, 30), (32, 
 TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 1e-2}
 
 
+LECAM_MEANS, LECAM_WEIGHT = (0.4, -0.4), 0.3
+
 # One compiled graph per shape and kind; torch.compile gives up after 8 by default.
-_GRAPHS = 4 * len(SHAPES)
+_GRAPHS = 5 * len(SHAPES)
 
 
 def _discriminator_loss_only(real: Tensor, fake: Tensor, kind: str) -> tuple[Tensor]:
@@ -63,26 +66,41 @@ def providers(part: str, kind: str) -> list[Provider]:
     ]
 
 
+def lecam_providers() -> list[Provider]:
+    """The columns of the discriminator's hinge loss with the LeCam term."""
+    means = torch.tensor(LECAM_MEANS, device=DEVICE)
+    reference = gan_loss.discriminator_loss_reference
+    compiled = torch.compile(reference, fullgraph=True, dynamic=False)
+    lecam = {"lecam_means": means, "lecam_weight": LECAM_WEIGHT}
+    return [
+        Provider("eager", lambda real, fake: reference(real, fake, "hinge", **lecam)),
+        Provider("torch.compile", lambda real, fake: compiled(real, fake, "hinge", **lecam)),
+        Provider("ours", lambda real, fake: gan_loss.discriminator_loss(real, fake, implementation="cpp", **lecam)),
+    ]
+
+
 def case(part: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Case:
     """Normal logits around the hinge's corner, the same for every run."""
     generator = torch.Generator().manual_seed(0)
     sides = 2 if part == "discriminator" else 1
-    logits = [torch.randn(shape, generator=generator).mul(1.5).to(dtype).requires_grad_() for _ in range(sides)]
+    logits = [torch.randn(shape, generator=generator).mul(1.5).to(DEVICE, dtype).requires_grad_() for _ in range(sides)]
     label = f"{part[0].upper()} {kind} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
     return Case(label, tuple(logits), TOLERANCE[dtype])
 
 
 def main() -> int:
     """Print the tables; exit status 1 if some result was wrong."""
-    parser = arguments("Adversarial losses: C++ operator against PyTorch.")
+    parser = arguments(__doc__)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the logits")
     options = parser.parse_args()
     torch._dynamo.config.recompile_limit = _GRAPHS
+    dtype = getattr(torch, options.dtype)
     parts = [
-        (providers(part, kind), [case(part, kind, shape, getattr(torch, options.dtype)) for shape in SHAPES])
+        (providers(part, kind), [case(part, kind, shape, dtype) for shape in SHAPES])
         for part in ("discriminator", "generator")
         for kind in gan_loss.KINDS
     ]
+    parts.append((lecam_providers(), [case("discriminator", "lecam", shape, dtype) for shape in SHAPES]))
     return compare(parts, "ours", options)
 
 

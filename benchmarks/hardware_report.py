@@ -21,6 +21,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +60,9 @@ def code_rows(op: str) -> list[dict[str, Any]]:
     return rows
 
 
-def traffic_rows(op: str) -> list[dict[str, Any]]:
+def traffic_rows(op: str, quick: bool) -> list[dict[str, Any]]:
     """What benchmarks.traffic counts for an operator, in a process with the interpreter."""
-    command = [sys.executable, "-m", "benchmarks.traffic", op]
+    command = [sys.executable, "-m", "benchmarks.traffic", op, *(["--no-compiled"] if quick else [])]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     answer = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if answer.returncode:
@@ -88,9 +89,9 @@ def _at_production_shape(row: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _examined(op: str) -> tuple[str, list[dict], list[dict], float]:
+def _examined(op: str, quick: bool) -> tuple[str, list[dict], list[dict], float]:
     start = time.monotonic()
-    return op, code_rows(op), traffic_rows(op), time.monotonic() - start
+    return op, code_rows(op), traffic_rows(op, quick), time.monotonic() - start
 
 
 def problems(code: list[dict], traffic: list[dict], cuda: list[dict]) -> list[str]:
@@ -210,12 +211,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", default=None, help="these operators only (default: all)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the two files")
+    parser.add_argument("--quick", action="store_true", help="without torch.compile's column, whose C++ takes minutes")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="operators compiled at once")
     options = parser.parse_args()
     wanted = options.op or triton_operators()
     code, traffic = [], []
     with ProcessPoolExecutor(options.jobs) as pool:
-        for op, code_part, traffic_part, seconds in pool.map(_examined, wanted):
+        for op, code_part, traffic_part, seconds in pool.map(partial(_examined, quick=options.quick), wanted):
             print(f"{op}: {len(code_part)} kernels, {len(traffic_part)} workloads, {seconds:.0f} s", flush=True)
             code += code_part
             traffic += traffic_part

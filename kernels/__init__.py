@@ -9,6 +9,7 @@ import warnings
 
 from . import _extension
 from ._dispatch import Selection, explain, operators, use_implementation
+from ._philox import flow_noise, noise_key
 from .adaln import adaln
 from .adapter_projection import adapter_projection
 from .flow_interpolate import flow_interpolate
@@ -29,10 +30,12 @@ __all__ = [
     "explain",
     "flow_interpolate",
     "flow_loss",
+    "flow_noise",
     "flow_step",
     "generator_loss",
     "group_norm_silu",
     "lpips_distance",
+    "noise_key",
     "operators",
     "qknorm_attention",
     "qknorm_rope",

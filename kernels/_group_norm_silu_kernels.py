@@ -147,8 +147,8 @@ def statistics_kernel(x, partials, P, C, ROWS: tl.constexpr, CHANNELS: tl.conste
         off = tl.where(inside, tile - centre[None, :], 0.0)
         sums += off
         squares += off * off
-    # `centre` is the mean of one of STEPS tiles: pixels * shift^2 <= STEPS * (squared deviations) whatever the data are,
-    # so that the difference below multiplies rounding errors by STEPS + 1 at most.
+    # `centre` is the mean of one tile out of STEPS: whatever the data are, pixels * shift^2 is at most STEPS times the
+    # squared deviations, and so the difference below multiplies rounding errors by STEPS + 1 at most.
     total = tl.sum(sums, 0)
     shift = total / tl.minimum(left, ROWS * STEPS)
     target = partials + strip * 2 * C + channel  # [B * strips, 2, C]

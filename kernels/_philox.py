@@ -10,9 +10,9 @@ the channels 4g .. 4g + 3 there: words x and y, the first and the second two, gi
     r = sqrt(-2 log u),   u = (x // 2) / 2^31 + 2^-32 in (0, 1],   angle = pi / 2 (y mod 2^30) / 2^30
     (+- r cos angle, +- r sin angle), the first negative where bit 31 of y is set, the second where bit 30 is
 
-Every word is used, so that four numbers cost one run of Philox. The noise of an image
-depends on neither the batch size nor the number of channels. Words are equal to the bit on every device; the floats
-differ by the rounding of log, sqrt, sin and cos.
+Every word is used, so that four numbers cost one run of Philox. The noise of an image depends on neither the batch size
+nor the number of channels. Words are equal to the bit on every device; the floats differ by the rounding of log, sqrt,
+sin and cos.
 
 The key is a tensor [2] of int64 on the device and not two Python integers: a kernel reads it there, so that a new key
 neither waits for the device nor compiles anything again, and a CUDA graph draws new noise at each replay.

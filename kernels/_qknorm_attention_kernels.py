@@ -34,6 +34,25 @@ def _load(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.
 
 
 @triton.jit
+def _load_rows(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
+    """Like `_load`, for rows to be normed and turned: every thread gets columns of main and tail of the same rows.
+
+    To that end the tail is read in pieces smaller than 16 bytes (4 at D = 72). Sums over a row and its factor then need
+    no exchange through shared memory.
+    """
+    row = start + tl.arange(0, ROWS)[:, None]
+    source = base + row.to(tl.int64) * stride
+    column = tl.arange(0, MAIN)[None, :]
+    main = tl.load(source + column, mask=(row < N) & (column < D), other=0.0)
+    tail = main
+    if TAIL:
+        PIECE: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth * TAIL // MAIN
+        column = tl.max_contiguous(tl.arange(0, TAIL), [PIECE])[None, :]
+        tail = tl.load(source + MAIN + column, mask=(row < N) & (column < D - MAIN), other=0.0)
+    return main, tail
+
+
+@triton.jit
 def _store(base, stride, start, N, tile, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
     """Write the rows of a tile that lie below N."""
     row = start + tl.arange(0, ROWS)[:, None]
@@ -95,23 +114,20 @@ def _row_sum(a, b, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _turn(x, cos, sin, start, N, FIRST: tl.constexpr, PAIRS: tl.constexpr, ROPE: tl.constexpr, SIGN: tl.constexpr):
+def _turn(x, cos, sin, start, N, FIRST: tl.constexpr, PAIRS: tl.constexpr, PIECE: tl.constexpr, ROPE: tl.constexpr, SIGN: tl.constexpr):
     """Rotate neighbouring columns of x [R, C] by the angles of their pairs, backwards for SIGN = -1.
 
     FIRST: the pair that belongs to column 0. ROPE: columns of the tables for each pair. The two channels of a pair sit
     in one thread, so that nothing moves between threads.
     """
     row = start + tl.arange(0, x.shape[0])[:, None]
-    pair = FIRST + tl.arange(0, x.shape[1] // 2)[None, :]
+    pair = FIRST + tl.max_contiguous(tl.arange(0, x.shape[1] // 2), [PIECE])[None, :]
     offset = row * (PAIRS * ROPE) + pair * ROPE
     inside = (row < N) & (pair < PAIRS)
     c = tl.load(cos + offset, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sin + offset, mask=inside, other=0.0).to(tl.float32) * SIGN
-    pairs = tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2))
-    first = (tl.arange(0, 2) == 0)[None, None, :]
-    even, odd = tl.sum(tl.where(first, pairs, 0.0), axis=2), tl.sum(tl.where(first, 0.0, pairs), axis=2)
-    turned = tl.where(first, (even * c - odd * s)[:, :, None], (odd * c + even * s)[:, :, None])
-    return tl.reshape(turned, (x.shape[0], x.shape[1]))
+    even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+    return tl.reshape(tl.join(even * c - odd * s, odd * c + even * s), (x.shape[0], x.shape[1]))
 
 
 @triton.jit
@@ -126,9 +142,9 @@ def _prepare(
         w = _vector(weight, D, MAIN, TAIL)
         main, tail = main * scale * w[0], tail * scale * w[1]
     if ROPE:
-        main = _turn(main, cos, sin, start, N, 0, D // 2, ROPE, 1)
+        main = _turn(main, cos, sin, start, N, 0, D // 2, 4, ROPE, 1)
         if TAIL:
-            tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, ROPE, 1)
+            tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, 4 * TAIL // MAIN, ROPE, 1)
     return main.to(tile[0].dtype), tail.to(tile[0].dtype)
 
 
@@ -140,9 +156,9 @@ def _unprepare(
     """factor * gradient of prepared rows -> that of the rows as read (`tile`), and the weight's summed over the rows."""
     main, tail = gradient[0] * factor, gradient[1] * factor
     if ROPE:
-        main = _turn(main, cos, sin, start, N, 0, D // 2, ROPE, -1)
+        main = _turn(main, cos, sin, start, N, 0, D // 2, 4, ROPE, -1)
         if TAIL:
-            tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, ROPE, -1)
+            tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, 4 * TAIL // MAIN, ROPE, -1)
     dweight = (tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32))
     if NORM:
         scale = tl.rsqrt(_row_sum(tile, tile, TAIL) / D + eps)
@@ -196,12 +212,12 @@ def _short_forward_kernel(
     target = out + _head(program, N * H * D, D, H, 8)
     k_all, v_all = (), ()
     for i in tl.static_range(BLOCKS):
-        k = _load(source + stride_3, stride_n, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
+        k = _load_rows(source + stride_3, stride_n, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
         k = _prepare(k, k_weight, cos, sin, i * BLOCK_K, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
         v = _load(source + 2 * stride_3, stride_n, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
         k_all, v_all = k_all + (k,), v_all + (v,)
     for start in range(0, N, BLOCK_Q):
-        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        q = _load_rows(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
         q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
         top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
@@ -236,7 +252,7 @@ def _short_backward_kernel(
     q_all, do_all, delta_all, lse_all, dq_all = (), (), (), (), ()
     for i in tl.static_range(BLOCKS):
         start = i * BLOCK_Q
-        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        q = _load_rows(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
         q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
         do = _load(upstream, dout_n, start, N, D, MAIN, TAIL, BLOCK_Q)
         o = _load(result, H * D, start, N, D, MAIN, TAIL, BLOCK_Q)
@@ -246,7 +262,7 @@ def _short_backward_kernel(
         dq_all = dq_all + (_zeros(BLOCK_Q, MAIN, TAIL),)
     dk_main, dk_tail = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32)
     for start in range(0, N, BLOCK_K):
-        k_read = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
+        k_read = _load_rows(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
         k = _prepare(k_read, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
         v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
         dk, dv, dq_next = _zeros(BLOCK_K, MAIN, TAIL), _zeros(BLOCK_K, MAIN, TAIL), ()
@@ -271,7 +287,7 @@ def _short_backward_kernel(
     dq_main, dq_tail = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32)
     for i in tl.static_range(BLOCKS):
         start = i * BLOCK_Q
-        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        q = _load_rows(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
         dq, dweight_block = _unprepare(
             dq_all[i], q, q_weight, cos, sin, start, N, eps, scale,
             D, MAIN, TAIL, NORM, ROPE,
@@ -296,11 +312,11 @@ def _prepare_kernel(
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
     target = prepared + program.to(tl.int64) * N * D
     if tl.program_id(1) == 0:
-        k = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, ROWS)
+        k = _load_rows(source + stride_3, stride_n, start, N, D, MAIN, TAIL, ROWS)
         k = _prepare(k, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
         _store(target, D, start, N, k, D, MAIN, TAIL, ROWS)
     else:
-        q = _load(source, stride_n, start, N, D, MAIN, TAIL, ROWS)
+        q = _load_rows(source, stride_n, start, N, D, MAIN, TAIL, ROWS)
         q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
         target += tl.num_programs(0) // tl.cdiv(N, ROWS) * N.to(tl.int64) * D
         _store(target, D, start, N, q, D, MAIN, TAIL, ROWS)
@@ -318,7 +334,7 @@ def _long_forward_kernel(
     first = tl.program_id(0) % tl.cdiv(N, BLOCK_Q) * BLOCK_Q
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
     keys = prepared + program.to(tl.int64) * N * D
-    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    q = _load_rows(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
     q = _prepare(q, q_weight, cos, sin, first, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -345,7 +361,7 @@ def _long_dq_kernel(
     first = tl.program_id(0) % tl.cdiv(N, BLOCK_Q) * BLOCK_Q
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
     keys = prepared + program.to(tl.int64) * N * D
-    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    q = _load_rows(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
     q = _prepare(q, q_weight, cos, sin, first, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
     do = _load(dout + _head(program, dout_b, D, H, ALIGN), dout_n, first, N, D, MAIN, TAIL, BLOCK_Q)
     o = _load(out + _head(program, N * H * D, D, H, 8), H * D, first, N, D, MAIN, TAIL, BLOCK_Q)
@@ -364,7 +380,7 @@ def _long_dq_kernel(
         if not EVEN:
             ds = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, ds, 0.0)
         dq = _accumulate(dq, ds.to(v[0].dtype), k, TAIL, PRECISION)
-    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    q = _load_rows(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
     dq, dweight_block = _unprepare(
         dq, q, q_weight, cos, sin, first, N, eps, scale, D, MAIN, TAIL, NORM, ROPE
     )
@@ -389,7 +405,7 @@ def _long_dkv_kernel(
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
     upstream = dout + _head(program, dout_b, D, H, ALIGN)
     queries = prepared + (tl.num_programs(0) // tl.cdiv(N, BLOCK_K) + program).to(tl.int64) * N * D
-    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
+    k = _load_rows(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
     k = _prepare(k, k_weight, cos, sin, first, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
     v = _load(source + 2 * stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
     dk, dv = _zeros(BLOCK_K, MAIN, TAIL), _zeros(BLOCK_K, MAIN, TAIL)
@@ -406,7 +422,7 @@ def _long_dkv_kernel(
         dk = _accumulate(dk, ds.to(v[0].dtype), q, TAIL, PRECISION)
     target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
     _store(target + 2 * H * D, 3 * H * D, first, N, dv, D, MAIN, TAIL, BLOCK_K)
-    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
+    k = _load_rows(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
     dk, dweight_block = _unprepare(
         dk, k, k_weight, cos, sin, first, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE
     )

@@ -32,7 +32,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # BLOCK_D -> block sizes. A thread holds 8 neighbouring columns (one 16-byte load in bf16, two in fp32), so that a row
 # takes BLOCK_D / 256 warps. Forward: ROWS rows at once keep enough loads in flight and share one read of the
 # modulation. Backward: rows one after another, because the sums over them fill the registers; a program covers CHUNK
-# rows, so that its partial sums (12 bytes a column), written and read again, are 4 % of the 18 bytes a value that its rows move.
+# rows, so that its partial sums (12 bytes a column, written and read again) are 4 % of what its rows move (18 bytes a
+# value).
 _FORWARD = {width: {"ROWS": 4, "num_warps": width // 256, "num_stages": 1} for width in (512, 1024, 2048, 4096)}
 _BACKWARD = {width: {"ROWS": 1, "CHUNK": 32, "num_warps": width // 256, "num_stages": 1} for width in _FORWARD}
 CONFIGURATIONS = {

@@ -27,13 +27,18 @@ from ._triton import configuration, dot_precision, launch, operator, tl, triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = ("gelu", "none")
 LARGEST_D = 128  # dz's tile and dW's accumulator hold all d channels; wider ones would not stay in registers
+# Chosen from the machine code (benchmarks.aot), not from timings: no spills, two or more blocks to a multiprocessor at
+# d = 32. 128 rows share each read of W; sm_80 takes narrower columns, since its fragments of W fill more registers.
 FORWARD = {
-    80: {"BLOCK_M": 128, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
-    90: {"BLOCK_M": 128, "BLOCK_C": 64, "num_warps": 4, "num_stages": 3},
+    80: {"BLOCK_M": 128, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3},
+    90: {"BLOCK_M": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 2},
 }
+# PROGRAMS fill an A100 (108 multiprocessors) at two blocks each and an H100 (132) at one block of 16 warps, once. sm_90
+# takes 64 rows for wgmma; on sm_80 that many would cost the second block. Loads run one block of rows ahead as they are
+# written, so there is nothing for num_stages to do.
 BACKWARD = {
-    80: {"BLOCK_M": 64, "BLOCK_C": 128, "PROGRAMS": 216, "num_warps": 8, "num_stages": 2},
-    90: {"BLOCK_M": 64, "BLOCK_C": 128, "PROGRAMS": 264, "num_warps": 8, "num_stages": 2},
+    80: {"BLOCK_M": 32, "BLOCK_C": 128, "PROGRAMS": 216, "num_warps": 8, "num_stages": 1},
+    90: {"BLOCK_M": 64, "BLOCK_C": 128, "PROGRAMS": 132, "num_warps": 16, "num_stages": 1},
 }
 
 

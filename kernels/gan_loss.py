@@ -9,6 +9,14 @@ With the logits `real` of any shape [...] and `fake` of any shape [...] (a Patch
 The factor 0.5 is the convention of taming-transformers (taming/modules/losses/vqperceptual.py), which VA-VAE
 inherits; the non-saturating loss is that of Goodfellow et al. 2014 (arXiv 1406.2661), written with softplus.
 
+The discriminator's loss may contain the LeCam term of Tseng et al. 2021 (arXiv 2104.03310),
+
+    lecam_weight * (mean relu(real - mean_fake)^2 + mean relu(mean_real - fake)^2)
+
+with moving averages mean_real and mean_fake of the mean logits of earlier steps, in the one-sided form of the authors'
+code (google/lecam-gan): logits of real
+images are pulled down to the average of the fake ones, those of fake images up to the average of the real ones.
+
 Next to the loss, both return what a training log wants to know of the logits, without a gradient and without
 a read-back to the host:
 
@@ -16,15 +24,15 @@ a read-back to the host:
     generator          [2]: mean fake, share of fake > 0
 
 Sums and results are fp32, or fp64 for fp64 logits. The C++ implementation computes loss, gradient and
-statistics in one pass over the logits and adds in a fixed order, so its result has the same bits for any
-number of threads.
+statistics in one pass over the logits, on CUDA in one launch, and adds in a fixed order: two runs give the same
+bits, on the CPU for any number of threads.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import _extension
+from . import _extension, _extension_cuda
 from ._dispatch import register, select
 
 KINDS = ("hinge", "non_saturating")
@@ -39,13 +47,19 @@ def _share(condition: Tensor, dtype: torch.dtype) -> Tensor:
     return condition.to(dtype).mean()
 
 
-def discriminator_loss_reference(real: Tensor, fake: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+def discriminator_loss_reference(
+    real: Tensor, fake: Tensor, kind: str, lecam_means: Tensor | None = None, lecam_weight: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """The discriminator's loss and statistics in plain PyTorch; see `discriminator_loss`."""
     real, fake = _accumulated(real), _accumulated(fake)
     if kind == "hinge":
         loss = 0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean())
     else:
         loss = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
+    if lecam_weight:
+        mean_real, mean_fake = lecam_means.detach().to(real.dtype)
+        excess_real, excess_fake = F.relu(real - mean_fake), F.relu(mean_real - fake)
+        loss = loss + lecam_weight * (excess_real.square().mean() + excess_fake.square().mean())
     with torch.no_grad():
         shares = _share(real > 0, real.dtype), _share(fake < 0, fake.dtype)
         stats = torch.stack([real.mean(), fake.mean(), *shares])  # [4]
@@ -62,9 +76,7 @@ def generator_loss_reference(fake: Tensor, kind: str) -> tuple[Tensor, Tensor]:
 
 
 def _cpp_refusal(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ implementation is for tensors on the CPU, not on {device.type!r}"
-    return _extension.unavailable()
+    return _extension.unavailable() if device.type == "cpu" else _extension_cuda.refusal(device)
 
 
 register("gan_loss", cpp=_cpp_refusal)
@@ -80,8 +92,28 @@ def _check_logits(name: str, logits: Tensor, kind: str) -> None:
         raise ValueError(f"{name} logits: shape {tuple(logits.shape)} has no element, so there is no mean")
 
 
+def _check_lecam(real: Tensor, means: Tensor | None, weight: float) -> None:
+    if weight == 0:
+        return
+    if not weight > 0:
+        raise ValueError(f"lecam_weight: expected a number >= 0, got {weight}")
+    if means is None:
+        raise ValueError(f"lecam_means: with lecam_weight {weight} expected a tensor [2], got None")
+    if means.shape != (2,) or means.dtype != torch.float32 or means.device != real.device:
+        raise ValueError(
+            f"lecam_means: expected [2] in float32 on {real.device}, "
+            f"got {list(means.shape)} in {means.dtype} on {means.device}"
+        )
+
+
 def discriminator_loss(
-    real: Tensor, fake: Tensor, kind: str = "hinge", *, implementation: str | None = None
+    real: Tensor,
+    fake: Tensor,
+    kind: str = "hinge",
+    *,
+    lecam_means: Tensor | None = None,
+    lecam_weight: float = 0.0,
+    implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Loss of the discriminator and statistics of its logits; formulas in the module's docstring.
 
@@ -89,16 +121,19 @@ def discriminator_loss(
         real: logits of real images, any shape, fp32, bf16, fp16 or fp64; strides are free.
         fake: logits of generated images, any shape, same dtype and device as `real`.
         kind: "hinge" or "non_saturating".
+        lecam_means: moving averages of the mean real and fake logits [2], fp32, needed where `lecam_weight` is not
+            0; they get no gradient and are not updated (`stats` has what they are updated with).
+        lecam_weight: of the LeCam term; 0 = no such term.
         implementation: "auto", "cpp" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
 
     Returns:
         loss [] and stats [4] (mean real, mean fake, share of real > 0, share of fake < 0), fp32 (fp64 for
-        fp64 logits). Only the loss carries a gradient. The C++ implementation differentiates once; for the
-        hinge also twice.
+        fp64 logits). Only the loss carries a gradient. The C++ implementation differentiates once; the hinge
+        without LeCam also twice.
 
     Raises:
-        ValueError: unknown `kind`; unsupported or different dtypes; different devices; no logits;
-            `implementation` is unknown or cannot run here.
+        ValueError: unknown `kind`; unsupported or different dtypes; different devices; no logits; a negative
+            `lecam_weight`; wrong `lecam_means`; `implementation` is unknown or cannot run here.
     """
     _check_logits("real", real, kind)
     _check_logits("fake", fake, kind)
@@ -107,9 +142,10 @@ def discriminator_loss(
             "real and fake logits: expected one dtype and one device, got "
             f"{real.dtype} on {real.device} and {fake.dtype} on {fake.device}"
         )
+    _check_lecam(real, lecam_means, lecam_weight)
     if select("gan_loss", real.device.type, implementation) == "cpp":
-        return torch.ops.aligntok.gan_discriminator_loss.default(real, fake, kind)
-    return discriminator_loss_reference(real, fake, kind)
+        return torch.ops.aligntok.gan_discriminator_loss.default(real, fake, kind, lecam_means, lecam_weight)
+    return discriminator_loss_reference(real, fake, kind, lecam_means, lecam_weight)
 
 
 def generator_loss(fake: Tensor, kind: str = "hinge", *, implementation: str | None = None) -> tuple[Tensor, Tensor]:

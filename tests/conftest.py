@@ -21,12 +21,21 @@ def _no_cuda_device() -> bool:
     return not torch.cuda.is_available()
 
 
+def _no_nvcc() -> bool:
+    from aligntok._cuda_toolkit import find_toolkit
+
+    return find_toolkit()[0] is None
+
+
 # Kernels run in Triton's interpreter where there is no device; Triton reads this when the kernels are imported.
 if _no_cuda_device():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # Reason given to pytest.skip -> whether it holds here. To need something else, add a line.
-ALLOWED_SKIPS: dict[str, Callable[[], bool]] = {"needs a CUDA device": _no_cuda_device}
+ALLOWED_SKIPS: dict[str, Callable[[], bool]] = {
+    "needs a CUDA device": _no_cuda_device,
+    "needs nvcc": _no_nvcc,
+}
 _MARKERS = {"cuda": "needs a CUDA device"}
 
 # Same examples in every run: a red test stays red until the code changes. First calls compile, so there is no

@@ -27,7 +27,8 @@ def test_the_real_environment():
     assert not found["Packages", "torch"].note and not found["Packages", "pillow"].note
     assert found["Devices", "cpu"].note.startswith(f"{torch.get_num_threads()} threads")
     assert torch.__version__ in found["Extension", "aligntok._C"].value
-    assert found["Extension", "CUDA part"].value == "not built (this release has no CUDA sources)"
+    cuda = extension.build_report()["cuda"]
+    assert found["Extension", "CUDA part"].value == ("built" if cuda["built"] else f"not built ({cuda['reason']})")
     assert found["Operators", "gan_loss on cpu"].value == "cpp"
     assert {row.section for row in rows} == {name for name, _ in doctor._SECTIONS}
     assert not [row for row in rows if row.name == "not examined"]
@@ -80,8 +81,11 @@ def test_a_request_is_shown(quick_imports, monkeypatch):
 
 def test_the_printed_report_has_every_section(quick_imports, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
+    cuda = {"built": False, "reason": "torch is built without CUDA", "architectures": []}
+    report = {**extension.build_report(), "cuda": cuda}
+    monkeypatch.setattr(extension, "build_report", lambda: report)
     doctor.print_report()
     printed = capsys.readouterr().out
     for section, _ in doctor._SECTIONS:
         assert section in printed
-    assert "not built (this release has no CUDA sources)" in printed and "aligntok[peft]" in printed
+    assert "not built (torch is built without CUDA)" in printed and "aligntok[peft]" in printed

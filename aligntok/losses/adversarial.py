@@ -7,12 +7,16 @@ backwards once.
 VQGAN's code differentiates the perceptual and the adversarial graph for lambda and then a second time for
 the update. Here both are differentiated once, down to the reconstructed image; the two image gradients give
 the norms at W and, weighted and added, they are what flows into the decoder.
+
+`LeCam` keeps the moving averages that the LeCam term of the discriminator's loss compares logits with.
 """
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from aligntok.kernels.norm_ratio import norm_ratio
 
 DELTA = 1e-4  # keeps the ratio finite (VQGAN)
 
@@ -34,14 +38,37 @@ def adaptive_weight(
         weight: W, the last convolution's weight, a parent of `output`.
         reconstruction, adversarial: gradients of the two losses by the image, each shaped like `output`.
     """
-    norms = []
-    for gradient in (reconstruction, adversarial):
-        (at_weight,) = torch.autograd.grad(output, weight, gradient, retain_graph=True)
-        norms.append(at_weight.float().norm())
-    return (norms[0] / (norms[1] + DELTA)).clamp(max=limit).detach()
+    at_weight = [
+        torch.autograd.grad(output, weight, gradient, retain_graph=True) for gradient in (reconstruction, adversarial)
+    ]
+    return norm_ratio(*at_weight, delta=DELTA, limit=limit)
 
 
 def surrogate(output: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
     """A scalar with the value of `value` whose gradient by `output` is `gradient`; a NaN in either one shows."""
     carrier = (output.float() * gradient.detach()).sum()
     return carrier - carrier.detach() + value.detach()
+
+
+class LeCam(nn.Module):
+    """Moving averages of the discriminator's mean logits for real and fake images, as a buffer `means` [2].
+
+    They start at 0, as in TiTok's and UniTok's training code: until they have settled, the term holds all logits
+    near 0. A step's loss uses the averages of the steps before it.
+    """
+
+    means: Tensor
+
+    def __init__(self, decay: float) -> None:
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("means", torch.zeros(2))
+
+    @torch.no_grad()
+    def update(self, stats: Tensor) -> None:
+        """Move towards the mean logits, which `stats` [4] of `discriminator_loss` begins with; nothing is read back.
+
+        A mean that is not finite is passed over: the step is lost anyway, the averages must not be.
+        """
+        means = stats[:2].to(self.means)
+        self.means.lerp_(torch.where(means.isfinite(), means, self.means), 1 - self.decay)

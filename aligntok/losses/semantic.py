@@ -4,7 +4,8 @@
     cosine:  L_sp = mean(1 - cos(z, z_0))        over tokens, cosine over channels (the paper's ablation)
 
 z_0 is the latent (or, before the adapter, the feature) that the frozen Stage-1 encoder and adapter give for the same
-crop.
+crop. On latents, training takes the sum of the L2 form from the adapter's own pass
+(aligntok.kernels.adapter_projection) and divides it by the number of elements; the function here is for the rest.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from aligntok.config import AdapterConfig
+from aligntok.kernels.adapter_projection import adapter_projection
 
 
 class Adapter(nn.Module):
@@ -24,12 +25,28 @@ class Adapter(nn.Module):
         self.latent_channels = config.latent_channels
         hidden = config.hidden or width
         self.hidden = nn.Linear(width, hidden) if config.kind == "mlp" else None
-        self.activation = nn.GELU() if config.kind == "mlp" else None
         self.projection = nn.Linear(hidden if config.kind == "mlp" else width, config.latent_channels)
 
-    def forward(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Tokens [B, h*w, C] on a grid (h, w) -> latents [B, d, h, w]."""
+    def forward(
+        self, tokens: Tensor, grid: tuple[int, int], snapshot: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Tokens to latents, with the distance to a frozen adapter's latents computed on the way if they are given.
+
+        Args:
+            tokens: [B, h*w, C], row-major over the grid; a view past prefix tokens is not copied.
+            grid: (h, w).
+            snapshot: latents [B, d, h, w] of the frozen Stage-1 encoder and adapter for the same crops.
+
+        Returns:
+            latents [B, d, h, w]; with a snapshot (latents, sum of squared differences to it, a scalar in float32).
+        """
+        activation = "none"
         if self.hidden is not None:
-            tokens = self.activation(self.hidden(tokens))
-        latents = self.projection(tokens)  # [B, h*w, d]
-        return latents.transpose(1, 2).unflatten(2, grid)  # [B, d, h, w]
+            tokens, activation = self.hidden(tokens), "gelu"
+        weight, bias = self.projection.weight, self.projection.bias
+        if snapshot is None:
+            latents = adapter_projection(tokens, weight, bias, activation)  # [B, h*w, d]
+            return latents.transpose(1, 2).unflatten(2, grid)  # [B, d, h, w]
+        target = snapshot.flatten(2).transpose(1, 2)  # [B, h*w, d], a view
+        latents, distance = adapter_projection(tokens, weight, bias, activation, target)
+        return latents.transpose(1, 2).unflatten(2, grid), distance

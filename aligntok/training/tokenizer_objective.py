@@ -103,23 +103,37 @@ class TokenizerObjective:
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         """(reconstruction, weighted semantic loss, values)."""
+        target = None if self.frozen.snapshot is None else self.frozen.snapshot(batch)
         with self.precision.autocast():
-            latents, features = self._latents(batch)
+            latents, features, distance = self._latents(batch, target)
             output = self.tokenizer.decoder(self._with_noise(latents)).float()
         values = {"latent_std": latents.detach().float().std()}
         semantic = self.stage.semantic
-        if self.frozen.snapshot is None:
+        if target is None:
             return output, output.new_zeros(()), values
-        current, channel_dim = (latents, 1) if semantic.position == "after_adapter" else (features, 2)
-        loss = semantic_loss(current, self.frozen.snapshot(batch), semantic.kind, channel_dim)
+        if distance is not None:
+            loss = distance / latents.numel()
+        else:
+            current, channel_dim = (latents, 1) if semantic.position == "after_adapter" else (features, 2)
+            loss = semantic_loss(current, target, semantic.kind, channel_dim)
         return output, semantic.weight * loss, values | {"semantic": loss.detach()}
 
-    def _latents(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
-        """(raw latents [B, d, h, w], encoder features or None) through whatever this stage trains."""
+    def _latents(self, batch: Batch, target: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Through whatever this stage trains, given the target of L_sp if there is one.
+
+        Returns:
+            raw latents [B, d, h, w]; encoder features or None; the sum of (latents - target)^2, where L_sp is made of it
+            and the adapter can compute it as it goes, else None.
+        """
         if "adapter" not in self.trained and "encoder" not in self.trained:
-            return self.frozen.latents(batch), None
+            return self.frozen.latents(batch), None, None
         features = self.tokenizer.encoder(batch["images"]) if "encoder" in self.trained else self.frozen.features(batch)
-        return self.tokenizer.adapter(features, self.tokenizer.grid(batch["images"])), features
+        grid = self.tokenizer.grid(batch["images"])
+        semantic = self.stage.semantic
+        if target is None or semantic.kind != "l2" or semantic.position != "after_adapter":
+            return self.tokenizer.adapter(features, grid), features, None
+        latents, distance = self.tokenizer.adapter(features, grid, target)
+        return latents, features, distance
 
     def _with_noise(self, latents: Tensor) -> Tensor:
         """Latents plus `decoder_noise` standard deviations of noise, in units of the normalised latent."""

@@ -6,8 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, TOLERANCE, check_kernel, normal, relative_error
 
-from aligntok.kernels import explain
-from aligntok.kernels._philox import flow_noise, noise_key
+from aligntok.kernels import explain, flow_noise, noise_key
 from aligntok.kernels._triton import use_configurations
 from aligntok.kernels.flow_interpolate import flow_interpolate, flow_interpolate_reference
 

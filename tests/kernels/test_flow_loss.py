@@ -7,8 +7,7 @@ from hypothesis import strategies as st
 from kernel_checks import DEVICE, check_kernel, normal, outputs_and_gradients
 from torch.nn import functional as F
 
-from aligntok.kernels import explain
-from aligntok.kernels._philox import flow_noise, noise_key
+from aligntok.kernels import explain, flow_noise, noise_key
 from aligntok.kernels._triton import use_configurations
 from aligntok.kernels.flow_loss import flow_loss, flow_loss_reference
 

@@ -1,4 +1,7 @@
-"""gan_loss: the C++ operator against the reference, and both against formulas written once more here."""
+"""gan_loss: the C++ operator against the reference, and both against formulas written once more here.
+
+test_cuda_build.py runs the CUDA kernel on a CPU; the tests marked cuda at the end need a GPU.
+"""
 
 import math
 import os
@@ -11,7 +14,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from aligntok.kernels import discriminator_loss, generator_loss, use_implementation
+from aligntok._cuda_toolkit import find_toolkit
+from aligntok.kernels import _extension_cuda, discriminator_loss, generator_loss, use_implementation
 from aligntok.kernels.gan_loss import DTYPES, KINDS
 
 # Largest accepted relative error of results and gradients. bf16 and fp16 gradients are rounded to 8 and 11
@@ -24,8 +28,12 @@ def _phi(kind, y):
     return torch.relu(1 + y) if kind == "hinge" else torch.logaddexp(y, torch.zeros_like(y))
 
 
-def _expected_discriminator(real, fake, kind):
+def _expected_discriminator(real, fake, kind, lecam_means=None, lecam_weight=0.0):
     loss = 0.5 * (_phi(kind, -real).mean() + _phi(kind, fake).mean())
+    if lecam_weight:
+        mean_real, mean_fake = lecam_means.tolist()
+        squares = (real - mean_fake).clamp(min=0) ** 2, (mean_real - fake).clamp(min=0) ** 2
+        loss = loss + lecam_weight * (squares[0].mean() + squares[1].mean())
     stats = [real.mean(), fake.mean(), (real > 0).double().mean(), (fake < 0).double().mean()]
     return loss, torch.stack(stats).detach()
 
@@ -45,13 +53,13 @@ def _assert_close(found, expected, error):
     assert (found.double() - expected).abs().max().item() <= error * scale
 
 
-def _check(function, expected_function, logits, kind, implementation, upstream=1.0):
+def _check(function, expected_function, logits, kind, implementation, upstream=1.0, **lecam):
     """Loss, statistics and gradients of one call against the formulas in fp64."""
     leaves = [x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for x in logits]
     exact = [x.detach().double().requires_grad_() for x in logits]
     dtype = logits[0].dtype
-    loss, stats = function(*leaves, kind, implementation=implementation)
-    expected_loss, expected_stats = expected_function(*exact, kind)
+    loss, stats = function(*leaves, kind, implementation=implementation, **lecam)
+    expected_loss, expected_stats = expected_function(*exact, kind, **lecam)
     assert loss.shape == () and loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert stats.dtype == loss.dtype and not stats.requires_grad
     _assert_close(loss, expected_loss, LOSS_ERROR[dtype])
@@ -78,6 +86,75 @@ def test_any_shape_agrees_with_the_formula(dtype, kind, implementation, real, fa
     upstream = 1024.0 if dtype == torch.float16 else 1.0
     _check(discriminator_loss, _expected_discriminator, logits, kind, implementation, upstream)
     _check(generator_loss, _expected_generator, logits[1:], kind, implementation, upstream)
+
+
+@pytest.mark.parametrize("implementation", ["cpp", "reference"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+@settings(max_examples=8)
+@given(
+    real=st.lists(st.integers(1, 9), min_size=0, max_size=4),
+    fake=st.lists(st.integers(1, 9), min_size=0, max_size=4),
+    means=st.tuples(st.floats(-3, 3, width=32), st.floats(-3, 3, width=32)),
+    weight=st.sampled_from([1e-3, 0.3, 10.0]),
+    seed=st.integers(0, 99),
+)
+def test_lecam_agrees_with_the_formula(dtype, kind, implementation, real, fake, means, weight, seed):
+    logits = _logits(real, dtype, seed), _logits(fake, dtype, seed + 1)
+    lecam = {"lecam_means": torch.tensor(means), "lecam_weight": weight}
+    upstream = 1024.0 if dtype == torch.float16 else 1.0
+    _check(discriminator_loss, _expected_discriminator, logits, kind, implementation, upstream, **lecam)
+
+
+def test_lecam_pulls_both_sides_together_and_nothing_else():
+    # Logits beyond the hinge's margins get no other gradient; those on the other side's far end get none at all.
+    real, fake = (torch.tensor([5.0, -5.0]).requires_grad_() for _ in range(2))
+    lecam = {"lecam_means": torch.tensor([2.0, -2.0]), "lecam_weight": 0.5}
+    loss, _ = discriminator_loss(real, fake, **lecam)
+    plain, _ = discriminator_loss(real, fake)
+    d_real, d_fake = torch.autograd.grad(loss - plain, (real, fake))
+    torch.testing.assert_close(d_real, torch.tensor([0.5 * (5 + 2), 0.0]))
+    torch.testing.assert_close(d_fake, torch.tensor([0.0, -0.5 * (2 + 5)]))
+
+
+def test_lecam_opcheck_and_one_graph():
+    real, fake = (_logits((2, 1, 5, 5), torch.float32, seed).requires_grad_() for seed in (0, 1))
+    means = torch.tensor([0.3, -0.3])
+    operators = torch.ops.aligntok
+    torch.library.opcheck(operators.gan_discriminator_loss.default, (real, fake, "hinge", means, 0.3))
+    plain = real.detach(), fake.detach(), "hinge", True, True, means, 0.3
+    torch.library.opcheck(operators.gan_discriminator_loss_and_gradient.default, plain)
+
+    def step(real, fake):
+        return discriminator_loss(real, fake, lecam_means=means, lecam_weight=0.3, implementation="cpp")[0]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    found, expected = ([f(real, fake), *torch.autograd.grad(f(real, fake), (real, fake))] for f in (compiled, step))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_lecam_has_no_second_derivative():
+    real = _logits(6, torch.float64).requires_grad_()
+    lecam = {"lecam_means": torch.zeros(2), "lecam_weight": 0.3}
+    loss, _ = discriminator_loss(real, real.detach(), implementation="cpp", **lecam)
+    with pytest.raises(NotImplementedError, match="LeCam"):
+        torch.autograd.grad(loss, real, create_graph=True)
+
+
+@pytest.mark.parametrize("implementation", ["cpp", "reference"])
+def test_bad_lecam_input_is_named(implementation):
+    logits = torch.zeros(3)
+    for means, weight, message in (
+        (None, 0.1, "got None"),
+        (torch.zeros(2), -0.1, "-0.1"),
+        (torch.zeros(2), math.nan, "nan"),
+        (torch.zeros(3), 0.1, r"\[3\]"),
+        (torch.zeros(2).double(), 0.1, "float64"),
+        (torch.zeros(2, device="meta"), 0.1, "meta"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            discriminator_loss(logits, logits, lecam_means=means, lecam_weight=weight, implementation=implementation)
 
 
 # Around the chunk of 4096 logits of the first-stage sum, and enough of them for several threads.
@@ -320,3 +397,72 @@ def test_reference_agrees_with_torchs_own_losses():
     ranking = F.margin_ranking_loss
     expected = 0.5 * (ranking(real, zeros, ones, margin=1.0) + ranking(zeros, fake, ones, margin=1.0))
     torch.testing.assert_close(discriminator_loss(real, fake, "hinge")[0], expected)
+
+
+@pytest.fixture
+def cuda_part():
+    """The extension's CUDA part runs on this machine's device; missing is forgiven only where nvcc is missing too."""
+    if _extension_cuda.refusal(torch.device("cuda")) and find_toolkit()[0] is None:
+        pytest.skip("needs nvcc")
+
+
+@pytest.fixture
+def cuda_logits(cuda_part):
+    """A function that makes logits on the GPU; with an offset they do not begin on a 16-byte boundary."""
+
+    def make(count, dtype, seed, offset=0):
+        return _logits(count + offset, dtype, seed).cuda()[offset:]
+
+    return make
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_on_cuda(dtype, kind, cuda_logits):
+    lecam = {"lecam_means": torch.tensor([0.4, -0.6], device="cuda"), "lecam_weight": 0.3}
+    upstream = 1024.0 if dtype == torch.float16 else 1.0
+    for real, fake, offset in ((1, 3, 0), (28_800, 28_800, 0), (5003, 97, 1), (700_001, 1025, 3)):
+        logits = cuda_logits(real, dtype, 0, offset), cuda_logits(fake, dtype, 1)
+        _check(discriminator_loss, _expected_discriminator, logits, kind, "cpp", upstream)
+        _check(discriminator_loss, _expected_discriminator, logits, kind, "cpp", upstream, **lecam)
+        _check(generator_loss, _expected_generator, logits[:1], kind, "cpp", upstream)
+
+
+def _cuda_results(real, fake):
+    loss, stats = discriminator_loss(real, fake, "non_saturating", implementation="cpp")
+    return [loss.detach(), stats, *torch.autograd.grad(loss, (real, fake))]
+
+
+@pytest.mark.cuda
+def test_on_cuda_bits_and_streams(cuda_logits):
+    real, fake = (cuda_logits(300_001, torch.float32, seed).requires_grad_() for seed in (0, 1))
+    first = _cuda_results(real, fake)
+    streams = [torch.cuda.Stream() for _ in range(4)]
+    torch.cuda.synchronize()
+    found = []
+    for turn in range(40):  # launches of several streams overlap, each stream with its own counter
+        with torch.cuda.stream(streams[turn % 4]):
+            found.append(_cuda_results(real, fake))
+    torch.cuda.synchronize()
+    for other in found:
+        assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.cuda
+def test_on_cuda_in_a_graph_without_synchronisation(cuda_logits):
+    real, fake = (cuda_logits(28_800, torch.float32, seed).requires_grad_() for seed in (0, 1))
+    expected = _cuda_results(real, fake)
+    torch.cuda.synchronize()
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):
+        _cuda_results(real, fake)
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):  # a synchronisation would end the capture with an error
+        found = _cuda_results(real, fake)
+    for _ in range(3):
+        for tensor in found:
+            tensor.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

@@ -1,4 +1,7 @@
-"""group_norm_silu in Triton: against fp64, far means and outliers, one program or strips, layouts, contract, refusals."""
+"""group_norm_silu in Triton: against fp64, far means and outliers, layouts, the operator's contract, refusals.
+
+The kernels for a group that fits one program and those for strips of larger maps are both tried, at every step.
+"""
 
 import pytest
 import torch
@@ -16,9 +19,9 @@ LAST = torch.channels_last
 ONE_PROGRAM = {"LARGEST": 16384, "WARP": 512, "WARPS": 4, "num_stages": 1}
 _OPTIONS = {"num_warps": 1, "num_stages": 1}
 SMALL = {
-    "group_norm_silu_strips": {"ROWS": 8, "CHANNELS": 16, "STEPS": 3, **_OPTIONS},
-    "group_norm_silu_tiles": {"ROWS": 8, "CHANNELS": 16, **_OPTIONS},
-    "group_norm_silu_partials": {"BLOCK": 16, **_OPTIONS},
+    "group_norm_silu_strips": {"ROWS": 8, "CHANNELS": 32, "STEPS": 2, **_OPTIONS},
+    "group_norm_silu_tiles": {"ROWS": 16, "CHANNELS": 32, **_OPTIONS},
+    "group_norm_silu_partials": {"BLOCK": 8, **_OPTIONS},
 }
 IN_STRIPS = {f"group_norm_silu_{name}": ONE_PROGRAM | {"LARGEST": 0} for name in ("whole", "whole_backward")}
 BOTH_WAYS = pytest.mark.parametrize("ways", [{}, IN_STRIPS | SMALL], ids=["one program", "strips"])
@@ -36,13 +39,13 @@ def inputs(*shape: int, groups: int, dtype=torch.float32, mean: float = 0.5, see
 
 
 @BOTH_WAYS
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
-    batch=st.integers(1, 3),
+    batch=st.integers(1, 2),
     groups=st.integers(1, 4),
     width=st.integers(1, 11),
-    height=st.integers(4, 9),
-    columns=st.integers(4, 9),
+    height=st.integers(4, 7),
+    columns=st.integers(4, 7),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     activation=st.booleans(),
     seed=st.integers(0, 1000),
@@ -58,27 +61,26 @@ def test_against_fp64(ways, batch, groups, width, height, columns, dtype, activa
 
 
 @pytest.mark.parametrize("ways", [{}, IN_STRIPS], ids=["one program", "strips"])
-@pytest.mark.parametrize(("shape", "groups"), [((2, 130, 9, 31), 2), ((1, 24, 20, 30), 6)])
-def test_pinned_configurations(ways, shape, groups):
-    with use_configurations(ways):
-        check_kernel(triton, group_norm_silu_reference, inputs(*shape, groups=groups))
+def test_pinned_configurations(ways):
+    with use_configurations(ways):  # a little more than a strip of pixels and a block of channels
+        check_kernel(triton, group_norm_silu_reference, inputs(1, 66, 10, 27, groups=6))
 
 
 @BOTH_WAYS
 def test_mean_far_larger_than_deviation(ways):
     # fp32 spacing at 4096 is 2^-11: the data are exact, E[x^2] - E[x]^2 in fp32 would have no correct digit.
-    x, *rest = inputs(2, 16, 12, 11, groups=2)
+    x, *rest = inputs(1, 16, 8, 7, groups=2)
     x = (x.detach() * 64).round().div(64).add(4096.0).requires_grad_()
     with use_configurations(ways):
         check_kernel(triton, group_norm_silu_reference, [x, *rest], tolerance=2e-4)
 
 
 @BOTH_WAYS
-@pytest.mark.parametrize("place", [(0, 0), (11, 10)])
+@pytest.mark.parametrize("place", [0, 55])
 def test_outliers(ways, place):
-    x, *rest = inputs(1, 8, 12, 11, groups=2)
+    x, *rest = inputs(1, 8, 8, 7, groups=2)
     with torch.no_grad():
-        x[:, :, *place] = 1e4
+        x[:, :, place // 7, place % 7] = 1e4
     with use_configurations(ways):
         check_kernel(triton, group_norm_silu_reference, [x, *rest], tolerance=5e-5)
 
@@ -99,8 +101,8 @@ def test_constant_group_and_nan(ways):
 
 @pytest.mark.parametrize("ways", [{}, IN_STRIPS], ids=["one program", "strips"])
 def test_other_layouts_give_the_same_bits(ways):
-    x, *rest = inputs(2, 24, 6, 5, groups=3)
-    sliced = torch.empty(2, 48, 6, 10, device=DEVICE)[:, ::2, :, ::2].copy_(x.detach()).requires_grad_()
+    x, *rest = inputs(2, 12, 5, 4, groups=3)
+    sliced = torch.empty(2, 24, 5, 8, device=DEVICE)[:, ::2, :, ::2].copy_(x.detach()).requires_grad_()
     assert not sliced.is_contiguous(memory_format=LAST)
     with use_configurations(ways):
         expected = outputs_and_gradients(triton, [x, *rest])
@@ -117,7 +119,7 @@ def test_other_layouts_give_the_same_bits(ways):
 
 @pytest.mark.parametrize("ways", [{}, IN_STRIPS], ids=["one program", "strips"])
 def test_parameters_keep_their_dtype(ways):
-    x, weight, bias, *switches = inputs(2, 16, 6, 5, groups=2, dtype=torch.float16)
+    x, weight, bias, *switches = inputs(1, 16, 4, 5, groups=2, dtype=torch.float16)
     for dtype in (torch.float32, torch.float16):
         parameters = [p.detach().to(dtype).requires_grad_() for p in (weight, bias)]
         with use_configurations(ways):
@@ -150,19 +152,19 @@ def test_a_group_that_fits_one_program_is_read_once(side, launches):
 
 @pytest.mark.parametrize("ways", [{}, IN_STRIPS | SMALL], ids=["one program", "strips"])
 def test_operator_contract(ways):
-    x, weight, bias, *switches = inputs(2, 6, 5, 4, groups=2)
+    x, weight, bias, *switches = inputs(1, 6, 5, 4, groups=2)
     with use_configurations(ways):
         forward = torch.ops.aligntok.group_norm_silu_triton.default
         torch.library.opcheck(forward, (x, weight, bias, *switches))
         _, mean, rstd = forward(x, weight, bias, *switches)
         saved = [t.detach() for t in (x, weight, bias, mean, rstd)]
-        dy = normal(2, 6, 5, 4, seed=5)
+        dy = normal(1, 6, 5, 4, seed=5)
         torch.library.opcheck(torch.ops.aligntok.group_norm_silu_triton_backward.default, (dy, *saved, True))
 
 
 def test_compiles_without_a_break():
     compiled = torch.compile(group_norm_silu, fullgraph=True, backend="aot_eager")
-    tensors = inputs(2, 8, 6, 5, groups=2, dtype=torch.float16)
+    tensors = inputs(1, 8, 4, 5, groups=2, dtype=torch.float16)
     found = outputs_and_gradients(lambda *args: compiled(*args, implementation="triton"), tensors)
     expected = outputs_and_gradients(triton, tensors)
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -3,7 +3,8 @@
 import torch
 from torch import nn
 
-from aligntok.losses.adversarial import DELTA, adaptive_weight, image_gradient, surrogate
+from aligntok.kernels import discriminator_loss
+from aligntok.losses.adversarial import DELTA, LeCam, adaptive_weight, image_gradient, surrogate
 
 
 def build() -> tuple[nn.Sequential, nn.Conv2d, nn.Module, nn.Module]:
@@ -50,3 +51,36 @@ def test_weight_is_clamped_and_carries_no_gradient():
     weight = adaptive_weight(output, last.weight, torch.ones_like(output), torch.zeros_like(output), limit=7.0)
     assert weight.item() == 7.0
     assert not weight.requires_grad
+
+
+def test_lecam_averages_follow_the_logits_and_are_saved():
+    lecam = LeCam(decay=0.9)
+    real, fake = torch.full((8,), 3.0), torch.full((8,), -1.0)
+    for step in range(3):
+        _, stats = discriminator_loss(real, fake, lecam_means=lecam.means, lecam_weight=0.1)
+        lecam.update(stats)
+        torch.testing.assert_close(lecam.means, torch.tensor([3.0, -1.0]) * (1 - 0.9 ** (step + 1)))
+    before = lecam.means.clone()
+    lecam.update(torch.tensor([float("nan"), float("inf"), 0.5, 0.5]))
+    assert torch.equal(lecam.means, before)
+    other = LeCam(decay=0.9)
+    other.load_state_dict(lecam.state_dict())
+    assert torch.equal(other.means, lecam.means) and not list(lecam.parameters())
+
+
+def test_lecam_update_leaves_a_pending_backward_alone():
+    lecam = LeCam(decay=0.5)
+    lecam.means.copy_(torch.tensor([0.5, -0.5]))
+    gradients = {}
+    for implementation in ("cpp", "reference"):
+        torch.manual_seed(0)
+        logits = [torch.randn(9).requires_grad_() for _ in range(2)]
+        averages = LeCam(decay=0.5)
+        averages.load_state_dict(lecam.state_dict())
+        loss, stats = discriminator_loss(
+            *logits, lecam_means=averages.means, lecam_weight=0.3, implementation=implementation
+        )
+        averages.update(stats)
+        gradients[implementation] = torch.autograd.grad(loss, logits)
+    for one, other in zip(*gradients.values(), strict=True):
+        torch.testing.assert_close(one, other)

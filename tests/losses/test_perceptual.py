@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import lpips
 import pytest
 import skimage.data
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from aligntok.config import PerceptualConfig
 from aligntok.errors import UserError
+from aligntok.kernels import use_implementation
 from aligntok.losses import st_lpips
 from aligntok.losses.perceptual import build_perceptual
 
@@ -137,6 +140,20 @@ def test_autocast_and_channels_last(distances, kind):
     low.backward()
     assert low.dtype == torch.float32 and x.grad.isfinite().all()
     torch.testing.assert_close(low, expected, rtol=0.05, atol=0.005)
+
+
+def test_fused_distance_gives_the_same_numbers(distances):
+    """The Triton kernel in place of the reference, through all layers, with the gradient of the image."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    distance = copy.deepcopy(distances["st-lpips-vgg"]).to(device)
+    found = {}
+    for implementation in ("reference", "triton"):
+        x, y = images(1, 32, 32, seed=1).to(device).requires_grad_(), images(1, 32, 32, seed=2).to(device)
+        with use_implementation(implementation):
+            value = distance(x, y)
+        found[implementation] = value.detach(), *torch.autograd.grad(value.sum(), x)
+    for fused, reference in zip(found["triton"], found["reference"], strict=True):
+        assert (fused - reference).abs().max() < 1e-4 * reference.abs().max()
 
 
 @settings(max_examples=8, deadline=None)

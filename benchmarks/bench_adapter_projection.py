@@ -69,8 +69,19 @@ def flops(B: int, N: int, C: int, d: int) -> tuple[float, float]:
 
 def _workload(C: int, d: int, make=make_mlp, minimum=minimum, note: str = "") -> Workload:
     shape = {"B": 256, "N": 256, "C": C, "d": d}
-    ours = adapter_projection
-    return Workload("adapter_projection", shape, {"B": 8}, make, ours, reference, minimum, flops, note=note)
+    small = {"B": 4, "C": 256}  # two splits of the rows at d = 32
+    return Workload(
+        "adapter_projection",
+        shape,
+        small,
+        make,
+        adapter_projection,
+        reference,
+        minimum,
+        flops,
+        note=note,
+        cpu={"B": 16},
+    )
 
 
 WORKLOADS = [

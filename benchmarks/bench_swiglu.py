@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_swiglu [--phase forward|backward|both|all] [--seconds S] [--csv FILE] [--plot FILE]
 
-Shapes: LightningDiT-S/B/L/XL at 256 tokens and batch 256. L's hidden width of 2730 is no multiple of 8, so that its rows
-cannot be read in 16-byte pieces.
+Shapes: LightningDiT-S/B/L/XL at 256 tokens and batch 256. L's hidden width of 2730 is no multiple of 8, so that its
+rows cannot be read in 16-byte pieces.
 """
 
 import sys

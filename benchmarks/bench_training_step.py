@@ -118,13 +118,17 @@ def main() -> int:
         for path in paths.values():
             path.timed_step(seed, *inputs)
     flops, rate = counter.get_total_flops(), matmul_rate(torch.bfloat16)
-    print(f"LightningDiT-{options.size}/1, {options.tokens} tokens, batch {options.batch}: {flops / 1e9:.0f} GFLOP a step")
+    print(
+        f"LightningDiT-{options.size}/1, {options.tokens} tokens, batch {options.batch}: {flops / 1e9:.0f} GFLOP a step"
+    )
     print(f"measured bf16 matmul rate: {rate / 1e9:.0f} GFLOP/s")
     medians = {name: statistics.median(path.samples) for name, path in paths.items()}
     for name, seconds in medians.items():
         spread = f"{min(paths[name].samples):.3f} .. {max(paths[name].samples):.3f}"
         images = options.batch / seconds
-        print(f"{name}: {seconds:.3f} s ({spread}), {images:.1f} img/s, {flops / seconds / rate:.0%} of the matmul rate")
+        print(
+            f"{name}: {seconds:.3f} s ({spread}), {images:.1f} img/s, {flops / seconds / rate:.0%} of the matmul rate"
+        )
     print(f"ratio: {medians['reference'] / medians['fused']:.2f}x")
     if options.profile:
         print(profile(paths["fused"], inputs))

@@ -25,7 +25,9 @@ from benchmarks.machine import machine_line
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 480
-BENCHMARKS = sorted(path.stem for path in Path(__file__).parent.glob("bench_*.py") if path.stem != "bench_training_step")
+BENCHMARKS = sorted(
+    path.stem for path in Path(__file__).parent.glob("bench_*.py") if path.stem != "bench_training_step"
+)
 STEPS = (("B", 256, 64), ("XL", 256, 32))  # size, tokens, batch
 
 
@@ -63,7 +65,10 @@ def run(part: Part, deadline: float) -> None:
         answer = subprocess.run(
             part.command, cwd=ROOT, capture_output=True, text=True, timeout=deadline - start, check=False
         )
-        part.status, part.output = answer.returncode, answer.stdout + ("\n" + answer.stderr if answer.returncode else "")
+        part.status, part.output = (
+            answer.returncode,
+            answer.stdout + ("\n" + answer.stderr if answer.returncode else ""),
+        )
     except subprocess.TimeoutExpired as error:
         printed = error.stdout or b""
         part.status, part.output = 124, f"stopped: the time was used up\n{printed.decode(errors='replace')}"

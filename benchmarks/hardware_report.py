@@ -34,7 +34,7 @@ from benchmarks import cuda_report
 from benchmarks.aot import ARCHITECTURES, LIMITS, compile_launch, key, launches_of, workloads_of
 
 RESULTS = Path(__file__).parent / "results"
-# Name, bytes per second, dense bf16 tensor-core FLOPs per second: NVIDIA's data sheets of the A100 80GB SXM and H100 SXM
+# Name, bytes per second, dense bf16 tensor-core FLOPs per second: NVIDIA's data sheets (both SXM)
 DEVICES = {80: ("A100-80GB", 2.039e12, 312e12), 90: ("H100-SXM", 3.35e12, 989e12)}
 TRAFFIC_LIMIT = 1.1
 PASSES = ("forward", "backward")
@@ -126,7 +126,8 @@ def roofline(arch: int, amount: float, flops: float) -> float:
 
 def _code_table(rows: list[dict]) -> list[str]:
     lines = [
-        "| op | kernel | workload | sm | configuration | registers | spilled | shared KiB | occupancy | HMMA | HGMMA | loads | stores |",
+        "| op | kernel | workload | sm | configuration | registers | spilled | shared KiB | occupancy | HMMA | HGMMA "
+        "| loads | stores |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
@@ -135,9 +136,9 @@ def _code_table(rows: list[dict]) -> list[str]:
             " ".join(f"{count}x{width}" for width, count in row[what].items()) for what in ("loads", "stores")
         )
         lines.append(
-            f"| {row['op']} | `{row['kernel']}` | {row['workload']} | {row['arch']} | {configuration} | {row['registers']} "
-            f"| {row['spilled_bytes']} | {row['shared'] / 1024:.1f} | {row['occupancy']:.0%} | {row['hmma']} | {row['hgmma']} "
-            f"| {loads} | {stores} |"
+            f"| {row['op']} | `{row['kernel']}` | {row['workload']} | {row['arch']} | {configuration} "
+            f"| {row['registers']} | {row['spilled_bytes']} | {row['shared'] / 1024:.1f} | {row['occupancy']:.0%} "
+            f"| {row['hmma']} | {row['hgmma']} | {loads} | {stores} |"
         )
     return lines
 
@@ -150,7 +151,8 @@ def traffic_table(rows: list[dict]) -> list[str]:
     """Bytes of our path, of eager and of torch.compile, and the predicted times, forward and backward together."""
     names = [DEVICES[arch][0] for arch in ARCHITECTURES]
     lines = [
-        "| op | workload | ours MB | of minimum | with re-reads MB | eager MB | torch.compile MB | GFLOP ours / eager | "
+        "| op | workload | ours MB | of minimum | with re-reads MB | eager MB | torch.compile MB "
+        "| GFLOP ours / eager | "
         + " | ".join(f"{name}: ours / eager us, ratio (predicted)" for name in names)
         + " | measured |",
         "|---|---|---|---|---|---|---|---|" + "---|" * len(names) + "---|",
@@ -191,11 +193,11 @@ def markdown(code: list[dict], traffic: list[dict], cuda: list[dict], broken: li
         *(f"- {line}" for line in broken),
         "## Traffic and roofline",
         "Forward and backward together. Bytes of our path and of torch.compile are counted at reduced shapes (Triton's "
-        "interpreter; Inductor's scheduler for the CPU, which counts no bytes of library calls such as matrix products) "
-        "and scaled by the ratio of the stated minima. *Of minimum*: every address counted once per launch, forward / "
-        "backward. *With re-reads*: every access counted, most of which a cache serves. "
-        "*GFLOP*: of matrix products, ours with the padding and the recomputation that the kernels execute. **Times are predictions from data "
-        "sheets, not measurements.**",
+        "interpreter; Inductor's scheduler for the CPU, which counts no bytes of library calls such as matrix "
+        "products) and scaled by the ratio of the stated minima. *Of minimum*: every address counted once per launch, "
+        "forward / backward. *With re-reads*: every access counted, most of which a cache serves. *GFLOP*: of matrix "
+        "products, ours with the padding and the recomputation that the kernels execute. **Times are predictions from "
+        "data sheets, not measurements.**",
         "\n".join(traffic_table(traffic)),
         "## Machine code of the Triton kernels",
         "One row per distinct code. Loads and stores: instructions x width in bits, in global memory.",

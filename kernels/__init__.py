@@ -18,6 +18,7 @@ from .flow_step import flow_step
 from .gan_loss import discriminator_loss, generator_loss
 from .group_norm_silu import group_norm_silu
 from .lpips_distance import lpips_distance
+from .norm_ratio import norm_ratio
 from .qknorm_attention import qknorm_attention
 from .qknorm_rope import qknorm_rope
 from .swiglu import swiglu
@@ -36,6 +37,7 @@ __all__ = [
     "group_norm_silu",
     "lpips_distance",
     "noise_key",
+    "norm_ratio",
     "operators",
     "qknorm_attention",
     "qknorm_rope",

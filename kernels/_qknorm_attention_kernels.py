@@ -20,6 +20,16 @@ def _head(program, stride_batch, stride_head, H, ALIGN: tl.constexpr):
 
 
 @triton.jit
+def _tail_column(MAIN: tl.constexpr, TAIL: tl.constexpr, BYTES: tl.constexpr):
+    """Columns of the tail, to be moved in pieces of which every thread gets one where it gets 16 bytes of main's row.
+
+    A thread then holds parts of the same rows of main and tail. With 16-byte pieces it would not, and whatever is the same
+    for a row (its norm, its softmax denominator) would go through shared memory.
+    """
+    return tl.max_contiguous(tl.arange(0, TAIL), [16 // BYTES * TAIL // MAIN])[None, :]
+
+
+@triton.jit
 def _load(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
     """Rows start to start + ROWS of a matrix [N, D] as (main, tail)."""
     row = start + tl.arange(0, ROWS)[:, None]
@@ -28,26 +38,7 @@ def _load(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.
     main = tl.load(source + column, mask=(row < N) & (column < D), other=0.0)
     tail = main
     if TAIL:
-        column = tl.arange(0, TAIL)[None, :]
-        tail = tl.load(source + MAIN + column, mask=(row < N) & (column < D - MAIN), other=0.0)
-    return main, tail
-
-
-@triton.jit
-def _load_rows(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
-    """Like `_load`, for rows to be normed and turned: every thread gets columns of main and tail of the same rows.
-
-    To that end the tail is read in pieces smaller than 16 bytes (4 at D = 72). Sums over a row and its factor then need
-    no exchange through shared memory.
-    """
-    row = start + tl.arange(0, ROWS)[:, None]
-    source = base + row.to(tl.int64) * stride
-    column = tl.arange(0, MAIN)[None, :]
-    main = tl.load(source + column, mask=(row < N) & (column < D), other=0.0)
-    tail = main
-    if TAIL:
-        PIECE: tl.constexpr = 128 // base.dtype.element_ty.primitive_bitwidth * TAIL // MAIN
-        column = tl.max_contiguous(tl.arange(0, TAIL), [PIECE])[None, :]
+        column = _tail_column(MAIN, TAIL, base.dtype.element_ty.primitive_bitwidth // 8)
         tail = tl.load(source + MAIN + column, mask=(row < N) & (column < D - MAIN), other=0.0)
     return main, tail
 
@@ -60,7 +51,7 @@ def _store(base, stride, start, N, tile, D: tl.constexpr, MAIN: tl.constexpr, TA
     column = tl.arange(0, MAIN)[None, :]
     tl.store(target + column, tile[0].to(base.dtype.element_ty), mask=(row < N) & (column < D))
     if TAIL:
-        column = tl.arange(0, TAIL)[None, :]
+        column = _tail_column(MAIN, TAIL, base.dtype.element_ty.primitive_bitwidth // 8)
         inside = (row < N) & (column < D - MAIN)
         tl.store(target + MAIN + column, tile[1].to(base.dtype.element_ty), mask=inside)
 
@@ -212,12 +203,12 @@ def _short_forward_kernel(
     target = out + _head(program, N * H * D, D, H, 8)
     k_all, v_all = (), ()
     for i in tl.static_range(BLOCKS):
-        k = _load_rows(source + stride_3, stride_n, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
+        k = _load(source + stride_3, stride_n, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
         k = _prepare(k, k_weight, cos, sin, i * BLOCK_K, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
         v = _load(source + 2 * stride_3, stride_n, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
         k_all, v_all = k_all + (k,), v_all + (v,)
     for start in range(0, N, BLOCK_Q):
-        q = _load_rows(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
         q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
         top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
         total = tl.zeros([BLOCK_Q], tl.float32)
@@ -252,7 +243,7 @@ def _short_backward_kernel(
     q_all, do_all, delta_all, lse_all, dq_all = (), (), (), (), ()
     for i in tl.static_range(BLOCKS):
         start = i * BLOCK_Q
-        q = _load_rows(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
         q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
         do = _load(upstream, dout_n, start, N, D, MAIN, TAIL, BLOCK_Q)
         o = _load(result, H * D, start, N, D, MAIN, TAIL, BLOCK_Q)
@@ -262,7 +253,7 @@ def _short_backward_kernel(
         dq_all = dq_all + (_zeros(BLOCK_Q, MAIN, TAIL),)
     dk_main, dk_tail = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32)
     for start in range(0, N, BLOCK_K):
-        k_read = _load_rows(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
+        k_read = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
         k = _prepare(k_read, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
         v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
         dk, dv, dq_next = _zeros(BLOCK_K, MAIN, TAIL), _zeros(BLOCK_K, MAIN, TAIL), ()
@@ -287,7 +278,7 @@ def _short_backward_kernel(
     dq_main, dq_tail = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32)
     for i in tl.static_range(BLOCKS):
         start = i * BLOCK_Q
-        q = _load_rows(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
         dq, dweight_block = _unprepare(
             dq_all[i], q, q_weight, cos, sin, start, N, eps, scale,
             D, MAIN, TAIL, NORM, ROPE,
@@ -312,11 +303,11 @@ def _prepare_kernel(
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
     target = prepared + program.to(tl.int64) * N * D
     if tl.program_id(1) == 0:
-        k = _load_rows(source + stride_3, stride_n, start, N, D, MAIN, TAIL, ROWS)
+        k = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, ROWS)
         k = _prepare(k, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
         _store(target, D, start, N, k, D, MAIN, TAIL, ROWS)
     else:
-        q = _load_rows(source, stride_n, start, N, D, MAIN, TAIL, ROWS)
+        q = _load(source, stride_n, start, N, D, MAIN, TAIL, ROWS)
         q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
         target += tl.num_programs(0) // tl.cdiv(N, ROWS) * N.to(tl.int64) * D
         _store(target, D, start, N, q, D, MAIN, TAIL, ROWS)
@@ -334,7 +325,7 @@ def _long_forward_kernel(
     first = tl.program_id(0) % tl.cdiv(N, BLOCK_Q) * BLOCK_Q
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
     keys = prepared + program.to(tl.int64) * N * D
-    q = _load_rows(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
     q = _prepare(q, q_weight, cos, sin, first, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
     top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -361,7 +352,7 @@ def _long_dq_kernel(
     first = tl.program_id(0) % tl.cdiv(N, BLOCK_Q) * BLOCK_Q
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
     keys = prepared + program.to(tl.int64) * N * D
-    q = _load_rows(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
     q = _prepare(q, q_weight, cos, sin, first, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
     do = _load(dout + _head(program, dout_b, D, H, ALIGN), dout_n, first, N, D, MAIN, TAIL, BLOCK_Q)
     o = _load(out + _head(program, N * H * D, D, H, 8), H * D, first, N, D, MAIN, TAIL, BLOCK_Q)
@@ -380,7 +371,7 @@ def _long_dq_kernel(
         if not EVEN:
             ds = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, ds, 0.0)
         dq = _accumulate(dq, ds.to(v[0].dtype), k, TAIL, PRECISION)
-    q = _load_rows(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
     dq, dweight_block = _unprepare(
         dq, q, q_weight, cos, sin, first, N, eps, scale, D, MAIN, TAIL, NORM, ROPE
     )
@@ -405,7 +396,7 @@ def _long_dkv_kernel(
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
     upstream = dout + _head(program, dout_b, D, H, ALIGN)
     queries = prepared + (tl.num_programs(0) // tl.cdiv(N, BLOCK_K) + program).to(tl.int64) * N * D
-    k = _load_rows(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
+    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
     k = _prepare(k, k_weight, cos, sin, first, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
     v = _load(source + 2 * stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
     dk, dv = _zeros(BLOCK_K, MAIN, TAIL), _zeros(BLOCK_K, MAIN, TAIL)
@@ -422,7 +413,7 @@ def _long_dkv_kernel(
         dk = _accumulate(dk, ds.to(v[0].dtype), q, TAIL, PRECISION)
     target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
     _store(target + 2 * H * D, 3 * H * D, first, N, dv, D, MAIN, TAIL, BLOCK_K)
-    k = _load_rows(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
+    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
     dk, dweight_block = _unprepare(
         dk, k, k_weight, cos, sin, first, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE
     )

@@ -27,19 +27,18 @@ from ._triton import configuration, dot_precision, launch, operator, tl, triton
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = ("gelu", "none")
 LARGEST_D = 128  # dz's tile and dW's accumulator hold all d channels; wider ones would not stay in registers
-# Chosen from the machine code (benchmarks.aot), not from timings: no spills, two or more blocks to a multiprocessor at
-# d = 32. 128 rows share each read of W; sm_80 takes narrower columns, since its fragments of W fill more registers.
+# Chosen from the machine code (benchmarks.aot), not from timings: no spills. 128 rows share each read of W; sm_80 takes
+# narrower columns, since its fragments of W fill more registers.
 FORWARD = {
     80: {"BLOCK_M": 128, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3},
     90: {"BLOCK_M": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 2},
 }
-# PROGRAMS fill an A100 (108 multiprocessors) at two blocks each and an H100 (132) at one block of 16 warps, once. sm_90
-# takes 64 rows for wgmma; on sm_80 that many would cost the second block. Loads run one block of rows ahead as they are
-# written, so there is nothing for num_stages to do.
-BACKWARD = {
-    80: {"BLOCK_M": 32, "BLOCK_C": 128, "PROGRAMS": 216, "num_warps": 8, "num_stages": 1},
-    90: {"BLOCK_M": 64, "BLOCK_C": 128, "PROGRAMS": 132, "num_warps": 16, "num_stages": 1},
-}
+# 16 warps are resident on a multiprocessor in each case, and PROGRAMS fill an A100 (108 of them) or an H100 (132) once.
+# sm_90 takes the 64 rows of wgmma. On sm_80 two blocks of 8 warps hide each other's barriers, but a snapshot or more than
+# 32 channels need too many registers for two. Loads run one block of rows ahead as written: num_stages has nothing to do.
+_SM90 = {"BLOCK_M": 64, "BLOCK_C": 128, "PROGRAMS": 132, "num_warps": 16, "num_stages": 1}
+BACKWARD = {80: {"BLOCK_M": 32, "BLOCK_C": 128, "PROGRAMS": 216, "num_warps": 8, "num_stages": 1}, 90: _SM90}
+BACKWARD_WIDE = {80: {"BLOCK_M": 32, "BLOCK_C": 128, "PROGRAMS": 108, "num_warps": 16, "num_stages": 1}, 90: _SM90}
 
 
 def adapter_projection_reference(
@@ -262,8 +261,8 @@ def _forward(
 def _splits(M: int, C: int, d: int, config: dict) -> tuple[int, int]:
     """(number of row splits, rows in each): the device filled once, and partial sums small beside p.
 
-    A split's partial dW is d * C fp32 numbers. With 16 d rows or more to a split, that is at most an eighth of its share
-    of bf16 p, or a sixteenth of p and dp.
+    A split's partial dW is d * C fp32 numbers. With 16 d rows or more to a split, that is at most an eighth of its
+    share of bf16 p, or a sixteenth of p and dp.
     """
     wanted = config["PROGRAMS"] // triton.cdiv(C, config["BLOCK_C"])
     splits = max(1, min(wanted, M // (16 * d)))
@@ -286,7 +285,8 @@ def _backward(
     """dp (empty unless wanted), dweight, dbias; z, snapshot and ddistance come together or not at all."""
     rows, weight, dz, d = _rows(p), weight.contiguous(), _images(dz), weight.shape[0]
     (B, N, C), z0 = rows.shape, None if snapshot is None else _images(snapshot)
-    config = configuration("adapter_projection_backward", BACKWARD, p.device)
+    table = BACKWARD if z0 is None and d <= 32 else BACKWARD_WIDE
+    config = configuration("adapter_projection_backward", table, p.device)
     splits, share = _splits(B * N, C, d, config)
     programs = (triton.cdiv(C, config["BLOCK_C"]), splits)
     del config["PROGRAMS"]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Largest difference relative to the largest magnitude. fp32: sums in another order; fp16: rounding of the stored result.
+# Largest difference relative to the largest magnitude. fp32: sums in another order; fp16: rounding of the result.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 
 

@@ -19,7 +19,7 @@ from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
 from aligntok.devices import Precision, optimizer_is_fused
 from aligntok.kernels import gan_loss
-from aligntok.losses.adversarial import adaptive_weight, image_gradient, surrogate
+from aligntok.losses.adversarial import LeCam, adaptive_weight, image_gradient, surrogate
 from aligntok.losses.semantic import semantic_loss
 from aligntok.models.tokenizer import AlignTok
 from aligntok.training.ema import adopt, build_ema
@@ -69,12 +69,15 @@ class TokenizerObjective:
         self.discriminator_optimizer = Adam([group], betas=betas, fused=fused)
         self.together = nn.ModuleDict(self.trained)
         self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
+        self.lecam = LeCam(losses.lecam_decay).to(precision.device) if losses.lecam_weight else None
         self._fake: Tensor | None = None  # this step's reconstructions, handed from the first phase to the second
 
     def modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = dict(self.trained)
         if self.stage.gan_start < self.steps:
             found["discriminator"] = self.discriminator
+            if self.lecam is not None:
+                found["lecam"] = self.lecam
         if self.ema is not None:
             found["ema"] = self.ema
         return found
@@ -122,8 +125,8 @@ class TokenizerObjective:
         """Through whatever this stage trains, given the target of L_sp if there is one.
 
         Returns:
-            raw latents [B, d, h, w]; encoder features or None; the sum of (latents - target)^2, where L_sp is made of it
-            and the adapter can compute it as it goes, else None.
+            raw latents [B, d, h, w]; encoder features or None; the sum of (latents - target)^2, where L_sp is made of
+            it and the adapter can compute it as it goes, else None.
         """
         if "adapter" not in self.trained and "encoder" not in self.trained:
             return self.frozen.latents(batch), None, None
@@ -178,5 +181,10 @@ class TokenizerObjective:
         assert self._fake is not None, "the autoencoder phase comes first"
         with self.precision.autocast():
             real, fake = self.discriminator(batch["images"]), self.discriminator(self._fake)
-        loss, stats = gan_loss.discriminator_loss(real, fake, self.losses.gan)
+        lecam = {}
+        if self.lecam is not None:
+            lecam = {"lecam_means": self.lecam.means, "lecam_weight": self.losses.lecam_weight}
+        loss, stats = gan_loss.discriminator_loss(real, fake, self.losses.gan, **lecam)
+        if self.lecam is not None:
+            self.lecam.update(stats)
         return loss, {"discriminator": loss.detach(), "logits_real": stats[0], "logits_fake": stats[1]}

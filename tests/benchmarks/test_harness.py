@@ -38,7 +38,8 @@ def test_results_are_compared_before_anything_is_timed(case, provider, reason):
 
 
 def _options(tmp_path, phase="all"):
-    return argparse.Namespace(phase=phase, seconds=0.01, threads=None, csv=tmp_path / "figures.csv", plot=tmp_path / "ratios.png")
+    files = {"csv": tmp_path / "figures.csv", "plot": tmp_path / "ratios.png"}
+    return argparse.Namespace(phase=phase, seconds=0.01, threads=None, **files)
 
 
 def test_a_wrong_provider_has_no_figures_and_fails_the_run(case, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""A test of the tests: copies of kernels with one deliberate mistake each must fail the check that the originals pass."""
+"""A test of the tests: copies of kernels with one deliberate mistake each must fail the check that originals pass."""
 
 import importlib.util
 import sys
@@ -59,20 +59,19 @@ def _check_attention(operator: Callable) -> None:
     weights = [(1 + 0.3 * normal(32, seed=3 + i)).requires_grad_() for i in range(2)]
     tables = [table.to(qkv.device) for table in rope_table((2, 5), 32, 5)]
     inputs = [qkv, *weights, *tables]
-    check_kernel(
-        lambda *x: operator(*x, implementation="triton"), qknorm_attention_reference, inputs, 1e-4
-    )
+    check_kernel(lambda *x: operator(*x, implementation="triton"), qknorm_attention_reference, inputs, 1e-4)
 
 
+ATTENTION = ("qknorm_attention", "_qknorm_attention_kernels")
 CASES = {
     "off-by-one mask": (
         "swiglu", "swiglu", "inside = column < H", "inside = column < H - 1", _check_swiglu,
     ),
     "no softmax scale in the gradient of the keys": (
-        "qknorm_attention", "_qknorm_attention_kernels", "N, eps, scale / factor,", "N, eps, 1.0 / factor,", _check_attention,
+        *ATTENTION, "N, eps, scale / factor,", "N, eps, 1.0 / factor,", _check_attention,
     ),
     "rotation in the wrong direction in the backward pass": (
-        "qknorm_attention", "_qknorm_attention_kernels", "D // 2, -1)", "D // 2, 1)", _check_attention,
+        *ATTENTION, "D // 2, -1)", "D // 2, 1)", _check_attention,
     ),
 }  # fmt: skip
 

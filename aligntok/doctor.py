@@ -184,6 +184,20 @@ def _operators() -> Iterator[Row]:
             yield Row(section, f"{op} on {device}", found.name or "none: calls raise", note)
 
 
+def _attention() -> Iterator[Row]:
+    import torch
+
+    from aligntok.models.attention import BACKENDS, choose, refusal
+
+    section = "Attention"
+    for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
+        case = device, torch.bfloat16, 64  # a typical head
+        yield Row(section, f"auto on {device}", choose("auto", *case), "model.attention chooses another")
+        for backend in BACKENDS[1:]:
+            reason = refusal(backend, *case)
+            yield Row(section, f"{backend} on {device}", "unavailable" if reason else "available", reason or "")
+
+
 _SECTIONS: tuple[tuple[str, Callable[[], Iterator[Row]]], ...] = (
     ("System", _system),
     ("Packages", _packages),
@@ -191,6 +205,7 @@ _SECTIONS: tuple[tuple[str, Callable[[], Iterator[Row]]], ...] = (
     ("CUDA toolkit", _toolkit),
     ("Extension", _extension),
     ("Operators", _operators),
+    ("Attention", _attention),
 )
 
 

@@ -32,22 +32,23 @@ def _tail_column(MAIN: tl.constexpr, TAIL: tl.constexpr, BYTES: tl.constexpr):
 @triton.jit
 def _load(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
     """Rows start to start + ROWS of a matrix [N, D] as (main, tail)."""
-    row = start + tl.arange(0, ROWS)[:, None]
-    source = base + row.to(tl.int64) * stride
-    column = tl.arange(0, MAIN)[None, :]
-    main = tl.load(source + column, mask=(row < N) & (column < D), other=0.0)
-    tail = main
+    row = tl.arange(0, ROWS)[:, None]
+    source = base + tl.to_tensor(start).to(tl.int64) * stride + row * stride
+    row += start
     if TAIL:
         column = _tail_column(MAIN, TAIL, base.dtype.element_ty.primitive_bitwidth // 8)
-        tail = tl.load(source + MAIN + column, mask=(row < N) & (column < D - MAIN), other=0.0)
-    return main, tail
+        tail = tl.load(source + MAIN + column, mask=(column < D - MAIN), other=0.0)
+    column = tl.arange(0, MAIN)[None, :]
+    main = tl.load(source + column, )
+    return main, tail if TAIL else main
 
 
 @triton.jit
 def _store(base, stride, start, N, tile, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
     """Write the rows of a tile that lie below N."""
-    row = start + tl.arange(0, ROWS)[:, None]
-    target = base + row.to(tl.int64) * stride
+    row = tl.arange(0, ROWS)[:, None]
+    target = base + tl.to_tensor(start).to(tl.int64) * stride + row * stride
+    row += start
     column = tl.arange(0, MAIN)[None, :]
     tl.store(target + column, tile[0].to(base.dtype.element_ty), mask=(row < N) & (column < D))
     if TAIL:
@@ -59,13 +60,12 @@ def _store(base, stride, start, N, tile, D: tl.constexpr, MAIN: tl.constexpr, TA
 @triton.jit
 def _vector(base, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
     """A vector [D] as fp32 rows (main [1, MAIN], tail [1, TAIL])."""
-    column = tl.arange(0, MAIN)[None, :]
-    main = tl.load(base + column, mask=column < D, other=0.0).to(tl.float32)
-    tail = main
     if TAIL:
         column = tl.arange(0, TAIL)[None, :]
         tail = tl.load(base + MAIN + column, mask=column < D - MAIN, other=0.0).to(tl.float32)
-    return main, tail
+    column = tl.arange(0, MAIN)[None, :]
+    main = tl.load(base + column, mask=column < D, other=0.0).to(tl.float32)
+    return main, tail if TAIL else main
 
 
 @triton.jit
@@ -133,9 +133,9 @@ def _prepare(
         w = _vector(weight, D, MAIN, TAIL)
         main, tail = main * scale * w[0], tail * scale * w[1]
     if ROPE:
-        main = _turn(main, cos, sin, start, N, 0, D // 2, 4, ROPE, 1)
         if TAIL:
             tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, 4 * TAIL // MAIN, ROPE, 1)
+        main = _turn(main, cos, sin, start, N, 0, D // 2, 4, ROPE, 1)
     return main.to(tile[0].dtype), tail.to(tile[0].dtype)
 
 
@@ -147,9 +147,9 @@ def _unprepare(
     """factor * gradient of prepared rows -> that of the rows as read (`tile`), and the weight's summed over the rows."""
     main, tail = gradient[0] * factor, gradient[1] * factor
     if ROPE:
-        main = _turn(main, cos, sin, start, N, 0, D // 2, 4, ROPE, -1)
         if TAIL:
             tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, 4 * TAIL // MAIN, ROPE, -1)
+        main = _turn(main, cos, sin, start, N, 0, D // 2, 4, ROPE, -1)
     dweight = (tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32))
     if NORM:
         scale = tl.rsqrt(_row_sum(tile, tile, TAIL) / D + eps)

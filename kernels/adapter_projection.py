@@ -34,8 +34,9 @@ FORWARD = {
     90: {"BLOCK_M": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 2},
 }
 # 16 warps are resident on a multiprocessor in each case, and PROGRAMS fill an A100 (108 of them) or an H100 (132) once.
-# sm_90 takes the 64 rows of wgmma. On sm_80 two blocks of 8 warps hide each other's barriers, but a snapshot or more than
-# 32 channels need too many registers for two. Loads run one block of rows ahead as written: num_stages has nothing to do.
+# sm_90 takes the 64 rows of wgmma. On sm_80 two blocks of 8 warps hide each other's barriers, but a snapshot or more
+# than 32 channels need too many registers for two. The next block of rows is loaded while this one is worked on, by the
+# source itself, and nothing is left to num_stages.
 _SM90 = {"BLOCK_M": 64, "BLOCK_C": 128, "PROGRAMS": 132, "num_warps": 16, "num_stages": 1}
 BACKWARD = {80: {"BLOCK_M": 32, "BLOCK_C": 128, "PROGRAMS": 216, "num_warps": 8, "num_stages": 1}, 90: _SM90}
 BACKWARD_WIDE = {80: {"BLOCK_M": 32, "BLOCK_C": 128, "PROGRAMS": 108, "num_warps": 16, "num_stages": 1}, 90: _SM90}

@@ -35,6 +35,7 @@ if _no_cuda_device():
 ALLOWED_SKIPS: dict[str, Callable[[], bool]] = {
     "needs a CUDA device": _no_cuda_device,
     "needs nvcc": _no_nvcc,
+    "needs Triton's interpreter": lambda: not _no_cuda_device(),
 }
 _MARKERS = {"cuda": "needs a CUDA device"}
 

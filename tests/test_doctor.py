@@ -30,6 +30,8 @@ def test_the_real_environment():
     cuda = extension.build_report()["cuda"]
     assert found["Extension", "CUDA part"].value == ("built" if cuda["built"] else f"not built ({cuda['reason']})")
     assert found["Operators", "gan_loss on cpu"].value == "cpp"
+    assert found["Attention", "sdpa on cpu"].value == "available"
+    assert "CUDA device" in found["Attention", "flash-attn on cpu"].note
     assert {row.section for row in rows} == {name for name, _ in doctor._SECTIONS}
     assert not [row for row in rows if row.name == "not examined"]
 

@@ -155,7 +155,7 @@ def compile_launch(launch: Launch, arch: int) -> tuple[KernelCode, str]:
         hmma=len(re.findall(r"\bHMMA\b", sass)),
         hgmma=len(re.findall(r"\bHGMMA\b", sass)),
         dots=len(re.findall(r"tt\.dot\b", compiled.asm["ttir"])),
-        loads=_widths(sass, r"\b(?:LDG|LDGSTS)((?:\.\w+)*)"),
+        loads=_widths(sass, r"\b(?:LDGSTS|LDG)((?:\.\w+)*)"),
         stores=_widths(sass, r"\bSTG((?:\.\w+)*)"),
         atomics=len(re.findall(r"\b(?:ATOMG?|RED)\b", sass)),
     )

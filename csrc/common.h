@@ -1,5 +1,5 @@
-// What the operators for the CPU share: conversions and exp that the compiler can vectorise, loops compiled for
-// several instruction sets and chosen at run time, rows of tensors, refusals.
+// What the operators for the CPU share: conversions and exp that the compiler can vectorise, loops compiled
+// for several instruction sets and chosen at run time, rows of tensors, refusals.
 
 #pragma once
 

@@ -37,9 +37,9 @@ def _load(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.
     row += start
     if TAIL:
         column = _tail_column(MAIN, TAIL, base.dtype.element_ty.primitive_bitwidth // 8)
-        tail = tl.load(source + MAIN + column, mask=(column < D - MAIN), other=0.0)
+        tail = tl.load(source + MAIN + column, mask=(row < N) & (column < D - MAIN), other=0.0)
     column = tl.arange(0, MAIN)[None, :]
-    main = tl.load(source + column, )
+    main = tl.load(source + column, mask=(row < N) & (column < D), other=0.0)
     return main, tail if TAIL else main
 
 
@@ -132,11 +132,13 @@ def _prepare(
         scale = tl.rsqrt(_row_sum(tile, tile, TAIL) / D + eps)
         w = _vector(weight, D, MAIN, TAIL)
         main, tail = main * scale * w[0], tail * scale * w[1]
+    main, tail = main.to(tile[0].dtype), tail.to(tile[0].dtype)
     if ROPE:
-        if TAIL:
-            tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, 4 * TAIL // MAIN, ROPE, 1)
-        main = _turn(main, cos, sin, start, N, 0, D // 2, 4, ROPE, 1)
-    return main.to(tile[0].dtype), tail.to(tile[0].dtype)
+        if start < N:
+            if TAIL:
+                tail = _turn(tail.to(tl.float32), cos, sin, start, N, MAIN // 2, D // 2, 4 * TAIL // MAIN, ROPE, 1).to(tail.dtype)
+            main = _turn(main.to(tl.float32), cos, sin, start, N, 0, D // 2, 4, ROPE, 1).to(main.dtype)
+    return main, tail
 
 
 @triton.jit

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import _triton
+from . import _extension, _triton
 from ._dispatch import Unfit, register, select
 from ._triton import Configuration, configuration, launch, operator, tl, triton
 
@@ -284,7 +284,15 @@ def _norm_gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None
 
 _forward.register_autograd(lambda ctx, dx_new, dy, _: (*_gradients(ctx, dx_new, dy), None, None), setup_context=_keep)
 _norm_forward.register_autograd(_norm_gradients, setup_context=_keep)
-register("adaln", triton=_triton.refusal)
+
+
+def _cpp_refusal(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the C++ implementation is for tensors on the CPU, not on {device.type!r}"
+    return _extension.unavailable()
+
+
+register("adaln", triton=_triton.refusal, cpp=_cpp_refusal)
 
 
 def _check_tensor(name: str, tensor: Tensor | None, shape: list[int], x: Tensor) -> None:
@@ -301,7 +309,7 @@ def _check_tensor(name: str, tensor: Tensor | None, shape: list[int], x: Tensor)
 
 def _unfit(dtype: torch.dtype | None, x: Tensor, *others: Tensor | None) -> Unfit:
     if torch.float64 in (dtype, x.dtype, *(tensor.dtype for tensor in others if tensor is not None)):
-        return (("triton", "fp64 is for the reference"),)
+        return tuple((name, "fp64 is for the reference") for name in ("triton", "cpp"))
     if x.shape[-1] > MAX_WIDTH:
         return (("triton", f"a row of more than {MAX_WIDTH} values does not fit in the registers"),)
     return ()
@@ -330,11 +338,12 @@ def adaln(
         weight: of the norm [D], or None for ones.
         eps: >= 0, added to the mean square.
         dtype: of y; None is x's. Under autocast x is fp32 and y best in the autocast dtype.
-        implementation: "auto", "triton" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
+        implementation: "auto", "triton", "cpp" or "reference"; None follows `use_implementation` and
+            ALIGNTOK_KERNELS.
 
     Returns:
         x_new [B, N, D] in x's dtype (x itself without `h`), and y [B, N, D] in `dtype`. Each gradient has the dtype of
-        its input. The Triton implementation differentiates once.
+        its input. The Triton and C++ implementations differentiate once.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; only one of `h` and `gate` is given; `implementation` is
@@ -353,8 +362,11 @@ def adaln(
                                 ("h", h, [B, N, D]), ("gate", gate, [B, D]), ("weight", weight, [D])):  # fmt: skip
         _check_tensor(name, tensor, shape, x)
     name = select("adaln", x.device.type, implementation, _unfit(dtype, x, scale, shift, h, gate, weight))
+    dtype = dtype or x.dtype
+    if name == "cpp":
+        x_new, y, _ = torch.ops.aligntok.adaln.default(x, h, gate, scale, shift, weight, eps, dtype)
+        return x if h is None else x_new, y
     if name == "triton":
-        dtype = dtype or x.dtype
         if h is not None:
             return _forward(x, h, gate, scale, shift, weight, eps, dtype)[:2]
         return x, _norm_forward(x, scale, shift, weight, eps, dtype)[0]

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import _triton
+from . import _extension, _triton
 from ._dispatch import Unfit, register, select
 from ._triton import Configuration, configuration, launch, operator, tl, triton
 
@@ -300,7 +300,15 @@ def _gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | N
 
 
 _forward.register_autograd(_gradients, setup_context=_keep)
-register("qknorm_rope", triton=_triton.refusal)
+
+
+def _cpp_refusal(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the C++ implementation is for tensors on the CPU, not on {device.type!r}"
+    return _extension.unavailable()
+
+
+register("qknorm_rope", triton=_triton.refusal, cpp=_cpp_refusal)
 
 
 def _check_pair(names: str, pair: tuple[Tensor | None, Tensor | None], shape: list[int], qkv: Tensor) -> None:
@@ -343,11 +351,12 @@ def qknorm_rope(
         cos: table [N, D], D even. None, together with `sin`: no rotation. The tables get no gradient.
         sin: table [N, D].
         eps: >= 0, added to the mean square.
-        implementation: "auto", "triton" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
+        implementation: "auto", "triton", "cpp" or "reference"; None follows `use_implementation` and
+            ALIGNTOK_KERNELS.
 
     Returns:
         q, k, v [B, N, H, D], contiguous, in qkv's dtype. Their gradients may have any strides. The Triton
-        implementation differentiates once.
+        and C++ implementations differentiate once.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; one of a pair is missing; an odd D with tables;
@@ -366,6 +375,9 @@ def qknorm_rope(
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
     unfit = _unfit(qkv, q_weight, k_weight, cos, sin)
-    if select("qknorm_rope", qkv.device.type, implementation, unfit) == "triton":
+    name = select("qknorm_rope", qkv.device.type, implementation, unfit)
+    if name == "triton":
         return _forward(qkv, q_weight, k_weight, cos, sin, eps)
+    if name == "cpp":
+        return torch.ops.aligntok.qknorm_rope.default(qkv, q_weight, k_weight, cos, sin, eps)
     return qknorm_rope_reference(qkv, q_weight, k_weight, cos, sin, eps)

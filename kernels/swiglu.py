@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import _triton
+from . import _extension, _triton
 from ._dispatch import register, select
 from ._triton import configuration, launch, operator, tl, triton
 
@@ -89,7 +89,15 @@ _forward.register_autograd(
     lambda ctx, dy: _backward(*ctx.saved_tensors, dy),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
 )
-register("swiglu", triton=_triton.refusal)
+
+
+def _cpp_refusal(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"the C++ implementation is for tensors on the CPU, not on {device.type!r}"
+    return _extension.unavailable()
+
+
+register("swiglu", triton=_triton.refusal, cpp=_cpp_refusal)
 
 
 def swiglu(packed: Tensor, *, implementation: str | None = None) -> Tensor:
@@ -97,10 +105,11 @@ def swiglu(packed: Tensor, *, implementation: str | None = None) -> Tensor:
 
     Args:
         packed: [..., 2H], gate first, bf16, fp16, fp32 or fp64; rows may be strided.
-        implementation: "auto", "triton" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
+        implementation: "auto", "triton", "cpp" or "reference"; None follows `use_implementation` and
+            ALIGNTOK_KERNELS.
 
     Returns:
-        y [..., H] in packed's dtype. The Triton implementation differentiates once.
+        y [..., H] in packed's dtype. The Triton and C++ implementations differentiate once.
 
     Raises:
         ValueError: an odd last dimension or an empty tensor; an unsupported dtype; `implementation` is unknown or
@@ -112,6 +121,9 @@ def swiglu(packed: Tensor, *, implementation: str | None = None) -> Tensor:
     if packed.ndim < 1 or packed.shape[-1] % 2 or packed.numel() == 0:
         raise ValueError(f"packed: expected shape [..., 2H] without a zero, got {list(packed.shape)}")
     unfit = (("triton", "fp64 is for the reference"),) if packed.dtype == torch.float64 else ()
-    if select("swiglu", packed.device.type, implementation, unfit) == "triton":
+    name = select("swiglu", packed.device.type, implementation, unfit)
+    if name == "triton":
         return _forward(packed)
+    if name == "cpp":
+        return torch.ops.aligntok.swiglu.default(packed)
     return swiglu_reference(packed)

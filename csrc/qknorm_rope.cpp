@@ -67,7 +67,7 @@ template <typename scalar_t, typename acc_t = at::opmath_type<scalar_t>>
 struct Forward {
   using Input = Heads<const scalar_t*>;
   Input x[3];
-  scalar_t* out[3];  // dense
+  scalar_t* out[3];  // dense [B, H, N, D]
 
   ALIGNTOK_INLINE static void run(Forward f, Constants<acc_t> c, acc_t* u, int64_t begin, int64_t end) {
     const int64_t width = c.width;
@@ -75,8 +75,8 @@ struct Forward {
       const int64_t image = token / c.tokens, n = token % c.tokens;
       for (int part = 0; part < 3; ++part) {
         const scalar_t* x = f.x[part].data + image * f.x[part].image_stride + n * f.x[part].token_stride;
-        scalar_t* out = f.out[part] + token * c.heads * width;
-        for (int64_t head = 0; head < c.heads; ++head, x += f.x[part].head_stride, out += width) {
+        scalar_t* out = f.out[part] + (image * c.heads * c.tokens + n) * width;
+        for (int64_t head = 0; head < c.heads; ++head, x += f.x[part].head_stride, out += c.tokens * width) {
           if (part == 2) {
             std::copy_n(x, width, out);
           } else {
@@ -256,8 +256,9 @@ using BackwardResult = std::tuple<Tensor, Tensor, Tensor>;
 ForwardResult forward_meta(
     const Tensor& qkv, const optional<Tensor>&, const optional<Tensor>&, const optional<Tensor>&,
     const optional<Tensor>&, double) {
-  const c10::SymInt shape[] = {qkv.sym_size(0), qkv.sym_size(1), qkv.sym_size(3), qkv.sym_size(4)};
-  const auto empty = [&] { return at::empty_symint(shape, qkv.options()); };
+  // [B, N, H, D] with the heads outside in memory: what batched matrix products take without a copy
+  const c10::SymInt shape[] = {qkv.sym_size(0), qkv.sym_size(3), qkv.sym_size(1), qkv.sym_size(4)};
+  const auto empty = [&] { return at::empty_symint(shape, qkv.options()).transpose(1, 2); };
   return {empty(), empty(), empty()};
 }
 

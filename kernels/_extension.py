@@ -58,6 +58,13 @@ def unavailable() -> str | None:
     return reason and f"aligntok._C: {reason}"
 
 
+def cpu_refusal(device: torch.device) -> str | None:
+    """Why the extension's operators for CPUs cannot run on a device, or None."""
+    if device.type != "cpu":
+        return f"the C++ implementation is for tensors on the CPU, not on {device.type!r}"
+    return unavailable()
+
+
 def build_info() -> dict[str, Any] | None:
     """What the loaded library says of itself (torch, cuda, cuda_architectures, compiler, flags, openmp), or
     None.

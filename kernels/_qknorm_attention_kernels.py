@@ -37,9 +37,9 @@ def _load(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.
     row += start
     if TAIL:
         column = _tail_column(MAIN, TAIL, base.dtype.element_ty.primitive_bitwidth // 8)
-        tail = tl.load(source + MAIN + column, mask=(row < N) & (column < D - MAIN), other=0.0)
+        tail = tl.load(source + MAIN + column, mask=(column < D - MAIN), other=0.0)
     column = tl.arange(0, MAIN)[None, :]
-    main = tl.load(source + column, mask=(row < N) & (column < D), other=0.0)
+    main = tl.load(source + column, )
     return main, tail if TAIL else main
 
 
@@ -132,13 +132,12 @@ def _prepare(
         scale = tl.rsqrt(_row_sum(tile, tile, TAIL) / D + eps)
         w = _vector(weight, D, MAIN, TAIL)
         main, tail = main * scale * w[0], tail * scale * w[1]
-    main, tail = main.to(tile[0].dtype), tail.to(tile[0].dtype)
     if ROPE:
         if start < N:
             if TAIL:
-                tail = _turn(tail.to(tl.float32), cos, sin, start, N, MAIN // 2, D // 2, 4 * TAIL // MAIN, ROPE, 1).to(tail.dtype)
-            main = _turn(main.to(tl.float32), cos, sin, start, N, 0, D // 2, 4, ROPE, 1).to(main.dtype)
-    return main, tail
+                tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, 4 * TAIL // MAIN, ROPE, 1)
+            main = _turn(main, cos, sin, start, N, 0, D // 2, 4, ROPE, 1)
+    return main.to(tile[0].dtype), tail.to(tile[0].dtype)
 
 
 @triton.jit
@@ -219,7 +218,8 @@ def _short_forward_kernel(
             o, top, total = _attend(
                 o, top, total, q, k_all[i], v_all[i], i * BLOCK_K, N, TAIL, PRECISION, EVEN, BLOCK_Q, BLOCK_K
             )
-        o = (o[0] / total[:, None], o[1] / total[:, None])
+        share = (1 / total)[:, None]
+        o = (o[0] * share, o[1] * share)
         _store(target, H * D, start, N, o, D, MAIN, TAIL, BLOCK_Q)
         row = start + tl.arange(0, BLOCK_Q)
         tl.store(lse + program.to(tl.int64) * N + row, top + tl.log2(total), mask=row < N)
@@ -336,7 +336,8 @@ def _long_forward_kernel(
         k = _load(keys, D, start, N, D, MAIN, TAIL, BLOCK_K)
         v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
         o, top, total = _attend(o, top, total, q, k, v, start, N, TAIL, PRECISION, EVEN, BLOCK_Q, BLOCK_K)
-    o = (o[0] / total[:, None], o[1] / total[:, None])
+    share = (1 / total)[:, None]
+    o = (o[0] * share, o[1] * share)
     _store(out + _head(program, N * H * D, D, H, 8), H * D, first, N, o, D, MAIN, TAIL, BLOCK_Q)
     row = first + tl.arange(0, BLOCK_Q)
     tl.store(lse + program.to(tl.int64) * N + row, top + tl.log2(total), mask=row < N)

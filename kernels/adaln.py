@@ -286,13 +286,7 @@ _forward.register_autograd(lambda ctx, dx_new, dy, _: (*_gradients(ctx, dx_new, 
 _norm_forward.register_autograd(_norm_gradients, setup_context=_keep)
 
 
-def _cpp_refusal(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ implementation is for tensors on the CPU, not on {device.type!r}"
-    return _extension.unavailable()
-
-
-register("adaln", triton=_triton.refusal, cpp=_cpp_refusal)
+register("adaln", triton=_triton.refusal, cpp=_extension.cpu_refusal)
 
 
 def _check_tensor(name: str, tensor: Tensor | None, shape: list[int], x: Tensor) -> None:

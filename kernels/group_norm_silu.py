@@ -69,12 +69,6 @@ def group_norm_silu_reference(
     return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
 
 
-def _cpp_refusal(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ implementation is for tensors on the CPU, not on {device.type!r}"
-    return _extension.unavailable()
-
-
 def _whole(kernel: str, table: dict, x: Tensor, groups: int) -> dict | None:
     """ROWS, LANES and options for a program that holds a group of x, or None if the group is too large."""
     config = configuration(kernel, table, x.device)
@@ -170,7 +164,7 @@ def _gradients(ctx, dy: Tensor, *_: Tensor) -> tuple:
 
 
 _forward.register_autograd(_gradients, setup_context=_save)
-register("group_norm_silu", triton=_triton.refusal, cpp=_cpp_refusal)
+register("group_norm_silu", triton=_triton.refusal, cpp=_extension.cpu_refusal)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> None:

@@ -36,7 +36,9 @@ from ._triton import Configuration, configuration, dot_precision, launch, operat
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEAD_WIDTHS = (32, 48, 64, 72, 96, 128)  # of the kernels; any even width works in the reference
 SHORT = 256  # tokens: q', k', v and dO of a head in 2-byte numbers fill 80 to 128 KiB of shared memory
-SHORT_ON_CPU = 64  # tokens up to which PyTorch's flash attention for CPUs is slower than three calls (docs/decisions.md)
+SHORT_ON_CPU = (
+    64  # tokens up to which PyTorch's flash attention for CPUs is slower than three calls (docs/decisions.md)
+)
 EPS = 1e-6
 LOG2_E = 1 / math.log(2)
 

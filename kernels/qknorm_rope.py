@@ -6,7 +6,7 @@ From the packed projection qkv [B, N, 3, H, D], for every head of q and of k,
     out[2i]     = u[2i]     * cos[2i]     - u[2i + 1] * sin[2i]                with tables [N, D], else out = u
     out[2i + 1] = u[2i + 1] * cos[2i + 1] + u[2i]     * sin[2i + 1]
 
-and v is copied out: q, k, v [B, N, H, D] contiguous. Backwards, the rotation is transposed,
+and v is copied out: q, k, v [B, N, H, D]. Backwards, the rotation is transposed,
 
     du[2i]     = dout[2i]     * cos[2i]     + dout[2i + 1] * sin[2i + 1]
     du[2i + 1] = dout[2i + 1] * cos[2i + 1] - dout[2i]     * sin[2i]
@@ -302,13 +302,7 @@ def _gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | N
 _forward.register_autograd(_gradients, setup_context=_keep)
 
 
-def _cpp_refusal(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ implementation is for tensors on the CPU, not on {device.type!r}"
-    return _extension.unavailable()
-
-
-register("qknorm_rope", triton=_triton.refusal, cpp=_cpp_refusal)
+register("qknorm_rope", triton=_triton.refusal, cpp=_extension.cpu_refusal)
 
 
 def _check_pair(names: str, pair: tuple[Tensor | None, Tensor | None], shape: list[int], qkv: Tensor) -> None:
@@ -355,8 +349,9 @@ def qknorm_rope(
             ALIGNTOK_KERNELS.
 
     Returns:
-        q, k, v [B, N, H, D], contiguous, in qkv's dtype. Their gradients may have any strides. The Triton
-        and C++ implementations differentiate once.
+        q, k, v [B, N, H, D] in qkv's dtype: contiguous from Triton, as attention kernels want them, and with the
+        heads outside in memory from C++, as batched matrix products do. Their gradients may have any strides. Both
+        differentiate once.
 
     Raises:
         ValueError: a shape, dtype or device does not fit; one of a pair is missing; an odd D with tables;

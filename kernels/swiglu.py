@@ -91,13 +91,7 @@ _forward.register_autograd(
 )
 
 
-def _cpp_refusal(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return f"the C++ implementation is for tensors on the CPU, not on {device.type!r}"
-    return _extension.unavailable()
-
-
-register("swiglu", triton=_triton.refusal, cpp=_cpp_refusal)
+register("swiglu", triton=_triton.refusal, cpp=_extension.cpu_refusal)
 
 
 def swiglu(packed: Tensor, *, implementation: str | None = None) -> Tensor:

@@ -10,6 +10,7 @@ TRITON_INTERPRET must not be set.
 import argparse
 import hashlib
 import importlib
+import itertools
 import re
 import subprocess
 import sys
@@ -198,7 +199,7 @@ def main() -> int:
     seen: set[str] = set()
     for workload in workloads_of(options.op):
         for arch in options.arch:
-            for launch in sum(launches_of(workload, arch), []):
+            for launch in itertools.chain.from_iterable(launches_of(workload, arch)):
                 identity = key(launch, arch)
                 if identity in seen:
                     continue

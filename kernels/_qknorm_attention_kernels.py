@@ -32,23 +32,21 @@ def _tail_column(MAIN: tl.constexpr, TAIL: tl.constexpr, BYTES: tl.constexpr):
 @triton.jit
 def _load(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
     """Rows start to start + ROWS of a matrix [N, D] as (main, tail)."""
-    row = tl.arange(0, ROWS)[:, None]
-    source = base + tl.to_tensor(start).to(tl.int64) * stride + row * stride
-    row += start
+    row = start + tl.arange(0, ROWS)[:, None]
+    source = base + row.to(tl.int64) * stride
     if TAIL:
         column = _tail_column(MAIN, TAIL, base.dtype.element_ty.primitive_bitwidth // 8)
-        tail = tl.load(source + MAIN + column, mask=(column < D - MAIN), other=0.0)
+        tail = tl.load(source + MAIN + column, mask=(row < N) & (column < D - MAIN), other=0.0)
     column = tl.arange(0, MAIN)[None, :]
-    main = tl.load(source + column, )
+    main = tl.load(source + column, mask=(row < N) & (column < D), other=0.0)
     return main, tail if TAIL else main
 
 
 @triton.jit
 def _store(base, stride, start, N, tile, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
     """Write the rows of a tile that lie below N."""
-    row = tl.arange(0, ROWS)[:, None]
-    target = base + tl.to_tensor(start).to(tl.int64) * stride + row * stride
-    row += start
+    row = start + tl.arange(0, ROWS)[:, None]
+    target = base + row.to(tl.int64) * stride
     column = tl.arange(0, MAIN)[None, :]
     tl.store(target + column, tile[0].to(base.dtype.element_ty), mask=(row < N) & (column < D))
     if TAIL:
@@ -126,7 +124,12 @@ def _prepare(
     tile, weight, cos, sin, start, N, eps, factor,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """factor * rope(rms_norm(rows) * weight), rounded to the rows' type."""
+    """factor * rope(rms_norm(rows) * weight), rounded to the rows' type.
+
+    The branch skips rows that are all padding. It is there for the compiler: it keeps the choice of layouts for the
+    rotation apart from that for the products, without which half of the tile would change threads, and for sm_80 the
+    products' operands would be laid out for 8-bit numbers (Triton takes the join of pairs for an unpacking).
+    """
     main, tail = tile[0].to(tl.float32) * factor, tile[1].to(tl.float32) * factor
     if NORM:
         scale = tl.rsqrt(_row_sum(tile, tile, TAIL) / D + eps)
@@ -180,6 +183,35 @@ def _attend(
 
 
 @triton.jit
+def _step_dq(
+    dq, q, k, v, do, log, delta, start, N,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dq' of a block of queries plus what a block of keys adds to it, without the scale."""
+    s = _product(q, k, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
+    dp = _product(do, v, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
+    ds = tl.exp2(s - log) * (dp - delta)
+    if not EVEN:
+        ds = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, ds, 0.0)
+    return _accumulate(dq, ds.to(v[0].dtype), k, TAIL, PRECISION)
+
+
+@triton.jit
+def _step_dkv(
+    dk, dv, k, v, q, do, log, delta,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """dk' and dv of a block of keys plus what a block of queries adds to them, dk' without the scale.
+
+    The scores come out transposed, [keys, queries], as the left operands that they are next.
+    """
+    p = tl.exp2(_product(k, q, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION) - log)
+    dv = _accumulate(dv, p.to(v[0].dtype), do, TAIL, PRECISION)
+    dp = _product(v, do, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION)
+    return _accumulate(dk, (p * (dp - delta)).to(v[0].dtype), q, TAIL, PRECISION), dv
+
+
+@triton.jit
 def _store_partial(partial, program, dweight, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
     """Row `program` of the partial sums [programs, D] of a weight's gradient."""
     target = partial + program.to(tl.int64) * D
@@ -226,70 +258,115 @@ def _short_forward_kernel(
 
 
 @triton.jit
+def _tile_backward_kernel(
+    qkv, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, dweight,
+    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program per (batch, head), N <= BLOCK: all scores are one tile, and five products make the gradient."""
+    program = tl.program_id(0)
+    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
+    q_read = _load(source, stride_n, 0, N, D, MAIN, TAIL, BLOCK)
+    q = _prepare(q_read, q_weight, cos, sin, 0, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
+    k_read = _load(source + stride_3, stride_n, 0, N, D, MAIN, TAIL, BLOCK)
+    k = _prepare(k_read, k_weight, cos, sin, 0, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
+    v = _load(source + 2 * stride_3, stride_n, 0, N, D, MAIN, TAIL, BLOCK)
+    do = _load(dout + _head(program, dout_b, D, H, ALIGN), dout_n, 0, N, D, MAIN, TAIL, BLOCK)
+    o = _load(out + _head(program, N * H * D, D, H, 8), H * D, 0, N, D, MAIN, TAIL, BLOCK)
+    row = tl.arange(0, BLOCK)[:, None]
+    s = _product(q, k, tl.zeros([BLOCK, BLOCK], tl.float32), TAIL, PRECISION)
+    p = tl.exp2(s - tl.load(lse + program.to(tl.int64) * N + row, mask=row < N, other=0.0))
+    if not EVEN:
+        p = tl.where(tl.arange(0, BLOCK)[None, :] < N, p, 0.0)
+    target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
+    dv = _accumulate(_zeros(BLOCK, MAIN, TAIL), tl.trans(p.to(v[0].dtype)), do, TAIL, PRECISION)
+    _store(target + 2 * H * D, 3 * H * D, 0, N, dv, D, MAIN, TAIL, BLOCK)
+    dp = _product(do, v, tl.zeros([BLOCK, BLOCK], tl.float32), TAIL, PRECISION)
+    ds = (p * (dp - _row_sum(o, do, TAIL))).to(v[0].dtype)
+    dq = _accumulate(_zeros(BLOCK, MAIN, TAIL), ds, k, TAIL, PRECISION)
+    dq, dq_weight = _unprepare(dq, q_read, q_weight, cos, sin, 0, N, eps, scale, D, MAIN, TAIL, NORM, ROPE)
+    _store(target, 3 * H * D, 0, N, dq, D, MAIN, TAIL, BLOCK)
+    dk = _accumulate(_zeros(BLOCK, MAIN, TAIL), tl.trans(ds), q, TAIL, PRECISION)
+    dk, dk_weight = _unprepare(dk, k_read, k_weight, cos, sin, 0, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE)
+    _store(target + H * D, 3 * H * D, 0, N, dk, D, MAIN, TAIL, BLOCK)
+    if NORM:
+        _store_partial(dweight, program, dq_weight, D, MAIN, TAIL)
+        _store_partial(dweight, tl.num_programs(0) + program, dk_weight, D, MAIN, TAIL)
+
+
+@triton.jit
 def _short_backward_kernel(
     qkv, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, dweight,
     N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """One program per (batch, head), N <= BLOCKS * BLOCK_Q, five products for each tile of scores.
+    """Two programs per (batch, head), N <= BLOCKS * CHUNK: one makes dq, the other dk and dv.
 
-    q', dout, the row sums and dq stay on the chip for all queries, while blocks of keys pass by.
+    The first keeps k' and v of all keys on the chip while blocks of queries pass by, the second q' and dout of all
+    queries while blocks of keys do. That is seven products where five would do; but those five need the accumulators of
+    dq for all N rows beside the tiles, which at N = 256 are more registers than there are.
     """
-    program = tl.program_id(0)
-    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
-    target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
-    upstream = dout + _head(program, dout_b, D, H, ALIGN)
-    result = out + _head(program, N * H * D, D, H, 8)
-    q_all, do_all, delta_all, lse_all, dq_all = (), (), (), (), ()
-    for i in tl.static_range(BLOCKS):
-        start = i * BLOCK_Q
-        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
-        q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-        do = _load(upstream, dout_n, start, N, D, MAIN, TAIL, BLOCK_Q)
-        o = _load(result, H * D, start, N, D, MAIN, TAIL, BLOCK_Q)
-        row = start + tl.arange(0, BLOCK_Q)[:, None]
-        q_all, do_all, delta_all = q_all + (q,), do_all + (do,), delta_all + (_row_sum(o, do, TAIL),)
-        lse_all = lse_all + (tl.load(lse + program.to(tl.int64) * N + row, mask=row < N, other=0.0),)
-        dq_all = dq_all + (_zeros(BLOCK_Q, MAIN, TAIL),)
-    dk_main, dk_tail = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32)
-    for start in range(0, N, BLOCK_K):
-        k_read = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
-        k = _prepare(k_read, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
-        v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
-        dk, dv, dq_next = _zeros(BLOCK_K, MAIN, TAIL), _zeros(BLOCK_K, MAIN, TAIL), ()
+    head = tl.program_id(0) // 2
+    source = qkv + _head(head, stride_b, stride_h, H, ALIGN)
+    target = dqkv + _head(head, 3 * N * H * D, D, H, 8)
+    upstream = dout + _head(head, dout_b, D, H, ALIGN)
+    result = out + _head(head, N * H * D, D, H, 8)
+    logs = lse + head.to(tl.int64) * N
+    sum_main, sum_tail = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32)
+    if tl.program_id(0) % 2 == 0:
+        k_all, v_all = (), ()
         for i in tl.static_range(BLOCKS):
-            s = _product(q_all[i], k, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
-            p = tl.exp2(s - lse_all[i])
-            if not EVEN:
-                p = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, p, 0.0)
-            dv = _accumulate(dv, tl.trans(p.to(v[0].dtype)), do_all[i], TAIL, PRECISION)
-            dp = _product(do_all[i], v, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
-            ds = (p * (dp - delta_all[i])).to(v[0].dtype)
-            dk = _accumulate(dk, tl.trans(ds), q_all[i], TAIL, PRECISION)
-            dq_next = dq_next + (_accumulate(dq_all[i], ds, k, TAIL, PRECISION),)
-        dq_all = dq_next
-        _store(target + 2 * H * D, 3 * H * D, start, N, dv, D, MAIN, TAIL, BLOCK_K)
-        dk, dweight_block = _unprepare(
-            dk, k_read, k_weight, cos, sin, start, N, eps, scale / factor,
-            D, MAIN, TAIL, NORM, ROPE,
-        )  # fmt: skip
-        _store(target + H * D, 3 * H * D, start, N, dk, D, MAIN, TAIL, BLOCK_K)
-        dk_main, dk_tail = dk_main + dweight_block[0], dk_tail + dweight_block[1]
-    dq_main, dq_tail = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32)
-    for i in tl.static_range(BLOCKS):
-        start = i * BLOCK_Q
-        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
-        dq, dweight_block = _unprepare(
-            dq_all[i], q, q_weight, cos, sin, start, N, eps, scale,
-            D, MAIN, TAIL, NORM, ROPE,
-        )  # fmt: skip
-        _store(target, 3 * H * D, start, N, dq, D, MAIN, TAIL, BLOCK_Q)
-        dq_main, dq_tail = dq_main + dweight_block[0], dq_tail + dweight_block[1]
+            k = _load(source + stride_3, stride_n, i * CHUNK, N, D, MAIN, TAIL, CHUNK)
+            k = _prepare(k, k_weight, cos, sin, i * CHUNK, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
+            v = _load(source + 2 * stride_3, stride_n, i * CHUNK, N, D, MAIN, TAIL, CHUNK)
+            k_all, v_all = k_all + (k,), v_all + (v,)
+        for start in range(0, N, BLOCK):
+            q_read = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK)
+            q = _prepare(q_read, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
+            do = _load(upstream, dout_n, start, N, D, MAIN, TAIL, BLOCK)
+            o = _load(result, H * D, start, N, D, MAIN, TAIL, BLOCK)
+            row = start + tl.arange(0, BLOCK)[:, None]
+            log, delta = tl.load(logs + row, mask=row < N, other=0.0), _row_sum(o, do, TAIL)
+            dq = _zeros(BLOCK, MAIN, TAIL)
+            for i in tl.static_range(BLOCKS):
+                dq = _step_dq(
+                    dq, q, k_all[i], v_all[i], do, log, delta, i * CHUNK, N, TAIL, PRECISION, EVEN, BLOCK, CHUNK
+                )
+            dq, dweight_block = _unprepare(
+                dq, q_read, q_weight, cos, sin, start, N, eps, scale, D, MAIN, TAIL, NORM, ROPE
+            )
+            _store(target, 3 * H * D, start, N, dq, D, MAIN, TAIL, BLOCK)
+            sum_main, sum_tail = sum_main + dweight_block[0], sum_tail + dweight_block[1]
+    else:
+        q_all, do_all, log_all, delta_all = (), (), (), ()
+        for i in tl.static_range(BLOCKS):
+            q = _load(source, stride_n, i * CHUNK, N, D, MAIN, TAIL, CHUNK)
+            q = _prepare(q, q_weight, cos, sin, i * CHUNK, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
+            do = _load(upstream, dout_n, i * CHUNK, N, D, MAIN, TAIL, CHUNK)
+            o = _load(result, H * D, i * CHUNK, N, D, MAIN, TAIL, CHUNK)
+            row = i * CHUNK + tl.arange(0, CHUNK)[None, :]
+            q_all, do_all, delta_all = q_all + (q,), do_all + (do,), delta_all + (tl.trans(_row_sum(o, do, TAIL)),)
+            log_all = log_all + (tl.load(logs + row, mask=row < N, other=0.0),)
+        for start in range(0, N, BLOCK):
+            k_read = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK)
+            k = _prepare(k_read, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
+            v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK)
+            dk, dv = _zeros(BLOCK, MAIN, TAIL), _zeros(BLOCK, MAIN, TAIL)
+            for i in tl.static_range(BLOCKS):
+                dk, dv = _step_dkv(
+                    dk, dv, k, v, q_all[i], do_all[i], log_all[i], delta_all[i], TAIL, PRECISION, BLOCK, CHUNK
+                )
+            _store(target + 2 * H * D, 3 * H * D, start, N, dv, D, MAIN, TAIL, BLOCK)
+            dk, dweight_block = _unprepare(
+                dk, k_read, k_weight, cos, sin, start, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE
+            )
+            _store(target + H * D, 3 * H * D, start, N, dk, D, MAIN, TAIL, BLOCK)
+            sum_main, sum_tail = sum_main + dweight_block[0], sum_tail + dweight_block[1]
     if NORM:
-        _store_partial(dweight, program, (dq_main, dq_tail), D, MAIN, TAIL)
-        _store_partial(dweight, tl.num_programs(0) + program, (dk_main, dk_tail), D, MAIN, TAIL)
+        _store_partial(dweight, tl.program_id(0), (sum_main, sum_tail), D, MAIN, TAIL)
 
 
 @triton.jit
@@ -297,22 +374,22 @@ def _prepare_kernel(
     qkv, q_weight, k_weight, cos, sin, prepared,
     N, H, stride_b, stride_n, stride_3, stride_h, eps, factor,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr,
+    ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Long form, first launch: prepared [1 or 2, B, H, N, D] = k' and, in the backward pass, q' of all heads."""
-    program = tl.program_id(0) // tl.cdiv(N, ROWS)
-    start = tl.program_id(0) % tl.cdiv(N, ROWS) * ROWS
+    program = tl.program_id(0) // tl.cdiv(N, BLOCK)
+    start = tl.program_id(0) % tl.cdiv(N, BLOCK) * BLOCK
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
     target = prepared + program.to(tl.int64) * N * D
     if tl.program_id(1) == 0:
-        k = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, ROWS)
+        k = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK)
         k = _prepare(k, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
-        _store(target, D, start, N, k, D, MAIN, TAIL, ROWS)
+        _store(target, D, start, N, k, D, MAIN, TAIL, BLOCK)
     else:
-        q = _load(source, stride_n, start, N, D, MAIN, TAIL, ROWS)
+        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK)
         q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-        target += tl.num_programs(0) // tl.cdiv(N, ROWS) * N.to(tl.int64) * D
-        _store(target, D, start, N, q, D, MAIN, TAIL, ROWS)
+        target += tl.num_programs(0) // tl.cdiv(N, BLOCK) * N.to(tl.int64) * D
+        _store(target, D, start, N, q, D, MAIN, TAIL, BLOCK)
 
 
 @triton.jit
@@ -361,19 +438,14 @@ def _long_dq_kernel(
     o = _load(out + _head(program, N * H * D, D, H, 8), H * D, first, N, D, MAIN, TAIL, BLOCK_Q)
     row = first + tl.arange(0, BLOCK_Q)[:, None]
     per_row = program.to(tl.int64) * N + row
-    denominator = tl.load(lse + per_row, mask=row < N, other=0.0)
+    log = tl.load(lse + per_row, mask=row < N, other=0.0)
     sums = _row_sum(o, do, TAIL)
     tl.store(delta + per_row, sums, mask=row < N)
     dq = _zeros(BLOCK_Q, MAIN, TAIL)
     for start in range(0, N, BLOCK_K):
         k = _load(keys, D, start, N, D, MAIN, TAIL, BLOCK_K)
         v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
-        s = _product(q, k, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
-        dp = _product(do, v, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
-        ds = tl.exp2(s - denominator) * (dp - sums)
-        if not EVEN:
-            ds = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, ds, 0.0)
-        dq = _accumulate(dq, ds.to(v[0].dtype), k, TAIL, PRECISION)
+        dq = _step_dq(dq, q, k, v, do, log, sums, start, N, TAIL, PRECISION, EVEN, BLOCK_Q, BLOCK_K)
     q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
     dq, dweight_block = _unprepare(
         dq, q, q_weight, cos, sin, first, N, eps, scale, D, MAIN, TAIL, NORM, ROPE
@@ -390,10 +462,7 @@ def _long_dkv_kernel(
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per (batch, head) and block of keys: dk and dv over blocks of prepared queries.
-
-    The scores are computed transposed, [keys, queries], so that they are left operands as they come out.
-    """
+    """One program per (batch, head) and block of keys: dk and dv over blocks of prepared queries."""
     program = tl.program_id(0) // tl.cdiv(N, BLOCK_K)
     first = tl.program_id(0) % tl.cdiv(N, BLOCK_K) * BLOCK_K
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
@@ -408,12 +477,9 @@ def _long_dkv_kernel(
         do = _load(upstream, dout_n, start, N, D, MAIN, TAIL, BLOCK_Q)
         row = start + tl.arange(0, BLOCK_Q)[None, :]
         per_row = program.to(tl.int64) * N + row
-        s = _product(k, q, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION)
-        p = tl.exp2(s - tl.load(lse + per_row, mask=row < N, other=0.0))
-        dv = _accumulate(dv, p.to(v[0].dtype), do, TAIL, PRECISION)
-        dp = _product(v, do, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION)
-        ds = p * (dp - tl.load(delta + per_row, mask=row < N, other=0.0))
-        dk = _accumulate(dk, ds.to(v[0].dtype), q, TAIL, PRECISION)
+        log = tl.load(lse + per_row, mask=row < N, other=0.0)
+        sums = tl.load(delta + per_row, mask=row < N, other=0.0)
+        dk, dv = _step_dkv(dk, dv, k, v, q, do, log, sums, TAIL, PRECISION, BLOCK_K, BLOCK_Q)
     target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
     _store(target + 2 * H * D, 3 * H * D, first, N, dv, D, MAIN, TAIL, BLOCK_K)
     k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)

@@ -28,14 +28,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import _qknorm_attention_kernels as kernels
 from . import _triton
 from ._dispatch import register, select
+from ._qknorm_attention_kernels import (
+    _long_dkv_kernel,
+    _long_dq_kernel,
+    _long_forward_kernel,
+    _prepare_kernel,
+    _short_backward_kernel,
+    _short_forward_kernel,
+    _tile_backward_kernel,
+)
 from ._triton import Configuration, configuration, dot_precision, launch, operator, triton
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEAD_WIDTHS = (32, 48, 64, 72, 96, 128)  # of the kernels; any even width works in the reference
-SHORT = 256  # tokens: q', k', v and dO of a head in 2-byte numbers fill 80 to 128 KiB of shared memory
+SHORT = 256  # tokens up to which a program owns a whole (batch, head)
+ON_CHIP = 80 * 1024  # bytes: k' and v of 256 tokens of 64 + 16 columns; tiles and scratch come on top of it
+ANY = 2**62  # tokens
 SHORT_ON_CPU = (
     64  # tokens up to which PyTorch's flash attention for CPUs is slower than three calls (docs/decisions.md)
 )
@@ -84,45 +94,49 @@ def _prepared(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor 
     return x.to(dtype)
 
 
-def _row(q: int, k: int, warps: int, stages: int = 1) -> Configuration:
+def _blocks(q: int, k: int, warps: int, stages: int = 1) -> Configuration:
     return {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
 
-FLOAT32 = {
-    "short_forward": _row(32, 64, 4),
-    "short_backward": _row(32, 32, 4),
-    "long_forward": _row(32, 32, 4),
-    "long_dq": _row(32, 32, 4),
-    "long_dkv": _row(32, 32, 4),
-}
+def _rows(block: int, warps: int, **more: int) -> Configuration:
+    return {"BLOCK": block, **more, "num_warps": warps, "num_stages": 1}
+
+
+# Rows (MAIN + TAIL up to, N up to, by architecture); the first that fits is taken.
 CONFIGURATIONS: dict[str, list[tuple[int, int, dict[int, Configuration]]]] = {
     "short_forward": [
-        (128, 64, {80: _row(64, 64, 4), 90: _row(64, 64, 4)}),
-        (128, 256, {80: _row(128, 64, 8), 90: _row(128, 64, 8)}),
+        (64, 256, {80: _blocks(64, 64, 4), 90: _blocks(64, 64, 4)}),
+        (80, 256, {80: _blocks(128, 32, 8), 90: _blocks(64, 64, 4)}),
+        (128, 256, {80: _blocks(64, 64, 4), 90: _blocks(64, 64, 4)}),
     ],
-    "short_backward": [
-        (128, 64, {80: _row(64, 64, 4), 90: _row(64, 64, 4)}),
-        (128, 256, {80: _row(128, 64, 8), 90: _row(128, 64, 8)}),
-    ],
-    "long_forward": [(128, 0, {80: _row(128, 64, 8, 2), 90: _row(128, 64, 8, 2)})],
-    "long_dq": [(128, 0, {80: _row(128, 64, 8, 2), 90: _row(128, 64, 8, 2)})],
-    "long_dkv": [(128, 0, {80: _row(64, 64, 4, 2), 90: _row(64, 64, 4, 2)})],
+    "tile_backward": [(128, ANY, {80: _rows(64, 4), 90: _rows(64, 4)})],
+    "short_backward": [(128, 256, {80: _rows(64, 4, CHUNK=64), 90: _rows(64, 4, CHUNK=64)})],
+    "prepare": [(128, ANY, {80: _rows(64, 4), 90: _rows(64, 4)})],
+    "long_forward": [(128, ANY, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)})],
+    "long_dq": [(128, ANY, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)})],
+    "long_dkv": [(128, ANY, {80: _blocks(64, 64, 4, 2), 90: _blocks(64, 64, 4, 2)})],
 }
-PREPARE = {arch: {"ROWS": 64, "num_warps": 4, "num_stages": 1} for arch in _triton.ARCHITECTURES}
+# fp32 runs on the ordinary cores (tf32 on request): tiles that fit in registers, not tuned further.
+FLOAT32 = dict.fromkeys(CONFIGURATIONS, _blocks(32, 32, 4)) | {
+    "tile_backward": _rows(32, 4),
+    "short_backward": _rows(32, 4, CHUNK=32),
+    "prepare": _rows(32, 4),
+}
 
 
 def _configured(kernel: str, qkv: Tensor) -> Configuration:
     """The pinned configuration of a kernel for the number type, width and length of qkv."""
-    D, N = qkv.shape[4], qkv.shape[1]
+    width, N = sum(parts(qkv.shape[4])), qkv.shape[1]
     if qkv.dtype == torch.float32:
         table = dict.fromkeys(_triton.ARCHITECTURES, FLOAT32[kernel])
     else:
-        table = next(t for width, length, t in CONFIGURATIONS[kernel] if D <= width and (N <= length or not length))
+        table = next(t for most, longest, t in CONFIGURATIONS[kernel] if width <= most and N <= longest)
     return configuration(f"qknorm_attention_{kernel}", table, qkv.device)
 
 
 def _is_short(qkv: Tensor) -> bool:
-    return qkv.shape[1] * qkv.element_size() <= 2 * SHORT
+    """Whether two matrices of a head fit on the chip beside the tiles that pass by."""
+    return qkv.shape[1] <= SHORT and 2 * qkv.shape[1] * sum(parts(qkv.shape[4])) * qkv.element_size() <= ON_CHIP
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -150,16 +164,9 @@ def _constants(qkv: Tensor, weight: Tensor | None, cos: Tensor | None, *others: 
     }
 
 
-def _prepared_rows(qkv: Tensor, vectors: tuple, eps: float, members: int) -> Tensor:
-    """k' and, for members = 2, q' of all heads, [members, B, H, N, D]."""
-    B, N, _, H, D = qkv.shape
-    prepared = torch.empty((members, B, H, N, D), dtype=qkv.dtype, device=qkv.device)
-    config = configuration("qknorm_attention_prepare", PREPARE, qkv.device)
-    grid = (B * H * triton.cdiv(N, config["ROWS"]), members)
-    arguments = (qkv, *vectors, prepared, N, H, *qkv.stride()[:4], eps, D**-0.5 * LOG2_E)
-    constants = _constants(qkv, vectors[0], vectors[2])
-    launch(wrap_triton(kernels._prepare_kernel), grid, *arguments, **constants, **config)
-    return prepared
+def _partials(weight: Tensor | None, rows: int, qkv: Tensor) -> Tensor:
+    """Room for the sums of each program, [rows, D]; nothing where there are no weights."""
+    return torch.empty((0 if weight is None else rows, qkv.shape[4]), dtype=torch.float32, device=qkv.device)
 
 
 @operator("qknorm_attention_triton")
@@ -171,30 +178,35 @@ def _forward(
     sin: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
+    """out [B, N, H * D] and the base-2 logarithms of the softmax's denominators [B, H, N]."""
     qkv = _unit_stride(qkv)
     B, N, _, H, D = qkv.shape
     out = torch.empty((B, N, H * D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, H, N), dtype=torch.float32, device=qkv.device)
-    vectors = (q_weight, k_weight, *_dense(cos, sin))
+    tables = _dense(cos, sin)
     scalars = (N, H, *qkv.stride()[:4], eps, D**-0.5 * LOG2_E)
-    constants = _constants(qkv, q_weight, cos) | {"PRECISION": dot_precision(qkv.dtype)}
+    constants, dots = _constants(qkv, q_weight, cos), {"PRECISION": dot_precision(qkv.dtype)}
     if _is_short(qkv):
         config = _configured("short_forward", qkv)
-        constants |= {"EVEN": N % config["BLOCK_K"] == 0, "BLOCKS": triton.cdiv(N, config["BLOCK_K"])}
-        kernel = wrap_triton(kernels._short_forward_kernel)
-        launch(kernel, (B * H,), qkv, *vectors, out, lse, *scalars, **constants, **config)
+        dots |= {"EVEN": N % config["BLOCK_K"] == 0, "BLOCKS": triton.cdiv(N, config["BLOCK_K"])}
+        pointers = (qkv, q_weight, k_weight, *tables, out, lse)
+        launch(wrap_triton(_short_forward_kernel), (B * H,), *pointers, *scalars, **constants, **dots, **config)
         return out, lse
-    keys = _prepared_rows(qkv, vectors, eps, 1)
+    keys = torch.empty((1, B, H, N, D), dtype=qkv.dtype, device=qkv.device)
+    config = _configured("prepare", qkv)
+    grid = (B * H * triton.cdiv(N, config["BLOCK"]), 1)
+    pointers = (qkv, q_weight, k_weight, *tables, keys)
+    launch(wrap_triton(_prepare_kernel), grid, *pointers, *scalars, **constants, **config)
     config = _configured("long_forward", qkv)
-    constants["EVEN"] = N % config["BLOCK_K"] == 0
+    dots |= {"EVEN": N % config["BLOCK_K"] == 0}
     grid = (B * H * triton.cdiv(N, config["BLOCK_Q"]),)
-    pointers = (qkv, keys, q_weight, *vectors[2:], out, lse)
-    launch(wrap_triton(kernels._long_forward_kernel), grid, *pointers, *scalars, **constants, **config)
+    pointers = (qkv, keys, q_weight, *tables, out, lse)
+    launch(wrap_triton(_long_forward_kernel), grid, *pointers, *scalars, **constants, **dots, **config)
     return out, lse
 
 
-@operator("qknorm_attention_triton_backward")
-def _backward(
+@operator("qknorm_attention_triton_short_backward")
+def _short_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
@@ -205,41 +217,62 @@ def _backward(
     sin: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """dqkv, and the gradients [2, D] of both weights in fp32 (zeros without weights)."""
+    """dqkv, and the gradients [2, D] of both weights in fp32 (zeros without weights); one launch."""
     qkv, dout = _unit_stride(qkv), _unit_stride(dout)
     B, N, _, H, D = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    vectors = (q_weight, k_weight, *_dense(cos, sin))
+    partials = _partials(q_weight, 2 * B * H, qkv)
+    pointers = (qkv, q_weight, k_weight, *_dense(cos, sin), out, lse, dout, dqkv, partials)
     scalars = (N, H, *qkv.stride()[:4], *dout.stride()[:2], eps, D**-0.5 * LOG2_E, D**-0.5)
     constants = _constants(qkv, q_weight, cos, dout) | {"PRECISION": dot_precision(qkv.dtype)}
-    if _is_short(qkv):
-        config = _configured("short_backward", qkv)
-        constants |= {"EVEN": N % config["BLOCK_K"] == 0, "BLOCKS": triton.cdiv(N, config["BLOCK_Q"])}
-        partial = _partials(q_weight, (2, B * H, D), dqkv)
-        pointers = (qkv, *vectors, out, lse, dout, dqkv, partial)
-        launch(wrap_triton(kernels._short_backward_kernel), (B * H,), *pointers, *scalars, **constants, **config)
-        return dqkv, partial.sum(1)
+    config = _configured("tile_backward", qkv)
+    if config["BLOCK"] >= N:
+        constants["EVEN"] = config["BLOCK"] == N
+        launch(wrap_triton(_tile_backward_kernel), (B * H,), *pointers, *scalars, **constants, **config)
+        return dqkv, partials.view(2, -1, D).sum(1)
+    config = _configured("short_backward", qkv)
+    constants |= {"EVEN": N % config["CHUNK"] == 0, "BLOCKS": triton.cdiv(N, config["CHUNK"])}
+    launch(wrap_triton(_short_backward_kernel), (2 * B * H,), *pointers, *scalars, **constants, **config)
+    return dqkv, partials.view(-1, 2, D).sum(0)
+
+
+@operator("qknorm_attention_triton_long_backward")
+def _long_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    q_weight: Tensor | None,
+    k_weight: Tensor | None,
+    cos: Tensor | None,
+    sin: Tensor | None,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """Like `_short_backward`, in three launches: q' and k', then dq, then dk and dv."""
+    qkv, dout = _unit_stride(qkv), _unit_stride(dout)
+    B, N, _, H, D = qkv.shape
+    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     delta = torch.empty_like(lse)
-    both = _prepared_rows(qkv, vectors, eps, 2)
+    prepared = torch.empty((2, B, H, N, D), dtype=qkv.dtype, device=qkv.device)
+    tables, sizes = _dense(cos, sin), (N, H, *qkv.stride()[:4])
+    constants, dots = _constants(qkv, q_weight, cos, dout), {"PRECISION": dot_precision(qkv.dtype)}
+    config = _configured("prepare", qkv)
+    grid = (B * H * triton.cdiv(N, config["BLOCK"]), 2)
+    pointers = (qkv, q_weight, k_weight, *tables, prepared)
+    launch(wrap_triton(_prepare_kernel), grid, *pointers, *sizes, eps, D**-0.5 * LOG2_E, **constants, **config)
+    scalars = (*sizes, *dout.stride()[:2], eps, D**-0.5 * LOG2_E, D**-0.5)
     config = _configured("long_dq", qkv)
     programs = B * H * triton.cdiv(N, config["BLOCK_Q"])
-    dq_weight = _partials(q_weight, (programs, D), dqkv)
+    dq_weight = _partials(q_weight, programs, qkv)
+    pointers = (qkv, prepared, q_weight, *tables, out, lse, dout, dqkv, delta, dq_weight)
     even = {"EVEN": N % config["BLOCK_K"] == 0}
-    pointers = (qkv, both, q_weight, *vectors[2:], out, lse, dout, dqkv, delta, dq_weight)
-    launch(wrap_triton(kernels._long_dq_kernel), (programs,), *pointers, *scalars, **constants, **even, **config)
+    launch(wrap_triton(_long_dq_kernel), (programs,), *pointers, *scalars, **constants, **dots, **even, **config)
     config = _configured("long_dkv", qkv)
     programs = B * H * triton.cdiv(N, config["BLOCK_K"])
-    dk_weight = _partials(q_weight, (programs, D), dqkv)
-    pointers = (qkv, both, k_weight, *vectors[2:], lse, dout, dqkv, delta, dk_weight)
-    launch(wrap_triton(kernels._long_dkv_kernel), (programs,), *pointers, *scalars, **constants, **config)
+    dk_weight = _partials(q_weight, programs, qkv)
+    pointers = (qkv, prepared, k_weight, *tables, lse, dout, dqkv, delta, dk_weight)
+    launch(wrap_triton(_long_dkv_kernel), (programs,), *pointers, *scalars, **constants, **dots, **config)
     return dqkv, torch.stack((dq_weight.sum(0), dk_weight.sum(0)))
-
-
-def _partials(weight: Tensor | None, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Room for each program's sums; nothing where there are no weights."""
-    if weight is None:
-        shape = (*shape[:-2], 0, shape[-1])
-    return torch.empty(shape, dtype=torch.float32, device=like.device)
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -250,8 +283,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dout: Tensor, _dlse: Tensor | None) -> tuple:
-    q_weight, k_weight = ctx.saved_tensors[3:5]
-    dqkv, dweights = _backward(dout, *ctx.saved_tensors, ctx.eps)
+    qkv, _, _, q_weight, k_weight, *_ = ctx.saved_tensors
+    backward = _short_backward if _is_short(qkv) else _long_backward
+    dqkv, dweights = backward(dout, *ctx.saved_tensors, ctx.eps)
     if q_weight is None:
         return dqkv, None, None, None, None, None
     return dqkv, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None, None, None

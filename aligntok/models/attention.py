@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import importlib
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,15 @@ BACKENDS = ("auto", "fused", "flash-attn", "xformers", "sdpa")
 # Tokens up to which PyTorch's CPU flash attention is slower than three plain calls (docs/decisions.md)
 SHORT_SEQUENCE = 256
 _HALF = (torch.bfloat16, torch.float16)
+
+
+class Rope(NamedTuple):
+    """Tables of rotary positions: every value twice, and once for each pair of channels."""
+
+    cos: Tensor  # [N, D]
+    sin: Tensor
+    pair_cos: Tensor  # [N, D / 2]: what `fused` reads in 16-byte pieces
+    pair_sin: Tensor
 
 
 @cache
@@ -87,7 +97,7 @@ def attention(
     qkv: Tensor,
     q_weight: Tensor | None,
     k_weight: Tensor | None,
-    rope: tuple[Tensor, Tensor],
+    rope: Rope,
     eps: float,
     backend: str = "auto",
 ) -> Tensor:
@@ -97,7 +107,7 @@ def attention(
         qkv: packed projection [B, N, 3, H, D].
         q_weight: learned scales [D] of q's RMSNorm, or None for no norm.
         k_weight: those of k; both or none.
-        rope: cos and sin [N, D], every value twice (the two channels of a pair).
+        rope: tables of cosines and sines.
         eps: of the norms.
         backend: one of BACKENDS.
 
@@ -109,8 +119,8 @@ def attention(
     """
     chosen = choose(backend, qkv.device.type, qkv.dtype, qkv.shape[-1])
     if chosen == "fused":
-        return qknorm_attention(qkv, q_weight, k_weight, *rope, eps=eps)
-    q, k, v = qknorm_rope(qkv, q_weight, k_weight, *rope, eps=eps)  # [B, N, H, D] each
+        return qknorm_attention(qkv, q_weight, k_weight, rope.pair_cos, rope.pair_sin, eps=eps)
+    q, k, v = qknorm_rope(qkv, q_weight, k_weight, rope.cos, rope.sin, eps=eps)  # [B, N, H, D] each
     if chosen == "flash-attn":
         from flash_attn import flash_attn_func
 

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from aligntok.config import EncoderConfig
 from aligntok.errors import UserError
+from aligntok.models.attention import SHORT_SEQUENCE
 from aligntok.models.encoder_weights import EMBEDDED_NAME, load_state, read_weights
 
 _SUPPORTED = (
@@ -99,8 +100,15 @@ class Encoder(nn.Module):
             images = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
         images = images * self.input_scale + self.input_shift
         images = images.to(self.backbone.patch_embed.proj.weight.dtype)  # bfloat16 only if the weights are
+        self._choose_attention(images.device, self.prefix_tokens + rows * columns)
         tokens = self.backbone.forward_features(images)  # [B, prefix + N, C]
         return tokens[:, self.prefix_tokens :]
+
+
+    def _choose_attention(self, device: torch.device, tokens: int) -> None:
+        """timm's plain attention for short sequences on a CPU, the fused one elsewhere, as in models/attention.py."""
+        for block in self.blocks:
+            block.attn.fused_attn = device.type != "cpu" or tokens > SHORT_SEQUENCE
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:

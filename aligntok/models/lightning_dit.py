@@ -20,7 +20,7 @@ from torch.nn import functional as F
 from aligntok.config import LightningDiTConfig
 from aligntok.errors import UserError
 from aligntok.kernels import adaln, swiglu
-from aligntok.models.attention import attention
+from aligntok.models.attention import Rope, attention
 
 SIZES = {  # depth, width, heads. S as in DiT; L/1 is not defined in LightningDiT, its L/2 widths are used
     "S": (12, 384, 6),
@@ -98,7 +98,7 @@ class Attention(nn.Module):
         self.k_norm = nn.RMSNorm(width // heads, eps=NORM_EPS) if qk_norm else None
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
         weights = (norm and norm.weight for norm in (self.q_norm, self.k_norm))
         return self.proj(attention(qkv, *weights, rope, NORM_EPS, self.backend))
@@ -133,9 +133,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(width)
         self.modulation = nn.Linear(width, (6 if shift else 4) * width)
 
-    def forward(
-        self, x: Tensor, pending: Pending, condition: Tensor, rope: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Pending]:
+    def forward(self, x: Tensor, pending: Pending, condition: Tensor, rope: Rope) -> tuple[Tensor, Pending]:
         """Stream x [B, N, D] without the previous block's last branch, which is `pending` -> the same after this block."""
         parts = self.modulation(F.silu(condition)).chunk(6 if self.shift else 4, dim=-1)
         if self.shift:
@@ -237,11 +235,12 @@ class LightningDiT(nn.Module):
         table = self.positions.transpose(1, 2).unflatten(2, trained)
         return F.interpolate(table, size=grid, mode="bicubic").flatten(2).transpose(1, 2)
 
-    def _rope(self, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    def _rope(self, grid: tuple[int, int], device: torch.device) -> Rope:
         key = (grid, device)
         if getattr(self, "_rope_key", None) != key:
             tables = rope_table(grid, self.head_width, self._grid(self.latent_size)[0])
-            self._rope_cache = tuple(table.to(device) for table in tables)
+            pairs = (table[:, ::2].contiguous() for table in tables)
+            self._rope_cache = Rope(*(table.to(device) for table in (*tables, *pairs)))
             self._rope_key = key
         return self._rope_cache
 

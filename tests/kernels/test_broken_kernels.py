@@ -71,7 +71,7 @@ CASES = {
         *ATTENTION, "N, eps, scale / factor,", "N, eps, 1.0 / factor,", _check_attention,
     ),
     "rotation in the wrong direction in the backward pass": (
-        *ATTENTION, "D // 2, -1)", "D // 2, 1)", _check_attention,
+        *ATTENTION, "ROPE, -1)", "ROPE, 1)", _check_attention,
     ),
 }  # fmt: skip
 

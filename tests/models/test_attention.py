@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from aligntok.errors import UserError
 from aligntok.kernels import use_implementation
-from aligntok.models.attention import SHORT_SEQUENCE, attend, attention, choose
+from aligntok.models.attention import SHORT_SEQUENCE, Rope, attend, attention, choose
 from aligntok.models.lightning_dit import rope_table
 
 
@@ -45,7 +45,8 @@ def test_fused_and_sdpa_agree(norm):
     torch.manual_seed(0)
     qkv = torch.randn(1, 9, 3, 2, 32, requires_grad=True)
     weights = (torch.rand(32) + 0.5, torch.rand(32) + 0.5) if norm else (None, None)
-    rope = rope_table((3, 3), 32, 3)
+    tables = rope_table((3, 3), 32, 3)
+    rope = Rope(*tables, *(table[:, ::2] for table in tables))
     results = []
     for backend in ("fused", "sdpa"):
         with use_implementation("triton"):

@@ -69,7 +69,7 @@ def flops(B: int, N: int, C: int, d: int) -> tuple[float, float]:
 
 def _workload(C: int, d: int, make=make_mlp, minimum=minimum, note: str = "") -> Workload:
     shape = {"B": 256, "N": 256, "C": C, "d": d}
-    small = {"B": 4, "C": 256}  # two splits of the rows at d = 32
+    small = {"B": 8, "C": 256}  # two splits of the rows at d = 32
     return Workload(
         "adapter_projection",
         shape,

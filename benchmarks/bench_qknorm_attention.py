@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from aligntok.kernels import qknorm_attention
-from aligntok.kernels.qknorm_attention import SHORT, qknorm_attention_reference
+from aligntok.kernels.qknorm_attention import SHORT, fits_on_chip, qknorm_attention_reference
 from aligntok.models.attention import Rope, attention, refusal
 from aligntok.models.lightning_dit import rope_table
 from benchmarks.aot import compile_launch, launches_of
@@ -36,15 +36,14 @@ def make(device: str, dtype: torch.dtype, B: int, N: int, H: int, D: int) -> tup
 
 
 def minimum(itemsize: int, B: int, N: int, H: int, D: int) -> tuple[float, float]:
-    """Rows of a head are the unit. Up to SHORT tokens: qkv in, out out; qkv, out and dout in, dqkv out.
+    """In units of one of q, k, v, out or dout of all heads; the tables, fp32, are read once per launch.
 
-    Beyond, the form with a launch that prepares k' (and q' for the backward pass) and two backward kernels: 6 and 18
-    units. The tables, fp32, are read once per launch.
+    Forward: qkv in, out out, and where a head does not fit on the chip k' out and in once more. Backward, as three
+    launches: q, k in, q', k' out; q, q', k', v, dout, out in, dq out; k, q', k', v, dout in, dk, dv out.
     """
     unit, tables = B * N * H * D * itemsize, N * D * 4
-    if N <= SHORT:
-        return 4 * unit + tables, 8 * unit + tables
-    return 6 * unit + 2 * tables, 18 * unit + 3 * tables
+    forward = 4 * unit + tables if fits_on_chip(N, D, itemsize) else 6 * unit + 2 * tables
+    return forward, 18 * unit + 3 * tables
 
 
 def flops(B: int, N: int, H: int, D: int) -> tuple[float, float]:
@@ -83,7 +82,7 @@ WORKLOADS = [
     Workload(
         "qknorm_attention",
         {"B": B, "N": N, "H": H, "D": D},
-        {"B": 1, "H": 2, "N": N if N <= SHORT else 2 * SHORT},
+        {"B": 1, "H": 2, "N": min(N, 2 * SHORT)},
         make,
         qknorm_attention,
         qknorm_attention_reference,

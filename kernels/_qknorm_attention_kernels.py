@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton has no unpacking of tuples)
 """Triton kernels of `qknorm_attention`: row tiles in two parts, the prologue and its adjoint, short and long forms.
 
 A tile of rows [R, D] is a pair (main, tail): `main` has the largest power of two of columns that fits in D, `tail` the
@@ -23,8 +24,8 @@ def _head(program, stride_batch, stride_head, H, ALIGN: tl.constexpr):
 def _tail_column(MAIN: tl.constexpr, TAIL: tl.constexpr, BYTES: tl.constexpr):
     """Columns of the tail, to be moved in pieces of which every thread gets one where it gets 16 bytes of main's row.
 
-    A thread then holds parts of the same rows of main and tail. With 16-byte pieces it would not, and whatever is the same
-    for a row (its norm, its softmax denominator) would go through shared memory.
+    A thread then holds parts of the same rows of main and tail. With 16-byte pieces it would not, and whatever is the
+    same for a row (its norm, its softmax denominator) would go through shared memory.
     """
     return tl.max_contiguous(tl.arange(0, TAIL), [16 // BYTES * TAIL // MAIN])[None, :]
 
@@ -103,7 +104,10 @@ def _row_sum(a, b, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _turn(x, cos, sin, start, N, FIRST: tl.constexpr, PAIRS: tl.constexpr, PIECE: tl.constexpr, ROPE: tl.constexpr, SIGN: tl.constexpr):
+def _turn(
+    x, cos, sin, start, N, FIRST: tl.constexpr, PAIRS: tl.constexpr, PIECE: tl.constexpr, ROPE: tl.constexpr,
+    SIGN: tl.constexpr,
+):  # fmt: skip
     """Rotate neighbouring columns of x [R, C] by the angles of their pairs, backwards for SIGN = -1.
 
     FIRST: the pair that belongs to column 0. ROPE: columns of the tables for each pair. The two channels of a pair sit
@@ -148,7 +152,7 @@ def _unprepare(
     gradient, tile, weight, cos, sin, start, N, eps, factor,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """factor * gradient of prepared rows -> that of the rows as read (`tile`), and the weight's summed over the rows."""
+    """factor * gradient of prepared rows -> that of the rows as read (`tile`), and the weight's summed over rows."""
     main, tail = gradient[0] * factor, gradient[1] * factor
     if ROPE:
         if TAIL:
@@ -258,118 +262,6 @@ def _short_forward_kernel(
 
 
 @triton.jit
-def _tile_backward_kernel(
-    qkv, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, dweight,
-    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program per (batch, head), N <= BLOCK: all scores are one tile, and five products make the gradient."""
-    program = tl.program_id(0)
-    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
-    q_read = _load(source, stride_n, 0, N, D, MAIN, TAIL, BLOCK)
-    q = _prepare(q_read, q_weight, cos, sin, 0, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-    k_read = _load(source + stride_3, stride_n, 0, N, D, MAIN, TAIL, BLOCK)
-    k = _prepare(k_read, k_weight, cos, sin, 0, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
-    v = _load(source + 2 * stride_3, stride_n, 0, N, D, MAIN, TAIL, BLOCK)
-    do = _load(dout + _head(program, dout_b, D, H, ALIGN), dout_n, 0, N, D, MAIN, TAIL, BLOCK)
-    o = _load(out + _head(program, N * H * D, D, H, 8), H * D, 0, N, D, MAIN, TAIL, BLOCK)
-    row = tl.arange(0, BLOCK)[:, None]
-    s = _product(q, k, tl.zeros([BLOCK, BLOCK], tl.float32), TAIL, PRECISION)
-    p = tl.exp2(s - tl.load(lse + program.to(tl.int64) * N + row, mask=row < N, other=0.0))
-    if not EVEN:
-        p = tl.where(tl.arange(0, BLOCK)[None, :] < N, p, 0.0)
-    target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
-    dv = _accumulate(_zeros(BLOCK, MAIN, TAIL), tl.trans(p.to(v[0].dtype)), do, TAIL, PRECISION)
-    _store(target + 2 * H * D, 3 * H * D, 0, N, dv, D, MAIN, TAIL, BLOCK)
-    dp = _product(do, v, tl.zeros([BLOCK, BLOCK], tl.float32), TAIL, PRECISION)
-    ds = (p * (dp - _row_sum(o, do, TAIL))).to(v[0].dtype)
-    dq = _accumulate(_zeros(BLOCK, MAIN, TAIL), ds, k, TAIL, PRECISION)
-    dq, dq_weight = _unprepare(dq, q_read, q_weight, cos, sin, 0, N, eps, scale, D, MAIN, TAIL, NORM, ROPE)
-    _store(target, 3 * H * D, 0, N, dq, D, MAIN, TAIL, BLOCK)
-    dk = _accumulate(_zeros(BLOCK, MAIN, TAIL), tl.trans(ds), q, TAIL, PRECISION)
-    dk, dk_weight = _unprepare(dk, k_read, k_weight, cos, sin, 0, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE)
-    _store(target + H * D, 3 * H * D, 0, N, dk, D, MAIN, TAIL, BLOCK)
-    if NORM:
-        _store_partial(dweight, program, dq_weight, D, MAIN, TAIL)
-        _store_partial(dweight, tl.num_programs(0) + program, dk_weight, D, MAIN, TAIL)
-
-
-@triton.jit
-def _short_backward_kernel(
-    qkv, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, dweight,
-    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
-    BLOCKS: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """Two programs per (batch, head), N <= BLOCKS * CHUNK: one makes dq, the other dk and dv.
-
-    The first keeps k' and v of all keys on the chip while blocks of queries pass by, the second q' and dout of all
-    queries while blocks of keys do. That is seven products where five would do; but those five need the accumulators of
-    dq for all N rows beside the tiles, which at N = 256 are more registers than there are.
-    """
-    head = tl.program_id(0) // 2
-    source = qkv + _head(head, stride_b, stride_h, H, ALIGN)
-    target = dqkv + _head(head, 3 * N * H * D, D, H, 8)
-    upstream = dout + _head(head, dout_b, D, H, ALIGN)
-    result = out + _head(head, N * H * D, D, H, 8)
-    logs = lse + head.to(tl.int64) * N
-    sum_main, sum_tail = tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32)
-    if tl.program_id(0) % 2 == 0:
-        k_all, v_all = (), ()
-        for i in tl.static_range(BLOCKS):
-            k = _load(source + stride_3, stride_n, i * CHUNK, N, D, MAIN, TAIL, CHUNK)
-            k = _prepare(k, k_weight, cos, sin, i * CHUNK, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
-            v = _load(source + 2 * stride_3, stride_n, i * CHUNK, N, D, MAIN, TAIL, CHUNK)
-            k_all, v_all = k_all + (k,), v_all + (v,)
-        for start in range(0, N, BLOCK):
-            q_read = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK)
-            q = _prepare(q_read, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-            do = _load(upstream, dout_n, start, N, D, MAIN, TAIL, BLOCK)
-            o = _load(result, H * D, start, N, D, MAIN, TAIL, BLOCK)
-            row = start + tl.arange(0, BLOCK)[:, None]
-            log, delta = tl.load(logs + row, mask=row < N, other=0.0), _row_sum(o, do, TAIL)
-            dq = _zeros(BLOCK, MAIN, TAIL)
-            for i in tl.static_range(BLOCKS):
-                dq = _step_dq(
-                    dq, q, k_all[i], v_all[i], do, log, delta, i * CHUNK, N, TAIL, PRECISION, EVEN, BLOCK, CHUNK
-                )
-            dq, dweight_block = _unprepare(
-                dq, q_read, q_weight, cos, sin, start, N, eps, scale, D, MAIN, TAIL, NORM, ROPE
-            )
-            _store(target, 3 * H * D, start, N, dq, D, MAIN, TAIL, BLOCK)
-            sum_main, sum_tail = sum_main + dweight_block[0], sum_tail + dweight_block[1]
-    else:
-        q_all, do_all, log_all, delta_all = (), (), (), ()
-        for i in tl.static_range(BLOCKS):
-            q = _load(source, stride_n, i * CHUNK, N, D, MAIN, TAIL, CHUNK)
-            q = _prepare(q, q_weight, cos, sin, i * CHUNK, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-            do = _load(upstream, dout_n, i * CHUNK, N, D, MAIN, TAIL, CHUNK)
-            o = _load(result, H * D, i * CHUNK, N, D, MAIN, TAIL, CHUNK)
-            row = i * CHUNK + tl.arange(0, CHUNK)[None, :]
-            q_all, do_all, delta_all = q_all + (q,), do_all + (do,), delta_all + (tl.trans(_row_sum(o, do, TAIL)),)
-            log_all = log_all + (tl.load(logs + row, mask=row < N, other=0.0),)
-        for start in range(0, N, BLOCK):
-            k_read = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK)
-            k = _prepare(k_read, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
-            v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK)
-            dk, dv = _zeros(BLOCK, MAIN, TAIL), _zeros(BLOCK, MAIN, TAIL)
-            for i in tl.static_range(BLOCKS):
-                dk, dv = _step_dkv(
-                    dk, dv, k, v, q_all[i], do_all[i], log_all[i], delta_all[i], TAIL, PRECISION, BLOCK, CHUNK
-                )
-            _store(target + 2 * H * D, 3 * H * D, start, N, dv, D, MAIN, TAIL, BLOCK)
-            dk, dweight_block = _unprepare(
-                dk, k_read, k_weight, cos, sin, start, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE
-            )
-            _store(target + H * D, 3 * H * D, start, N, dk, D, MAIN, TAIL, BLOCK)
-            sum_main, sum_tail = sum_main + dweight_block[0], sum_tail + dweight_block[1]
-    if NORM:
-        _store_partial(dweight, tl.program_id(0), (sum_main, sum_tail), D, MAIN, TAIL)
-
-
-@triton.jit
 def _prepare_kernel(
     qkv, q_weight, k_weight, cos, sin, prepared,
     N, H, stride_b, stride_n, stride_3, stride_h, eps, factor,
@@ -421,7 +313,7 @@ def _long_forward_kernel(
 
 
 @triton.jit
-def _long_dq_kernel(
+def _dq_kernel(
     qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
     N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
@@ -447,16 +339,14 @@ def _long_dq_kernel(
         v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
         dq = _step_dq(dq, q, k, v, do, log, sums, start, N, TAIL, PRECISION, EVEN, BLOCK_Q, BLOCK_K)
     q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
-    dq, dweight_block = _unprepare(
-        dq, q, q_weight, cos, sin, first, N, eps, scale, D, MAIN, TAIL, NORM, ROPE
-    )
+    dq, dweight_block = _unprepare(dq, q, q_weight, cos, sin, first, N, eps, scale, D, MAIN, TAIL, NORM, ROPE)
     _store(dqkv + _head(program, 3 * N * H * D, D, H, 8), 3 * H * D, first, N, dq, D, MAIN, TAIL, BLOCK_Q)
     if NORM:
         _store_partial(dweight, tl.program_id(0), dweight_block, D, MAIN, TAIL)
 
 
 @triton.jit
-def _long_dkv_kernel(
+def _dkv_kernel(
     qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dweight,
     N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
@@ -483,9 +373,7 @@ def _long_dkv_kernel(
     target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
     _store(target + 2 * H * D, 3 * H * D, first, N, dv, D, MAIN, TAIL, BLOCK_K)
     k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
-    dk, dweight_block = _unprepare(
-        dk, k, k_weight, cos, sin, first, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE
-    )
+    dk, dweight_block = _unprepare(dk, k, k_weight, cos, sin, first, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE)
     _store(target + H * D, 3 * H * D, first, N, dk, D, MAIN, TAIL, BLOCK_K)
     if NORM:
         _store_partial(dweight, tl.program_id(0), dweight_block, D, MAIN, TAIL)

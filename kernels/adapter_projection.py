@@ -262,11 +262,11 @@ def _forward(
 def _splits(M: int, C: int, d: int, config: dict) -> tuple[int, int]:
     """(number of row splits, rows in each): the device filled once, and partial sums small beside p.
 
-    A split's partial dW is d * C fp32 numbers. With 16 d rows or more to a split, that is at most an eighth of its
-    share of bf16 p, or a sixteenth of p and dp.
+    A split's partial dW is d * C fp32 numbers, written and read again. With 32 d rows or more to a split, that is at
+    most a sixteenth of what p and dp take in bf16.
     """
     wanted = config["PROGRAMS"] // triton.cdiv(C, config["BLOCK_C"])
-    splits = max(1, min(wanted, M // (16 * d)))
+    splits = max(1, min(wanted, M // (32 * d)))
     rows = triton.cdiv(triton.cdiv(M, splits), config["BLOCK_M"]) * config["BLOCK_M"]
     return triton.cdiv(M, rows), rows
 

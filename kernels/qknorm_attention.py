@@ -5,18 +5,19 @@ For qkv [B, N, 3, H, D], per batch and head,
     q' = rope(rms_norm(q) * q_weight),  k' = rope(rms_norm(k) * k_weight)          [N, D]
     out = softmax(q' k'^T / sqrt(D)) v                                              [B, N, H * D]
 
-rms_norm(x) = x / sqrt(mean(x^2) + eps) over D in fp32; rope turns the pairs of neighbouring channels (2i, 2i + 1) by the
-angles of the tables. With P the softmax and dO the gradient of the result,
+rms_norm(x) = x / sqrt(mean(x^2) + eps) over D in fp32; rope turns the pairs of neighbouring channels (2i, 2i + 1) by
+the angles of the tables. With P the softmax and dO the gradient of the result,
 
     dv = P^T dO,  dS = P * (dO v^T - rowsum(dO * out)),  dq' = dS k' / sqrt(D),  dk' = dS^T q' / sqrt(D)
 
 and dq, dk follow through the rotation and the norm in the same kernel. Nothing is transposed, concatenated or copied:
 results and gradients are written where the neighbouring projections read them.
 
-Up to SHORT tokens one program owns a (batch, head): its k' and v (backward: q' and dO as well) stay on the chip and one
-kernel does the pass. Beyond, k' (backward: q' too) is prepared once by a kernel of its own, since each of the N / BLOCK
-programs of a head would otherwise repeat that for every tile; then one kernel makes the result, or one dq and one dk
-and dv. No atomics: a weight's gradient is summed per program, then over programs in a fixed order.
+Forward, up to SHORT tokens one program owns a (batch, head): k' and v are prepared once and stay on the chip. Beyond,
+k' is prepared by a launch of its own, since each of the N / BLOCK programs of a head would otherwise repeat that for
+every tile. The backward pass prepares q' and k' and then runs one kernel for dq and one for dk and dv, at any length:
+all of it in one program needs more registers than there are (docs/decisions.md). No atomics: a weight's gradient is
+summed per program, then over programs in a fixed order.
 
 A head of 72 channels is 64 + 8 and not 128: see `parts`.
 """
@@ -31,13 +32,11 @@ from torch.library import wrap_triton
 from . import _triton
 from ._dispatch import register, select
 from ._qknorm_attention_kernels import (
-    _long_dkv_kernel,
-    _long_dq_kernel,
+    _dkv_kernel,
+    _dq_kernel,
     _long_forward_kernel,
     _prepare_kernel,
-    _short_backward_kernel,
     _short_forward_kernel,
-    _tile_backward_kernel,
 )
 from ._triton import Configuration, configuration, dot_precision, launch, operator, triton
 
@@ -46,9 +45,6 @@ HEAD_WIDTHS = (32, 48, 64, 72, 96, 128)  # of the kernels; any even width works 
 SHORT = 256  # tokens up to which a program owns a whole (batch, head)
 ON_CHIP = 80 * 1024  # bytes: k' and v of 256 tokens of 64 + 16 columns; tiles and scratch come on top of it
 ANY = 2**62  # tokens
-SHORT_ON_CPU = (
-    64  # tokens up to which PyTorch's flash attention for CPUs is slower than three calls (docs/decisions.md)
-)
 EPS = 1e-6
 LOG2_E = 1 / math.log(2)
 
@@ -74,11 +70,7 @@ def qknorm_attention_reference(
     """The same in plain PyTorch with its scaled_dot_product_attention; see `qknorm_attention`."""
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # [B, H, N, D] each
     q, k = _prepared(q, q_weight, cos, sin, eps), _prepared(k, k_weight, cos, sin, eps)
-    if q.device.type == "cpu" and q.shape[2] <= SHORT_ON_CPU:
-        out = ((q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)).softmax(dim=-1).to(v.dtype) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v)
-    return out.transpose(1, 2).flatten(2)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def _prepared(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor | None, eps: float) -> Tensor:
@@ -98,8 +90,8 @@ def _blocks(q: int, k: int, warps: int, stages: int = 1) -> Configuration:
     return {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
 
 
-def _rows(block: int, warps: int, **more: int) -> Configuration:
-    return {"BLOCK": block, **more, "num_warps": warps, "num_stages": 1}
+def _rows(block: int, warps: int) -> Configuration:
+    return {"BLOCK": block, "num_warps": warps, "num_stages": 1}
 
 
 # Rows (MAIN + TAIL up to, N up to, by architecture); the first that fits is taken.
@@ -109,17 +101,22 @@ CONFIGURATIONS: dict[str, list[tuple[int, int, dict[int, Configuration]]]] = {
         (80, 256, {80: _blocks(128, 32, 8), 90: _blocks(64, 64, 4)}),
         (128, 256, {80: _blocks(64, 64, 4), 90: _blocks(64, 64, 4)}),
     ],
-    "tile_backward": [(128, ANY, {80: _rows(64, 4), 90: _rows(64, 4)})],
-    "short_backward": [(128, 256, {80: _rows(64, 4, CHUNK=64), 90: _rows(64, 4, CHUNK=64)})],
     "prepare": [(128, ANY, {80: _rows(64, 4), 90: _rows(64, 4)})],
     "long_forward": [(128, ANY, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)})],
-    "long_dq": [(128, ANY, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)})],
-    "long_dkv": [(128, ANY, {80: _blocks(64, 64, 4, 2), 90: _blocks(64, 64, 4, 2)})],
+    # The largest tiles whose two accumulators and operands leave nothing spilled (benchmarks.aot)
+    "dq": [
+        (128, 64, {80: _blocks(64, 64, 8, 2), 90: _blocks(64, 64, 8, 2)}),
+        (80, ANY, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)}),
+        (128, ANY, {80: _blocks(64, 64, 8, 2), 90: _blocks(64, 64, 8, 2)}),
+    ],
+    "dkv": [
+        (64, ANY, {80: _blocks(64, 64, 4, 2), 90: _blocks(64, 64, 4, 2)}),
+        (80, ANY, {80: _blocks(32, 64, 4, 2), 90: _blocks(64, 64, 8, 2)}),
+        (128, ANY, {80: _blocks(64, 64, 8, 2), 90: _blocks(64, 64, 8, 2)}),
+    ],
 }
 # fp32 runs on the ordinary cores (tf32 on request): tiles that fit in registers, not tuned further.
 FLOAT32 = dict.fromkeys(CONFIGURATIONS, _blocks(32, 32, 4)) | {
-    "tile_backward": _rows(32, 4),
-    "short_backward": _rows(32, 4, CHUNK=32),
     "prepare": _rows(32, 4),
 }
 
@@ -134,9 +131,9 @@ def _configured(kernel: str, qkv: Tensor) -> Configuration:
     return configuration(f"qknorm_attention_{kernel}", table, qkv.device)
 
 
-def _is_short(qkv: Tensor) -> bool:
-    """Whether two matrices of a head fit on the chip beside the tiles that pass by."""
-    return qkv.shape[1] <= SHORT and 2 * qkv.shape[1] * sum(parts(qkv.shape[4])) * qkv.element_size() <= ON_CHIP
+def fits_on_chip(N: int, D: int, itemsize: int) -> bool:
+    """Whether k' and v of a head fit on the chip beside the tiles that pass by."""
+    return N <= SHORT and 2 * N * sum(parts(D)) * itemsize <= ON_CHIP
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -186,7 +183,7 @@ def _forward(
     tables = _dense(cos, sin)
     scalars = (N, H, *qkv.stride()[:4], eps, D**-0.5 * LOG2_E)
     constants, dots = _constants(qkv, q_weight, cos), {"PRECISION": dot_precision(qkv.dtype)}
-    if _is_short(qkv):
+    if fits_on_chip(N, D, qkv.element_size()):
         config = _configured("short_forward", qkv)
         dots |= {"EVEN": N % config["BLOCK_K"] == 0, "BLOCKS": triton.cdiv(N, config["BLOCK_K"])}
         pointers = (qkv, q_weight, k_weight, *tables, out, lse)
@@ -205,8 +202,8 @@ def _forward(
     return out, lse
 
 
-@operator("qknorm_attention_triton_short_backward")
-def _short_backward(
+@operator("qknorm_attention_triton_backward")
+def _backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
@@ -217,38 +214,10 @@ def _short_backward(
     sin: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """dqkv, and the gradients [2, D] of both weights in fp32 (zeros without weights); one launch."""
-    qkv, dout = _unit_stride(qkv), _unit_stride(dout)
-    B, N, _, H, D = qkv.shape
-    dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    partials = _partials(q_weight, 2 * B * H, qkv)
-    pointers = (qkv, q_weight, k_weight, *_dense(cos, sin), out, lse, dout, dqkv, partials)
-    scalars = (N, H, *qkv.stride()[:4], *dout.stride()[:2], eps, D**-0.5 * LOG2_E, D**-0.5)
-    constants = _constants(qkv, q_weight, cos, dout) | {"PRECISION": dot_precision(qkv.dtype)}
-    config = _configured("tile_backward", qkv)
-    if config["BLOCK"] >= N:
-        constants["EVEN"] = config["BLOCK"] == N
-        launch(wrap_triton(_tile_backward_kernel), (B * H,), *pointers, *scalars, **constants, **config)
-        return dqkv, partials.view(2, -1, D).sum(1)
-    config = _configured("short_backward", qkv)
-    constants |= {"EVEN": N % config["CHUNK"] == 0, "BLOCKS": triton.cdiv(N, config["CHUNK"])}
-    launch(wrap_triton(_short_backward_kernel), (2 * B * H,), *pointers, *scalars, **constants, **config)
-    return dqkv, partials.view(-1, 2, D).sum(0)
+    """dqkv, and the gradients [2, D] of both weights in fp32 (zeros without weights).
 
-
-@operator("qknorm_attention_triton_long_backward")
-def _long_backward(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    q_weight: Tensor | None,
-    k_weight: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    eps: float,
-) -> tuple[Tensor, Tensor]:
-    """Like `_short_backward`, in three launches: q' and k', then dq, then dk and dv."""
+    Three launches: q' and k', then dq, then dk and dv.
+    """
     qkv, dout = _unit_stride(qkv), _unit_stride(dout)
     B, N, _, H, D = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -261,17 +230,17 @@ def _long_backward(
     pointers = (qkv, q_weight, k_weight, *tables, prepared)
     launch(wrap_triton(_prepare_kernel), grid, *pointers, *sizes, eps, D**-0.5 * LOG2_E, **constants, **config)
     scalars = (*sizes, *dout.stride()[:2], eps, D**-0.5 * LOG2_E, D**-0.5)
-    config = _configured("long_dq", qkv)
+    config = _configured("dq", qkv)
     programs = B * H * triton.cdiv(N, config["BLOCK_Q"])
     dq_weight = _partials(q_weight, programs, qkv)
     pointers = (qkv, prepared, q_weight, *tables, out, lse, dout, dqkv, delta, dq_weight)
     even = {"EVEN": N % config["BLOCK_K"] == 0}
-    launch(wrap_triton(_long_dq_kernel), (programs,), *pointers, *scalars, **constants, **dots, **even, **config)
-    config = _configured("long_dkv", qkv)
+    launch(wrap_triton(_dq_kernel), (programs,), *pointers, *scalars, **constants, **dots, **even, **config)
+    config = _configured("dkv", qkv)
     programs = B * H * triton.cdiv(N, config["BLOCK_K"])
     dk_weight = _partials(q_weight, programs, qkv)
     pointers = (qkv, prepared, k_weight, *tables, lse, dout, dqkv, delta, dk_weight)
-    launch(wrap_triton(_long_dkv_kernel), (programs,), *pointers, *scalars, **constants, **dots, **config)
+    launch(wrap_triton(_dkv_kernel), (programs,), *pointers, *scalars, **constants, **dots, **config)
     return dqkv, torch.stack((dq_weight.sum(0), dk_weight.sum(0)))
 
 
@@ -283,9 +252,8 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dout: Tensor, _dlse: Tensor | None) -> tuple:
-    qkv, _, _, q_weight, k_weight, *_ = ctx.saved_tensors
-    backward = _short_backward if _is_short(qkv) else _long_backward
-    dqkv, dweights = backward(dout, *ctx.saved_tensors, ctx.eps)
+    q_weight, k_weight = ctx.saved_tensors[3:5]
+    dqkv, dweights = _backward(dout, *ctx.saved_tensors, ctx.eps)
     if q_weight is None:
         return dqkv, None, None, None, None, None
     return dqkv, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None, None, None

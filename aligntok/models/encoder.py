@@ -104,7 +104,6 @@ class Encoder(nn.Module):
         tokens = self.backbone.forward_features(images)  # [B, prefix + N, C]
         return tokens[:, self.prefix_tokens :]
 
-
     def _choose_attention(self, device: torch.device, tokens: int) -> None:
         """timm's plain attention for short sequences on a CPU, the fused one elsewhere, as in models/attention.py."""
         for block in self.blocks:

@@ -3,8 +3,8 @@
 Kernels: Triton's interpreter runs a workload at its reduced shape (in fp16 for bf16, which it lacks) while every load
 and store is written down: `total` counts each access, `unique` each address once per launch, which is what has to come
 from device memory when the cache holds the rest. Eager PyTorch: every operator that is no view is charged its inputs
-and outputs, on meta tensors at the production shape. torch.compile: what Inductor's scheduler for the CPU says of the code
-that it generates at the reduced shape.
+and outputs, on meta tensors at the production shape. torch.compile: what Inductor's scheduler for the CPU says of the
+code that it generates at the reduced shape.
 
     TRITON_INTERPRET=1 python -m benchmarks.traffic swiglu [--no-compiled]     prints JSON for the hardware report
 """

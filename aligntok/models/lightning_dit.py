@@ -134,7 +134,7 @@ class Block(nn.Module):
         self.modulation = nn.Linear(width, (6 if shift else 4) * width)
 
     def forward(self, x: Tensor, pending: Pending, condition: Tensor, rope: Rope) -> tuple[Tensor, Pending]:
-        """Stream x [B, N, D] without the previous block's last branch, which is `pending` -> the same after this block."""
+        """Stream x [B, N, D] without the previous block's last branch, which is `pending` -> the same one block on."""
         parts = self.modulation(F.silu(condition)).chunk(6 if self.shift else 4, dim=-1)
         if self.shift:
             shift1, scale1, gate1, shift2, scale2, gate2 = parts

@@ -1,4 +1,4 @@
-"""The hardware report: traffic is counted address by address, every rule can be broken, code comes from the compiler."""
+"""The hardware report: traffic is counted by address, every rule can be broken, code comes from the compiler."""
 
 import os
 import re

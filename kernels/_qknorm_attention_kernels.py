@@ -1,3 +1,4 @@
+# ruff: noqa: RUF005 (Triton has no unpacking of tuples)
 """Triton kernels of `qknorm_attention`: row tiles in two parts, the prologue and its adjoint, short and long forms.
 
 A tile of rows [R, D] is a pair (main, tail): `main` has the largest power of two of columns that fits in D, `tail` the
@@ -23,8 +24,8 @@ def _head(program, stride_batch, stride_head, H, ALIGN: tl.constexpr):
 def _tail_column(MAIN: tl.constexpr, TAIL: tl.constexpr, BYTES: tl.constexpr):
     """Columns of the tail, to be moved in pieces of which every thread gets one where it gets 16 bytes of main's row.
 
-    A thread then holds parts of the same rows of main and tail. With 16-byte pieces it would not, and whatever is the same
-    for a row (its norm, its softmax denominator) would go through shared memory.
+    A thread then holds parts of the same rows of main and tail. With 16-byte pieces it would not, and whatever is the
+    same for a row (its norm, its softmax denominator) would go through shared memory.
     """
     return tl.max_contiguous(tl.arange(0, TAIL), [16 // BYTES * TAIL // MAIN])[None, :]
 
@@ -103,7 +104,10 @@ def _row_sum(a, b, TAIL: tl.constexpr):
 
 
 @triton.jit
-def _turn(x, cos, sin, start, N, FIRST: tl.constexpr, PAIRS: tl.constexpr, PIECE: tl.constexpr, ROPE: tl.constexpr, SIGN: tl.constexpr):
+def _turn(
+    x, cos, sin, start, N, FIRST: tl.constexpr, PAIRS: tl.constexpr, PIECE: tl.constexpr, ROPE: tl.constexpr,
+    SIGN: tl.constexpr,
+):  # fmt: skip
     """Rotate neighbouring columns of x [R, C] by the angles of their pairs, backwards for SIGN = -1.
 
     FIRST: the pair that belongs to column 0. ROPE: columns of the tables for each pair. The two channels of a pair sit
@@ -148,7 +152,7 @@ def _unprepare(
     gradient, tile, weight, cos, sin, start, N, eps, factor,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
 ):  # fmt: skip
-    """factor * gradient of prepared rows -> that of the rows as read (`tile`), and the weight's summed over the rows."""
+    """factor * gradient of prepared rows -> that of the rows as read (`tile`), and the weight's summed over rows."""
     main, tail = gradient[0] * factor, gradient[1] * factor
     if ROPE:
         if TAIL:
@@ -180,6 +184,35 @@ def _attend(
     p = tl.exp2(s - higher[:, None])
     o = (o[0] * shrink[:, None], o[1] * shrink[:, None])
     return _accumulate(o, p.to(v[0].dtype), v, TAIL, PRECISION), higher, total * shrink + tl.sum(p, axis=1)
+
+
+@triton.jit
+def _step_dq(
+    dq, q, k, v, do, log, delta, start, N,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """dq' of a block of queries plus what a block of keys adds to it, without the scale."""
+    s = _product(q, k, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
+    dp = _product(do, v, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
+    ds = tl.exp2(s - log) * (dp - delta)
+    if not EVEN:
+        ds = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, ds, 0.0)
+    return _accumulate(dq, ds.to(v[0].dtype), k, TAIL, PRECISION)
+
+
+@triton.jit
+def _step_dkv(
+    dk, dv, k, v, q, do, log, delta,
+    TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
+):  # fmt: skip
+    """dk' and dv of a block of keys plus what a block of queries adds to them, dk' without the scale.
+
+    The scores come out transposed, [keys, queries], as the left operands that they are next.
+    """
+    p = tl.exp2(_product(k, q, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION) - log)
+    dv = _accumulate(dv, p.to(v[0].dtype), do, TAIL, PRECISION)
+    dp = _product(v, do, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION)
+    return _accumulate(dk, (p * (dp - delta)).to(v[0].dtype), q, TAIL, PRECISION), dv
 
 
 @triton.jit
@@ -226,161 +259,6 @@ def _short_forward_kernel(
         _store(target, H * D, start, N, o, D, MAIN, TAIL, BLOCK_Q)
         row = start + tl.arange(0, BLOCK_Q)
         tl.store(lse + program.to(tl.int64) * N + row, top + tl.log2(total), mask=row < N)
-
-
-@triton.jit
-def _tile_backward_kernel(
-    qkv, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, dweight,
-    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program per (batch, head), N <= BLOCK: all scores are one tile, and five products make the gradient."""
-    program = tl.program_id(0)
-    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
-    q_read = _load(source, stride_n, 0, N, D, MAIN, TAIL, BLOCK)
-    q = _prepare(q_read, q_weight, cos, sin, 0, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-    k_read = _load(source + stride_3, stride_n, 0, N, D, MAIN, TAIL, BLOCK)
-    k = _prepare(k_read, k_weight, cos, sin, 0, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
-    v = _load(source + 2 * stride_3, stride_n, 0, N, D, MAIN, TAIL, BLOCK)
-    do = _load(dout + _head(program, dout_b, D, H, ALIGN), dout_n, 0, N, D, MAIN, TAIL, BLOCK)
-    o = _load(out + _head(program, N * H * D, D, H, 8), H * D, 0, N, D, MAIN, TAIL, BLOCK)
-    row = tl.arange(0, BLOCK)[:, None]
-    s = _product(q, k, tl.zeros([BLOCK, BLOCK], tl.float32), TAIL, PRECISION)
-    p = tl.exp2(s - tl.load(lse + program.to(tl.int64) * N + row, mask=row < N, other=0.0))
-    if not EVEN:
-        p = tl.where(tl.arange(0, BLOCK)[None, :] < N, p, 0.0)
-    target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
-    dv = _accumulate(_zeros(BLOCK, MAIN, TAIL), tl.trans(p.to(v[0].dtype)), do, TAIL, PRECISION)
-    _store(target + 2 * H * D, 3 * H * D, 0, N, dv, D, MAIN, TAIL, BLOCK)
-    dp = _product(do, v, tl.zeros([BLOCK, BLOCK], tl.float32), TAIL, PRECISION)
-    ds = (p * (dp - _row_sum(o, do, TAIL))).to(v[0].dtype)
-    dq = _accumulate(_zeros(BLOCK, MAIN, TAIL), ds, k, TAIL, PRECISION)
-    dq, dq_weight = _unprepare(dq, q_read, q_weight, cos, sin, 0, N, eps, scale, D, MAIN, TAIL, NORM, ROPE)
-    _store(target, 3 * H * D, 0, N, dq, D, MAIN, TAIL, BLOCK)
-    dk = _accumulate(_zeros(BLOCK, MAIN, TAIL), tl.trans(ds), q, TAIL, PRECISION)
-    dk, dk_weight = _unprepare(dk, k_read, k_weight, cos, sin, 0, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE)
-    _store(target + H * D, 3 * H * D, 0, N, dk, D, MAIN, TAIL, BLOCK)
-    if NORM:
-        _store_partial(dweight, 2 * program, dq_weight, D, MAIN, TAIL)
-        _store_partial(dweight, 2 * program + 1, dk_weight, D, MAIN, TAIL)
-
-
-@triton.jit
-def _make_dq(
-    head, first, qkv, prepared, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, delta,
-    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-    PREPARED: tl.constexpr,
-):  # fmt: skip
-    """dq of the queries from `first` of one head, and their part of the weight's gradient.
-
-    With PREPARED, k' is read, and delta = rowsum(out * dout) is written for `_make_dkv`.
-    """
-    source = qkv + _head(head, stride_b, stride_h, H, ALIGN)
-    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
-    q = _prepare(q, q_weight, cos, sin, first, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-    do = _load(dout + _head(head, dout_b, D, H, ALIGN), dout_n, first, N, D, MAIN, TAIL, BLOCK_Q)
-    o = _load(out + _head(head, N * H * D, D, H, 8), H * D, first, N, D, MAIN, TAIL, BLOCK_Q)
-    row = first + tl.arange(0, BLOCK_Q)[:, None]
-    per_row = head.to(tl.int64) * N + row
-    log = tl.load(lse + per_row, mask=row < N, other=0.0)
-    sums = _row_sum(o, do, TAIL)
-    if PREPARED:
-        tl.store(delta + per_row, sums, mask=row < N)
-    dq = _zeros(BLOCK_Q, MAIN, TAIL)
-    for start in range(0, N, BLOCK_K):
-        if PREPARED:
-            k = _load(prepared + head.to(tl.int64) * N * D, D, start, N, D, MAIN, TAIL, BLOCK_K)
-        else:
-            k = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
-            k = _prepare(k, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
-        v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
-        s = _product(q, k, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
-        dp = _product(do, v, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
-        ds = tl.exp2(s - log) * (dp - sums)
-        if not EVEN:
-            ds = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, ds, 0.0)
-        dq = _accumulate(dq, ds.to(v[0].dtype), k, TAIL, PRECISION)
-    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
-    dq, dweight = _unprepare(dq, q, q_weight, cos, sin, first, N, eps, scale, D, MAIN, TAIL, NORM, ROPE)
-    _store(dqkv + _head(head, 3 * N * H * D, D, H, 8), 3 * H * D, first, N, dq, D, MAIN, TAIL, BLOCK_Q)
-    return dweight
-
-
-@triton.jit
-def _make_dkv(
-    head, first, qkv, prepared, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, delta,
-    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr, PREPARED: tl.constexpr,
-):  # fmt: skip
-    """dk and dv of the keys from `first` of one head, and the keys' part of the weight's gradient.
-
-    With PREPARED, q' and delta are read. The scores come out transposed, [keys, queries], as the left operands that they
-    are next.
-    """
-    source = qkv + _head(head, stride_b, stride_h, H, ALIGN)
-    upstream = dout + _head(head, dout_b, D, H, ALIGN)
-    target = dqkv + _head(head, 3 * N * H * D, D, H, 8)
-    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
-    k = _prepare(k, k_weight, cos, sin, first, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
-    v = _load(source + 2 * stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
-    dk, dv = _zeros(BLOCK_K, MAIN, TAIL), _zeros(BLOCK_K, MAIN, TAIL)
-    for start in range(0, N, BLOCK_Q):
-        row = start + tl.arange(0, BLOCK_Q)[None, :]
-        per_row = head.to(tl.int64) * N + row
-        do = _load(upstream, dout_n, start, N, D, MAIN, TAIL, BLOCK_Q)
-        if PREPARED:
-            q = _load(prepared + head.to(tl.int64) * N * D, D, start, N, D, MAIN, TAIL, BLOCK_Q)
-            sums = tl.load(delta + per_row, mask=row < N, other=0.0)
-        else:
-            q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
-            q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-            o = _load(out + _head(head, N * H * D, D, H, 8), H * D, start, N, D, MAIN, TAIL, BLOCK_Q)
-            sums = tl.trans(_row_sum(o, do, TAIL))
-        s = _product(k, q, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION)
-        p = tl.exp2(s - tl.load(lse + per_row, mask=row < N, other=0.0))
-        dv = _accumulate(dv, p.to(v[0].dtype), do, TAIL, PRECISION)
-        dp = _product(v, do, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION)
-        dk = _accumulate(dk, (p * (dp - sums)).to(v[0].dtype), q, TAIL, PRECISION)
-    _store(target + 2 * H * D, 3 * H * D, first, N, dv, D, MAIN, TAIL, BLOCK_K)
-    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
-    dk, dweight = _unprepare(dk, k, k_weight, cos, sin, first, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE)
-    _store(target + H * D, 3 * H * D, first, N, dk, D, MAIN, TAIL, BLOCK_K)
-    return dweight
-
-
-@triton.jit
-def _short_backward_kernel(
-    qkv, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, dweight,
-    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-):  # fmt: skip
-    """One launch; for each (batch, head) and block of rows one program makes dq, its neighbour dk and dv.
-
-    Each prepares what it needs of the other side again, N / BLOCK times at N <= 256, out of the second-level cache.
-    """
-    program = tl.program_id(0) // 2
-    head = program // tl.cdiv(N, BLOCK)
-    first = program % tl.cdiv(N, BLOCK) * BLOCK
-    if tl.program_id(0) % 2 == 0:
-        sums = _make_dq(
-            head, first, qkv, None, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, None,
-            N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-            D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, EVEN, BLOCK, CHUNK, False,
-        )  # fmt: skip
-    else:
-        sums = _make_dkv(
-            head, first, qkv, None, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, None,
-            N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-            D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, BLOCK, CHUNK, False,
-        )  # fmt: skip
-    if NORM:
-        _store_partial(dweight, tl.program_id(0), sums, D, MAIN, TAIL)
 
 
 @triton.jit
@@ -435,39 +313,67 @@ def _long_forward_kernel(
 
 
 @triton.jit
-def _long_dq_kernel(
-    qkv, prepared, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
+def _dq_kernel(
+    qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
     N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per (batch, head) and block of queries."""
-    head = tl.program_id(0) // tl.cdiv(N, BLOCK_Q)
+    """One program per (batch, head) and block of queries: dq, and delta = rowsum(out * dout) for the next kernel."""
+    program = tl.program_id(0) // tl.cdiv(N, BLOCK_Q)
     first = tl.program_id(0) % tl.cdiv(N, BLOCK_Q) * BLOCK_Q
-    sums = _make_dq(
-        head, first, qkv, prepared, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, delta,
-        N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-        D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, EVEN, BLOCK_Q, BLOCK_K, True,
-    )  # fmt: skip
+    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
+    keys = prepared + program.to(tl.int64) * N * D
+    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    q = _prepare(q, q_weight, cos, sin, first, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
+    do = _load(dout + _head(program, dout_b, D, H, ALIGN), dout_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    o = _load(out + _head(program, N * H * D, D, H, 8), H * D, first, N, D, MAIN, TAIL, BLOCK_Q)
+    row = first + tl.arange(0, BLOCK_Q)[:, None]
+    per_row = program.to(tl.int64) * N + row
+    log = tl.load(lse + per_row, mask=row < N, other=0.0)
+    sums = _row_sum(o, do, TAIL)
+    tl.store(delta + per_row, sums, mask=row < N)
+    dq = _zeros(BLOCK_Q, MAIN, TAIL)
+    for start in range(0, N, BLOCK_K):
+        k = _load(keys, D, start, N, D, MAIN, TAIL, BLOCK_K)
+        v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
+        dq = _step_dq(dq, q, k, v, do, log, sums, start, N, TAIL, PRECISION, EVEN, BLOCK_Q, BLOCK_K)
+    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
+    dq, dweight_block = _unprepare(dq, q, q_weight, cos, sin, first, N, eps, scale, D, MAIN, TAIL, NORM, ROPE)
+    _store(dqkv + _head(program, 3 * N * H * D, D, H, 8), 3 * H * D, first, N, dq, D, MAIN, TAIL, BLOCK_Q)
     if NORM:
-        _store_partial(dweight, tl.program_id(0), sums, D, MAIN, TAIL)
+        _store_partial(dweight, tl.program_id(0), dweight_block, D, MAIN, TAIL)
 
 
 @triton.jit
-def _long_dkv_kernel(
-    qkv, prepared, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
+def _dkv_kernel(
+    qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dweight,
     N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per (batch, head) and block of keys."""
-    head = tl.program_id(0) // tl.cdiv(N, BLOCK_K)
+    """One program per (batch, head) and block of keys: dk and dv over blocks of prepared queries."""
+    program = tl.program_id(0) // tl.cdiv(N, BLOCK_K)
     first = tl.program_id(0) % tl.cdiv(N, BLOCK_K) * BLOCK_K
-    queries = prepared + (tl.num_programs(0) // tl.cdiv(N, BLOCK_K)).to(tl.int64) * N * D
-    sums = _make_dkv(
-        head, first, qkv, queries, q_weight, k_weight, cos, sin, out, lse, dout, dqkv, delta,
-        N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-        D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, BLOCK_K, BLOCK_Q, True,
-    )  # fmt: skip
+    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
+    upstream = dout + _head(program, dout_b, D, H, ALIGN)
+    queries = prepared + (tl.num_programs(0) // tl.cdiv(N, BLOCK_K) + program).to(tl.int64) * N * D
+    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
+    k = _prepare(k, k_weight, cos, sin, first, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
+    v = _load(source + 2 * stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
+    dk, dv = _zeros(BLOCK_K, MAIN, TAIL), _zeros(BLOCK_K, MAIN, TAIL)
+    for start in range(0, N, BLOCK_Q):
+        q = _load(queries, D, start, N, D, MAIN, TAIL, BLOCK_Q)
+        do = _load(upstream, dout_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        row = start + tl.arange(0, BLOCK_Q)[None, :]
+        per_row = program.to(tl.int64) * N + row
+        log = tl.load(lse + per_row, mask=row < N, other=0.0)
+        sums = tl.load(delta + per_row, mask=row < N, other=0.0)
+        dk, dv = _step_dkv(dk, dv, k, v, q, do, log, sums, TAIL, PRECISION, BLOCK_K, BLOCK_Q)
+    target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
+    _store(target + 2 * H * D, 3 * H * D, first, N, dv, D, MAIN, TAIL, BLOCK_K)
+    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
+    dk, dweight_block = _unprepare(dk, k, k_weight, cos, sin, first, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE)
+    _store(target + H * D, 3 * H * D, first, N, dk, D, MAIN, TAIL, BLOCK_K)
     if NORM:
-        _store_partial(dweight, tl.program_id(0), sums, D, MAIN, TAIL)
+        _store_partial(dweight, tl.program_id(0), dweight_block, D, MAIN, TAIL)

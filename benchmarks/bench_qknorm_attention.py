@@ -39,11 +39,11 @@ def minimum(itemsize: int, B: int, N: int, H: int, D: int) -> tuple[float, float
     """In units of one of q, k, v, out or dout of all heads; the tables, fp32, are read once per launch.
 
     Forward: qkv in, out out, and where a head does not fit on the chip k' out and in once more. Backward, as three
-    launches: q, k in, q', k' out; q, q', k', v, dout, out in, dq out; k, q', k', v, dout in, dk, dv out.
+    launches: q, k in, q', k' out; q, k', v, dout, out in, dq out; k, q', v, dout in, dk, dv out.
     """
     unit, tables = B * N * H * D * itemsize, N * D * 4
     forward = 4 * unit + tables if fits_on_chip(N, D, itemsize) else 6 * unit + 2 * tables
-    return forward, 18 * unit + 3 * tables
+    return forward, 16 * unit + 3 * tables
 
 
 def flops(B: int, N: int, H: int, D: int) -> tuple[float, float]:

@@ -206,7 +206,9 @@ def markdown(
         "interpreter; Inductor's scheduler for the CPU, which counts no bytes of library calls such as matrix "
         "products) and scaled by the ratio of the stated minima. *Of minimum*: every address counted once per launch, "
         "forward / backward. *With re-reads*: every access counted, most of which a cache serves. *GFLOP*: of matrix "
-        "products, ours with the padding and the recomputation that the kernels execute. **Times are predictions from "
+        "products, ours with the padding and the recomputation that the kernels execute. Eager attention is counted in "
+        "the form that PyTorch takes without a GPU, which writes the scores out: its flash kernels on CUDA do not, so "
+        "that the ratios of `qknorm_attention` are far too favourable. **Times are predictions from "
         "data sheets, not measurements.**",
         "\n".join(traffic_table(traffic)),
         "## Machine code of the Triton kernels",

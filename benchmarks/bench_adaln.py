@@ -42,7 +42,17 @@ def minimum(itemsize: int, B: int, N: int, D: int) -> tuple[float, float]:
 
 
 WORKLOADS = [
-    Workload("adaln", {"B": 256, "N": 256, "D": D}, {"B": 1, "N": 128}, make, ours, reference, minimum, note=note)
+    Workload(
+        "adaln",
+        {"B": 256, "N": 256, "D": D},
+        {"B": 1, "N": 128},
+        make,
+        ours,
+        reference,
+        minimum,
+        note=note,
+        cpu={"B": 16},
+    )
     for D, note in ((384, "S"), (768, "B"), (1024, "L"), (1152, "XL"), (2304, "twice XL"))
 ]
 

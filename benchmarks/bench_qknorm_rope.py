@@ -41,6 +41,7 @@ WORKLOADS = [
         qknorm_rope_reference,
         minimum,
         note=f"{size}{'' if norm else ', no norm'}",
+        cpu={"B": 16},
     )
     for H, D, size in ((16, 72, "XL"), (6, 64, "S"))
     for norm in (1, 0)

@@ -28,7 +28,9 @@ def minimum(itemsize: int, M: int, H: int) -> tuple[float, float]:
 
 
 WORKLOADS = [
-    Workload("swiglu", {"M": 65536, "H": H}, {"M": 64}, make, swiglu, swiglu_reference, minimum, note=note)
+    Workload(
+        "swiglu", {"M": 65536, "H": H}, {"M": 64}, make, swiglu, swiglu_reference, minimum, note=note, cpu={"M": 4096}
+    )
     for H, note in ((1024, "S"), (2048, "B"), (2730, "L: rows not 16-byte aligned"), (3072, "XL"))
 ]
 

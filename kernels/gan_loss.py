@@ -14,8 +14,8 @@ The discriminator's loss may contain the LeCam term of Tseng et al. 2021 (arXiv 
     lecam_weight * (mean relu(real - mean_fake)^2 + mean relu(mean_real - fake)^2)
 
 with moving averages mean_real and mean_fake of the mean logits of earlier steps, in the one-sided form of the authors'
-code (google/lecam-gan): logits of real
-images are pulled down to the average of the fake ones, those of fake images up to the average of the real ones.
+code (google/lecam-gan): logits of real images are pulled down to the average of the fake ones, those of fake images
+up to the average of the real ones.
 
 Next to the loss, both return what a training log wants to know of the logits, without a gradient and without
 a read-back to the host:

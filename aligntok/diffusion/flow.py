@@ -16,9 +16,7 @@ from torch import Tensor
 
 from aligntok.config import FlowConfig
 from aligntok.errors import UserError
-from aligntok.kernels._philox import noise_key
-from aligntok.kernels.flow_interpolate import flow_interpolate
-from aligntok.kernels.flow_loss import flow_loss
+from aligntok.kernels import flow_interpolate, flow_loss, noise_key
 
 
 def sample_time(batch: int, kind: str, device: torch.device | str = "cpu") -> Tensor:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aligntok.config import SamplerConfig
 from aligntok.errors import UserError
-from aligntok.kernels.flow_step import flow_step
+from aligntok.kernels import flow_step
 
 Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z [B, d, h, w], t [B], labels [B]) -> v like z
 Progress = Callable[[int, int], None]  # (steps done, steps in all)

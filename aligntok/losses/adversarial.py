@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aligntok.kernels.norm_ratio import norm_ratio
+from aligntok.kernels import norm_ratio
 
 DELTA = 1e-4  # keeps the ratio finite (VQGAN)
 

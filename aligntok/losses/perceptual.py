@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from aligntok.config import PerceptualConfig
 from aligntok.errors import UserError
-from aligntok.kernels.lpips_distance import lpips_distance
+from aligntok.kernels import lpips_distance
 from aligntok.losses import st_lpips
 
 # The published scaling of [-1, 1] images: the `lpips` package, ScalingLayer

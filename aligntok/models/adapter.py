@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from aligntok.config import AdapterConfig
-from aligntok.kernels.adapter_projection import adapter_projection
+from aligntok.kernels import adapter_projection
 
 
 class Adapter(nn.Module):

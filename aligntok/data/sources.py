@@ -1,8 +1,8 @@
 """Batch sources: `source.batch(step)` is a function of the seed and the step alone.
 
 Data position therefore needs no saving: a resumed run asks for the next step and gets the batch that it would have
-got. A batch is a dictionary: images [B, 3, H, W] float32 in [-1, 1], labels [B], index [B] (into the image set) and
-flip [B].
+got. A batch is a dictionary: images [B, 3, H, W] float32 in [-1, 1], labels [B], index [B] (into the image set),
+flip [B], and rows [B], the numbers of its rows in the batch of all processes (aligntok.world).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from aligntok.config import DataConfig
 from aligntok.data.geometry import center_crop, random_crop, to_tensor, to_unit_range
 from aligntok.data.images import ImageSet
 from aligntok.errors import UserError
+from aligntok.world import World
 
 Batch = dict[str, Tensor]
 
@@ -34,27 +35,29 @@ class Order:
 
     Args:
         count: pictures in the set.
-        batch_size: pictures per step; a step may span two epochs.
+        batch_size: pictures per step over all processes; a step may span two epochs.
         seed: of the shuffles, flips and crops.
+        world: only this process's rows of every batch are handed out.
     """
 
-    def __init__(self, count: int, batch_size: int, seed: int) -> None:
+    def __init__(self, count: int, batch_size: int, seed: int, world: World | None = None) -> None:
         self.count, self.batch_size, self.seed = count, batch_size, seed
+        self.rows = torch.tensor((world or World()).rows(batch_size))
         self._epoch: tuple[int, Tensor] | None = None
 
     def indices(self, step: int) -> Tensor:
-        """Picture indices [B] of a step."""
+        """Picture indices [B] of this process in a step."""
         parts, position, left = [], step * self.batch_size, self.batch_size
         while left:
             epoch, offset = divmod(position, self.count)
             part = self._permutation(epoch)[offset : offset + left]
             parts.append(part)
             position, left = position + len(part), left - len(part)
-        return torch.cat(parts)
+        return torch.cat(parts)[self.rows]
 
     def uniforms(self, step: int) -> Tensor:
-        """Numbers in [0, 1) [B, 3] that belong to a step: for the flip, and for the crop's place across and down."""
-        return torch.rand(self.batch_size, 3, generator=_generator(self.seed, 1, step))
+        """Numbers in [0, 1) [B, 3] of this process in a step: for the flip, and for the crop's place across and down."""
+        return torch.rand(self.batch_size, 3, generator=_generator(self.seed, 1, step))[self.rows]
 
     def _permutation(self, epoch: int) -> Tensor:
         if self._epoch is None or self._epoch[0] != epoch:
@@ -71,9 +74,11 @@ def _generator(seed: int, purpose: int, number: int) -> torch.Generator:
 class MemorySource:
     """Centre crops that were decoded once and lie in memory as uint8."""
 
-    def __init__(self, images: Tensor, labels: Tensor, batch_size: int, seed: int, flip: bool) -> None:
+    def __init__(
+        self, images: Tensor, labels: Tensor, batch_size: int, seed: int, flip: bool, world: World | None = None
+    ) -> None:
         self.images, self.labels, self.flip = images, labels, flip
-        self.order = Order(len(images), batch_size, seed)
+        self.order = Order(len(images), batch_size, seed, world)
 
     def batch(self, step: int) -> Batch:
         index = self.order.indices(step)
@@ -83,6 +88,7 @@ class MemorySource:
             "labels": self.labels[index],
             "index": index,
             "flip": flip,
+            "rows": self.order.rows,
         }
 
 
@@ -100,10 +106,11 @@ class StreamSource:
         batch_size: int,
         seed: int,
         say: Callable[[str], None] = warnings.warn,
+        world: World | None = None,
     ) -> None:
         self.images, self.say = images, say
         self.dataset = _Crops(images, data.image_size, crop)
-        self.order = Order(len(images), batch_size, seed)
+        self.order = Order(len(images), batch_size, seed, world)
         self.data = data
         self._batches: Iterator[Batch] | None = None
         self._next_step = -1
@@ -113,7 +120,7 @@ class StreamSource:
         if self._batches is None or step != self._next_step:
             self._batches = self._start(step)
         self._next_step = step + 1
-        batch = next(self._batches)
+        batch = next(self._batches) | {"rows": self.order.rows}
         for name, reason in batch.pop("skipped", []):
             if name not in self._named:
                 self._named.add(name)

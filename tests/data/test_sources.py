@@ -12,6 +12,7 @@ from aligntok.data.images import load_center_crops, open_images
 from aligntok.data.sources import MemorySource, Order, StreamSource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
+from aligntok.world import World
 
 
 @settings(max_examples=40, deadline=None)
@@ -24,6 +25,21 @@ def test_every_epoch_has_every_picture_once(count, batch, seed):
     again = Order(count, batch, seed)
     assert torch.equal(again.indices(2), order.indices(2))
     assert torch.equal(again.uniforms(2), order.uniforms(2))
+
+
+@settings(max_examples=30, deadline=None)
+@given(count=st.integers(1, 40), own=st.integers(1, 9), size=st.integers(1, 5), step=st.integers(0, 9))
+def test_the_processes_of_a_run_share_out_the_batch_of_one(count, own, size, step):
+    alone = Order(count, own * size, 0)
+    shares = [Order(count, own * size, 0, World(rank, size)) for rank in range(size)]
+    assert torch.equal(torch.cat([s.rows for s in shares]), alone.rows)
+    assert torch.equal(torch.cat([s.indices(step) for s in shares]), alone.indices(step))
+    assert torch.equal(torch.cat([s.uniforms(step) for s in shares]), alone.uniforms(step))
+
+
+def test_a_batch_that_cannot_be_shared_out_is_refused():
+    with pytest.raises(UserError, match=r"batch_size is 10, expected a multiple of the 4 processes: use 8 or 12"):
+        Order(100, 10, 0, World(1, 4))
 
 
 def test_seeds_and_steps_differ():
@@ -44,7 +60,7 @@ def test_memory_and_stream_agree_on_centre_crops(images):
     stream = StreamSource(images, DataConfig(image_size=32, workers=0), "center", 4, 3)
     for step in (0, 1, 7):
         a, b = memory.batch(step), stream.batch(step)
-        assert all(torch.equal(a[key], b[key]) for key in ("labels", "index", "flip"))
+        assert all(torch.equal(a[key], b[key]) for key in ("labels", "index", "flip", "rows"))
         torch.testing.assert_close(a["images"], b["images"])
     assert any(memory.batch(s)["flip"].any() for s in range(3))
 

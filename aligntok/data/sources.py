@@ -56,7 +56,7 @@ class Order:
         return torch.cat(parts)[self.rows]
 
     def uniforms(self, step: int) -> Tensor:
-        """Numbers in [0, 1) [B, 3] of this process in a step: for the flip, and for the crop's place across and down."""
+        """Numbers in [0, 1) [B, 3] of this process in a step: for the flip, and for the place of the crop."""
         return torch.rand(self.batch_size, 3, generator=_generator(self.seed, 1, step))[self.rows]
 
     def _permutation(self, epoch: int) -> Tensor:

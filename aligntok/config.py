@@ -60,13 +60,18 @@ class TokenizerConfig:
 class DataConfig:
     """Where images come from and how they are cut."""
 
-    path: str = "embedded"  # folder (class sub-folders or flat), WebDataset .tar, or "embedded" (Fluent emoji)
+    path: str = (
+        "embedded"  # folder (class sub-folders or flat), .tar, folder of .tar, "s-{000..127}.tar", or "embedded"
+    )
     image_size: int = 256
     flip: bool = True  # horizontal flips; VA-VAE uses none for its tokenizer, LightningDiT caches both
     held_out: float = 0.0  # share of images kept for evaluation, chosen by a seeded shuffle
-    workers: int = 8
+    workers: int = field(default=8, repr=False)  # not part of what decides a run, as the two below with repr=False
     memory_limit_gib: float = 2.0  # centre-cropped sets below this size are decoded once and kept in memory
     max_images: int | None = None
+    # what decodes streamed images; auto = DALI where it can be had and most images are JPEG, else Pillow in workers
+    loader: Literal["auto", "dali", "torchvision"] = field(default="auto", repr=False)
+    stall_timeout: float = field(default=300.0, repr=False)  # seconds without a batch that end a run; 0 = never
 
 
 @dataclass

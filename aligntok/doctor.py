@@ -198,6 +198,14 @@ def _attention() -> Iterator[Row]:
             yield Row(section, f"{backend} on {device}", "unavailable" if reason else "available", reason or "")
 
 
+def _loader() -> Iterator[Row]:
+    from aligntok.data.dali_graph import refusal
+
+    section, reason = "Image loader", refusal()
+    yield Row(section, "DALI", "unavailable" if reason else "available", reason or "auto takes it where most are JPEG")
+    yield Row(section, "torchvision", "available", "data.loader chooses")
+
+
 _SECTIONS: tuple[tuple[str, Callable[[], Iterator[Row]]], ...] = (
     ("System", _system),
     ("Packages", _packages),
@@ -206,6 +214,7 @@ _SECTIONS: tuple[tuple[str, Callable[[], Iterator[Row]]], ...] = (
     ("Extension", _extension),
     ("Operators", _operators),
     ("Attention", _attention),
+    ("Image loader", _loader),
 )
 
 

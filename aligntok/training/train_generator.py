@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from aligntok.config import LightningDiTConfig, Recipe, SamplerConfig, from_dict
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
 from aligntok.data.images import ImageSet, open_images
+from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
@@ -26,7 +27,6 @@ from aligntok.training.checkpoint import Checkpoints, fingerprint
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
 from aligntok.training.telemetry import Telemetry
-from aligntok.training.train_tokenizer import build_source
 
 FORMAT = "aligntok.generator"
 PART = "generator"
@@ -48,7 +48,16 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
     tokenizer = load_tokenizer(config.tokenizer or output / "tokenizer").to(precision.device).requires_grad_(False)
     images, _ = open_images(recipe.data.path, recipe.data.max_images).split(recipe.data.held_out)
     _check_classes(config.model, images)
-    source = build_source(images, recipe.data, "center", training.batch_size, training.seed, telemetry)
+    source = build_source(
+        images,
+        recipe.data,
+        "center",
+        training.batch_size,
+        training.seed,
+        telemetry.say,
+        telemetry.bar,
+        device=precision.device,
+    )
     latents: FrozenOutput = FrozenNetwork(tokenizer.encode, precision)
     if isinstance(source, MemorySource):
         with telemetry.bar("latents") as update:

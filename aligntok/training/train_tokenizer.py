@@ -18,10 +18,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from aligntok.config import DataConfig, Recipe, StageConfig
+from aligntok.config import Recipe, StageConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, tabulate
-from aligntok.data.images import ImageSet, load_center_crops, open_images
-from aligntok.data.sources import MemorySource, Source, StreamSource
+from aligntok.data.images import open_images
+from aligntok.data.loading import build_source
+from aligntok.data.sources import MemorySource, Source
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
 from aligntok.files import write_folder
@@ -52,7 +53,9 @@ class TokenizerTraining:
         _check_size(self.data.image_size, self.config.model.encoder.downsample)
         self.precision = choose_precision(training.device, training.precision)
         self.telemetry = telemetry or Telemetry(self.output, training.log_every)
-        self.images, self.held_out = open_images(self.data.path, self.data.max_images).split(self.data.held_out)
+        with self.telemetry.bar("image index") as update:
+            everything = open_images(self.data.path, self.data.max_images, update)
+        self.images, self.held_out = everything.split(self.data.held_out)
         self._source: Source | None = None
         self._features: FrozenTable | None = None
 
@@ -134,7 +137,14 @@ class TokenizerTraining:
         if self._source is None:
             training = self.config.training
             self._source = build_source(
-                self.images, self.data, self.config.crop, training.batch_size, training.seed, self.telemetry
+                self.images,
+                self.data,
+                self.config.crop,
+                training.batch_size,
+                training.seed,
+                self.telemetry.say,
+                self.telemetry.bar,
+                device=self.precision.device,
             )
         return self._source
 
@@ -204,29 +214,6 @@ class TokenizerTraining:
         write_folder(folder / "discriminator", {"model": discriminator.state_dict()}, {})
         tokenizer.save(folder / "tokenizer")  # last: its presence means that the stage is finished
         checkpoints.remove()
-
-
-def build_source(
-    images: ImageSet, data: DataConfig, crop: str, batch_size: int, seed: int, telemetry: Telemetry
-) -> Source:
-    """MemorySource for centre crops within data.memory_limit_gib, StreamSource otherwise."""
-    gib = len(images) * 3 * data.image_size**2 / 2**30
-    if crop == "center" and gib <= data.memory_limit_gib:
-        with telemetry.bar("reading images") as update:
-            pixels, labels = load_center_crops(images, data.image_size, update)
-        report_skipped(images, telemetry)
-        return MemorySource(pixels, labels, batch_size, seed, data.flip)
-    why = "random crops never repeat" if crop == "random" else f"{gib:.1f} GiB exceed data.memory_limit_gib"
-    telemetry.say(f"images are decoded as training goes ({why}); frozen networks run in the loop")
-    return StreamSource(images, data, crop, batch_size, seed, telemetry.say)
-
-
-def report_skipped(images: ImageSet, telemetry: Telemetry) -> None:
-    """Name the pictures that could not be read."""
-    for name, reason in list(images.skipped.items())[:5]:
-        telemetry.say(f"skipped {name}: {reason}")
-    if len(images.skipped) > 5:
-        telemetry.say(f"... and {len(images.skipped) - 5} more unreadable images")
 
 
 def _check_size(size: int, factor: int) -> None:

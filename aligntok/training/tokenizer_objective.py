@@ -14,16 +14,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from aligntok.config import LossConfig, StageConfig
+from aligntok import collectives
+from aligntok.config import LossConfig, StageConfig, TrainingConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
 from aligntok.devices import Precision, optimizer_is_fused
 from aligntok.kernels import gan_loss
 from aligntok.losses.adversarial import LeCam, adaptive_weight, image_gradient, surrogate
 from aligntok.losses.semantic import semantic_loss
+from aligntok.models.batch_norm import synchronise
 from aligntok.models.tokenizer import AlignTok
+from aligntok.training.distributed import is_sharded, replicate, shard
 from aligntok.training.ema import adopt, build_ema
 from aligntok.training.objective import Phase, Schedule, Values, parameter_group
+from aligntok.world import Place
 
 
 @dataclass
@@ -47,16 +51,20 @@ class TokenizerObjective:
         stage: StageConfig,
         frozen: FrozenInputs,
         precision: Precision,
+        training: TrainingConfig,
         betas: tuple[float, float] = (0.5, 0.9),
     ) -> None:
         self.tokenizer, self.discriminator, self.perceptual = tokenizer, discriminator, perceptual
         self.losses, self.stage, self.frozen, self.precision = losses, stage, frozen, precision
-        self.steps = stage.steps
+        self.training, self.steps = training, stage.steps
         self.schedule = Schedule(stage.steps, stage.warmup_steps, stage.final_learning_rate)
         self.trained = {name: getattr(tokenizer, name) for name in stage.trains}
         tokenizer.eval().requires_grad_(False)
         for part in self.trained.values():
             part.train().requires_grad_(True)
+        self.together = nn.ModuleDict(self.trained)
+        self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
+        self._spread_out()
         rates = {
             "encoder": stage.encoder_learning_rate,
             "adapter": stage.adapter_learning_rate or stage.learning_rate,
@@ -67,10 +75,21 @@ class TokenizerObjective:
         self.autoencoder_optimizer = Adam(groups, betas=betas, fused=fused)
         group = parameter_group(discriminator.parameters(), stage.discriminator_learning_rate)
         self.discriminator_optimizer = Adam([group], betas=betas, fused=fused)
-        self.together = nn.ModuleDict(self.trained)
-        self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
         self.lecam = LeCam(losses.lecam_decay).to(precision.device) if losses.lecam_weight else None
-        self._fake: Tensor | None = None  # this step's reconstructions, handed from the first phase to the second
+        # This step's reconstructions by their first row, handed from the first phase to the second
+        self._fakes: dict[int, Tensor] = {}
+        self._logits: list[Tensor] = []  # this step's statistics of the discriminator's logits, for LeCam
+
+    def _spread_out(self) -> None:
+        """Over the processes: what is trained by DDP or FSDP2, the small discriminator always by DDP."""
+        synchronise(self.discriminator)
+        self.judge = replicate({"discriminator": self.discriminator})
+        if not is_sharded(self.training.parallel):
+            self.autoencoder = replicate(self.trained)
+            return
+        self.autoencoder = shard(self.trained)
+        if self.ema is not None:
+            shard(dict(self.ema.module.items()))
 
     def modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = dict(self.trained)
@@ -89,13 +108,19 @@ class TokenizerObjective:
         adversarial = step >= self.stage.gan_start and self.losses.gan_weight > 0
         self.schedule.apply(self.autoencoder_optimizer, step)
         loss = self._adversarial_loss if adversarial else self._reconstruction_loss
-        yield Phase("autoencoder", self.autoencoder_optimizer, loss, self.stage.gradient_clip)
+        accumulate = self.training.accumulate
+        clip = self.stage.gradient_clip
+        yield Phase("autoencoder", self.autoencoder_optimizer, loss, clip, self.autoencoder, accumulate)
         if adversarial:
             self.schedule.apply(self.discriminator_optimizer, step)
-            yield Phase("discriminator", self.discriminator_optimizer, self._discriminator_loss)
-        self._fake = None
+            loss = self._discriminator_loss
+            yield Phase("discriminator", self.discriminator_optimizer, loss, None, self.judge, accumulate)
+        self._fakes.clear()
 
     def after_step(self) -> None:
+        if self.lecam is not None and self._logits:
+            self.lecam.update(torch.stack(self._logits).mean(0))
+        self._logits.clear()
         if self.ema is not None:
             self.ema.update_parameters(self.together)
 
@@ -104,13 +129,16 @@ class TokenizerObjective:
         if self.ema is not None:
             adopt(self.together, self.ema)
 
+    def _place(self, batch: Batch) -> Place:
+        return Place.from_rows(batch["rows"], self.training.batch_size)
+
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         """(reconstruction, weighted semantic loss, values)."""
         target = None if self.frozen.snapshot is None else self.frozen.snapshot(batch)
         with self.precision.autocast():
             latents, features, distance = self._latents(batch, target)
-            output = self.tokenizer.decoder(self._with_noise(latents)).float()
-        values = {"latent_std": latents.detach().float().std()}
+            output = self.tokenizer.decoder(self._with_noise(latents, self._place(batch))).float()
+        values = {"latent_std": _deviation(latents)}
         semantic = self.stage.semantic
         if target is None:
             return output, output.new_zeros(()), values
@@ -138,53 +166,65 @@ class TokenizerObjective:
         latents, distance = self.tokenizer.adapter(features, grid, target)
         return latents, features, distance
 
-    def _with_noise(self, latents: Tensor) -> Tensor:
+    def _with_noise(self, latents: Tensor, place: Place) -> Tensor:
         """Latents plus `decoder_noise` standard deviations of noise, in units of the normalised latent."""
         if not self.stage.decoder_noise:
             return latents
-        scale = self.tokenizer.latent_std[:, None, None] if self.tokenizer.has_statistics else latents.detach().std()
-        return latents + self.stage.decoder_noise * scale * torch.randn_like(latents)
+        scale = self.tokenizer.latent_std[:, None, None] if self.tokenizer.has_statistics else _deviation(latents)
+        shape = (place.batch_size, *latents.shape[1:])
+        noise = place.of(torch.randn(shape, dtype=latents.dtype, device=latents.device))
+        return latents + self.stage.decoder_noise * scale * noise
 
-    def _reconstruction(self, output: Tensor, images: Tensor) -> tuple[Tensor, Values]:
-        """L1 + w_p LPIPS, float32."""
+    def _reconstruction(self, output: Tensor, images: Tensor, place: Place) -> tuple[Tensor, Values]:
+        """L1 + w_p LPIPS, float32; LPIPS of a share of the batch, of which every process has about as many rows."""
         l1 = (output - images).abs().mean()
         if self.perceptual is None:
             return l1, {"l1": l1.detach()}
-        seen = max(1, round(self.losses.perceptual_share * len(images)))  # batches are shuffled: the first ones will do
+        seen, wanted = place.chosen(self.losses.perceptual_share)
+        if len(seen) < place.count:
+            output, images = output[seen], images[seen]
         with self.precision.autocast():
-            distance = self.perceptual(output[:seen], images[:seen]).float().mean()
+            distance = self.perceptual(output, images).float().sum() if seen else l1.new_zeros(())
+        distance = distance / (wanted * place.count / place.batch_size)  # the mean over processes is that over `wanted`
         loss = l1 + self.losses.perceptual_weight * distance
         return loss, {"l1": l1.detach(), "perceptual": distance.detach()}
 
     def _reconstruction_loss(self, batch: Batch) -> tuple[Tensor, Values]:
         output, semantic, values = self._forward(batch)
-        loss, parts = self._reconstruction(output, batch["images"])
+        loss, parts = self._reconstruction(output, batch["images"], self._place(batch))
         return loss + semantic, values | parts
 
     def _adversarial_loss(self, batch: Batch) -> tuple[Tensor, Values]:
         """Losses differentiated once, down to the image; see aligntok.losses.adversarial."""
         output, semantic, values = self._forward(batch)
         image = output.detach().requires_grad_()
-        reconstruction, parts = self._reconstruction(image, batch["images"])
+        place = self._place(batch)
+        reconstruction, parts = self._reconstruction(image, batch["images"], place)
         with self.precision.autocast():
             logits = self.discriminator(image)
         adversarial, _ = gan_loss.generator_loss(logits, self.losses.gan)
         gradients = image_gradient(reconstruction, image), image_gradient(adversarial, image)
         weight = adaptive_weight(output, self.tokenizer.decoder.conv_out.weight, *gradients, self.losses.gan_weight_max)
         weight = weight * self.losses.gan_weight
-        self._fake = image.detach()
+        self._fakes[place.first] = image.detach()
         values |= parts | {"gan": adversarial.detach(), "gan_weight": weight}
         total = reconstruction + weight * adversarial
         return surrogate(output, gradients[0] + weight * gradients[1], total) + semantic, values
 
     def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, Values]:
-        assert self._fake is not None, "the autoencoder phase comes first"
+        fakes = self._fakes[self._place(batch).first]  # of the autoencoder phase
         with self.precision.autocast():
-            real, fake = self.discriminator(batch["images"]), self.discriminator(self._fake)
+            real, fake = self.discriminator(batch["images"]), self.discriminator(fakes)
         lecam = {}
         if self.lecam is not None:
             lecam = {"lecam_means": self.lecam.means, "lecam_weight": self.losses.lecam_weight}
         loss, stats = gan_loss.discriminator_loss(real, fake, self.losses.gan, **lecam)
-        if self.lecam is not None:
-            self.lecam.update(stats)
+        self._logits.append(stats)
         return loss, {"discriminator": loss.detach(), "logits_real": stats[0], "logits_fake": stats[1]}
+
+
+def _deviation(latents: Tensor) -> Tensor:
+    """Standard deviation over all elements of all processes' latents, float32, without a gradient."""
+    x = latents.detach().float()
+    mean, square = collectives.mean(torch.stack([x.mean(), x.square().mean()])).unbind()
+    return (square - mean.square()).clamp(min=0).sqrt()

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from aligntok.collectives import on_main
 from aligntok.config import LightningDiTConfig, Recipe, SamplerConfig, from_dict
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
 from aligntok.data.images import ImageSet, open_images
@@ -23,10 +25,12 @@ from aligntok.errors import UserError
 from aligntok.files import write_folder
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
+from aligntok.training import distributed
 from aligntok.training.checkpoint import Checkpoints, fingerprint
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
 from aligntok.training.telemetry import Telemetry
+from aligntok.world import current
 
 FORMAT = "aligntok.generator"
 PART = "generator"
@@ -38,10 +42,14 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
     Raises:
         UserError: no tokenizer, one without latent statistics, labels beyond generator.model.classes.
     """
+    with distributed.start(recipe.generator.training.device):
+        return _train(recipe, telemetry or Telemetry(recipe.output, recipe.generator.training.log_every))
+
+
+def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     config, output = recipe.generator, Path(recipe.output)
     training, folder = config.training, output / PART
-    telemetry = telemetry or Telemetry(output, training.log_every)
-    if (folder / "config.json").is_file():
+    if on_main(lambda: (folder / "config.json").is_file()):
         telemetry.say(f"{PART}: already finished, read from {folder}")
         return folder
     precision = choose_precision(training.device, training.precision)
@@ -56,6 +64,7 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
         training.seed,
         telemetry.say,
         telemetry.bar,
+        current(),
         device=precision.device,
     )
     latents: FrozenOutput = FrozenNetwork(tokenizer.encode, precision)
@@ -69,8 +78,9 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
     mark = fingerprint(config, recipe.data, tokenizer.fingerprint(), len(images))
     checkpoints = Checkpoints(output / "checkpoints" / PART, training.keep_checkpoints, mark)
     train(PART, objective, source, training, precision.device, telemetry, checkpoints)
-    _save(folder, objective, tokenizer, images.classes)
-    checkpoints.remove()
+    weights = distributed.gather(objective.ema.module)
+    on_main(lambda: _save(folder, model, weights, config.sampler, tokenizer, images.classes))
+    on_main(checkpoints.remove)
     return folder
 
 
@@ -85,19 +95,25 @@ def _check_classes(model: LightningDiTConfig, images: ImageSet) -> None:
         )
 
 
-def _save(folder: Path, objective: GeneratorObjective, tokenizer: AlignTok, classes: list[str]) -> None:
-    model: LightningDiT = objective.ema.module
+def _save(
+    folder: Path,
+    model: LightningDiT,
+    weights: dict[str, Tensor],
+    sampler: SamplerConfig,
+    tokenizer: AlignTok,
+    classes: list[str],
+) -> None:
     manifest = {
         "format": FORMAT,
         "version": 1,
         "config": dataclasses.asdict(model.config),
-        "sampler": dataclasses.asdict(objective.config.sampler),
+        "sampler": dataclasses.asdict(sampler),
         "latent_channels": model.latent_channels,
         "latent_size": list(model.latent_size),
         "classes": classes,
         "tokenizer": tokenizer.fingerprint(),
     }
-    write_folder(folder, {"model": model.state_dict()}, {"config": manifest})
+    write_folder(folder, {"model": weights}, {"config": manifest})
 
 
 class Generator:

@@ -22,7 +22,7 @@ from aligntok.errors import UserError
 from aligntok.files import write_folder
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
-from aligntok.training.checkpoint import Checkpoints, fingerprint
+from aligntok.training.checkpoint import Checkpoints, course
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
 from aligntok.training.telemetry import Telemetry
@@ -30,6 +30,7 @@ from aligntok.training.train_tokenizer import build_source
 
 FORMAT = "aligntok.generator"
 PART = "generator"
+INDIFFERENT = ("tokenizer", "sampler", "training")  # of the configuration, to the course of training; see `course`
 
 
 def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
@@ -57,8 +58,9 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
     torch.manual_seed(training.seed)
     model = LightningDiT(config.model, tokenizer.latent_channels, (side, side)).to(precision.device)
     objective = GeneratorObjective(model, latents, config, precision)
-    mark = fingerprint(config, recipe.data, tokenizer.fingerprint(), len(images))
-    checkpoints = Checkpoints(output / "checkpoints" / PART, training.keep_checkpoints, mark)
+    decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
+    mark = course(training, recipe.data, images=len(images), tokenizer=tokenizer.fingerprint(), generator=decisive)
+    checkpoints = Checkpoints(output / "checkpoints" / PART, training, mark)
     train(PART, objective, source, training, precision.device, telemetry, checkpoints)
     _save(folder, objective, tokenizer, images.classes)
     checkpoints.remove()

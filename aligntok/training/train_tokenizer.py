@@ -11,7 +11,6 @@ A finished stage is never run again; delete its folder to repeat it.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from aligntok.files import write_folder
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
-from aligntok.training.checkpoint import Checkpoints, fingerprint
+from aligntok.training.checkpoint import Checkpoints, course
 from aligntok.training.loop import train
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.telemetry import Telemetry
@@ -87,19 +86,19 @@ class TokenizerTraining:
             self.precision,
             self.config.betas,
         )
-        mark = fingerprint(
-            name,
-            dataclasses.asdict(stage),
-            self.config.losses,
-            self.config.model,
-            self.config.crop,
-            self.data,
-        )
         checkpoints = Checkpoints(
             self.output / "checkpoints" / name,
-            self.config.training.keep_checkpoints,
-            fingerprint(
-                mark, self.config.betas, self.config.training.seed, self.config.training.batch_size, len(self.images)
+            self.config.training,
+            course(
+                self.config.training,
+                self.data,
+                images=len(self.images),
+                crop=self.config.crop,
+                betas=self.config.betas,
+                model=self.config.model,
+                losses=self.config.losses,
+                stage=stage,
+                start=before,
             ),
         )
         train(

@@ -36,7 +36,8 @@ COUNTERS = {"skipped": 0, "in_a_row": 0, "offset": 0, "rewinds": 0, "rewound_to"
 class Guard:
     """Decides for each phase whether its step may be taken.
 
-    One copy from the device to the host per phase, of two numbers: (1 if not finite, loss).
+    One copy from the device to the host per phase, of two numbers: (1 if finite, loss). Where there are several
+    processes, loss and norm have to be those of all of them, so that all decide alike.
 
     Args:
         part: name of the training part, for the dumps.
@@ -44,19 +45,10 @@ class Guard:
         objective: what is trained.
         source: where batches come from, for the names of pictures in the dumps.
         folder: OUTPUT.
-        average: brings the two numbers [2] to their mean over all processes, which then decide alike.
     """
 
-    def __init__(
-        self,
-        part: str,
-        config: TrainingConfig,
-        objective: Objective,
-        source: Source,
-        folder: Path,
-        average: Callable[[Tensor], Tensor] = lambda numbers: numbers,
-    ) -> None:
-        self.part, self.config, self.objective, self.source, self.average = part, config, objective, source, average
+    def __init__(self, part: str, config: TrainingConfig, objective: Objective, source: Source, folder: Path) -> None:
+        self.part, self.config, self.objective, self.source = part, config, objective, source
         self.dumps = folder / "nonfinite"
         self.spikes = None if config.spike is None else SpikeDetector(config.spike)
         self.skipped = 0  # steps
@@ -106,13 +98,13 @@ class Guard:
             UserError: the limit of skipped steps is reached.
             Spike: the loss is a spike and the run is to go back.
         """
-        bad = ~(torch.isfinite(loss) & torch.isfinite(norm))
-        bad, mean = self.average(torch.stack((bad.float(), loss.float()))).tolist()
-        if bad:
+        sound = torch.isfinite(loss) & torch.isfinite(norm)
+        sound, value = torch.stack((sound.float(), loss.float())).tolist()
+        if not sound:
             self._refuse(phase, batch, loss, norm, values, warn)
             return False
         if self._phases == 1:
-            self._judge(mean, values, warn)
+            self._judge(value, values, warn)
         return True
 
     def finish(self) -> None:

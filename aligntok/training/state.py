@@ -56,15 +56,15 @@ class HostCopy:
 
     def take(self, state: State) -> State:
         """Copy a state; on a GPU the copies are queued behind its work and `ready` waits for them."""
-        if is_sharded(state):
-            return self._take_shards(state)
-        self._buffers = {key: self._buffer(key, value) for key, value in state.items()}
-        for key, value in state.items():
+        shards = {key: value for key, value in state.items() if isinstance(value, DTensor)}
+        plain = {key: value for key, value in state.items() if key not in shards}
+        self._buffers = {key: self._buffer(key, value) for key, value in plain.items()}
+        for key, value in plain.items():
             self._buffers[key].copy_(value, non_blocking=value.is_cuda)
-        if any(value.is_cuda for value in state.values()):
+        if any(value.is_cuda for value in plain.values()):
             self._copied = torch.cuda.Event()
             self._copied.record()
-        return self._buffers
+        return self._buffers | (self._take_shards(shards) if shards else {})
 
     def ready(self) -> None:
         """Wait until the last copy is complete; may be called by another thread."""
@@ -77,7 +77,7 @@ class HostCopy:
             return kept
         return torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
 
-    def _take_shards(self, state: State) -> State:
+    def _take_shards(self, shards: State) -> State:
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
         if self._stager is None:
@@ -86,7 +86,7 @@ class HostCopy:
                 use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
             )
             self._stager = DefaultStager(options)
-        return self._stager.stage(state)
+        return self._stager.stage(shards)
 
 
 def write_whole(state: State, folder: Path) -> None:

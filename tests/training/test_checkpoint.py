@@ -8,52 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from objectives import Small, checkpoints, mark
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 
 from aligntok import files
-from aligntok.config import DataConfig, TrainingConfig
 from aligntok.errors import UserError
 from aligntok.training import checkpoint, state
 from aligntok.training.best import BestValue
-from aligntok.training.checkpoint import Checkpoints, course, damage
-from aligntok.training.ema import build_ema
+from aligntok.training.checkpoint import damage
 from aligntok.training.state import collect
-
-
-class Small:
-    """The least objective that has everything a checkpoint holds: buffers, averages, one fused and one idle Adam."""
-
-    steps = 100
-
-    def __init__(self, seed: int = 0) -> None:
-        torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 5, 3))
-        self.model.to(memory_format=torch.channels_last)
-        self.critic = nn.Linear(2, 1)
-        self.average = build_ema(self.model, 0.9)
-        self.adam = torch.optim.Adam(self.model.parameters(), fused=True)
-        self.idle = torch.optim.Adam(self.critic.parameters())
-
-    def modules(self) -> dict[str, nn.Module]:
-        return {"model": self.model, "critic": self.critic, "ema": self.average}
-
-    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {"model": self.adam, "critic": self.idle}
-
-    def step(self) -> None:
-        self.adam.zero_grad()
-        self.model(torch.randn(2, 3, 8, 8)).square().mean().backward()
-        self.adam.step()
-        self.average.update_parameters(self.model)
-
-
-MARK = course(TrainingConfig(), DataConfig(), stage={"learning_rate": 1e-3})
-
-
-def checkpoints(folder: Path, mark: dict | None = None, **training) -> Checkpoints:
-    return Checkpoints(folder / "part", TrainingConfig(**training), mark or MARK)
 
 
 def same(a: Small, b: Small) -> bool:
@@ -187,11 +151,9 @@ def test_a_damaged_later_one_does_not_push_out_the_new_one(tmp_path):
 
 def test_another_configuration_is_named(tmp_path):
     objective = trained(tmp_path, 1)
-    mark = course(TrainingConfig(seed=4), DataConfig(workers=99), stage={"learning_rate": 2e-3})
     with pytest.raises(UserError, match=r"training.seed was 0, is 4 \(and stage.learning_rate\)"):
-        checkpoints(tmp_path, mark).restore(objective)
-    mark = course(TrainingConfig(log_every=3), DataConfig(workers=99), stage={"learning_rate": 1e-3})
-    assert checkpoints(tmp_path, mark).restore(objective)[0] == 1, "what does not decide the course may change"
+        checkpoints(tmp_path, mark(seed=4, workers=99, learning_rate=2e-3)).restore(objective)
+    assert checkpoints(tmp_path, mark(workers=99)).restore(objective)[0] == 1, "this does not decide the course"
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path, monkeypatch):

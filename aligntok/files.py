@@ -94,7 +94,8 @@ def remove_unfinished(folder: str | Path, wanted: Callable[[str], bool]) -> None
         if found is None or not wanted(found["name"]):
             continue
         if found["kind"] == "old" and not (folder / found["name"]).exists():
-            os.replace(path, folder / found["name"])
+            with suppress(FileNotFoundError):  # another process of this run was faster
+                os.replace(path, folder / found["name"])
         elif path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:

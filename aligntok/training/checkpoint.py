@@ -146,10 +146,7 @@ class Checkpoints:
     def remove(self) -> None:
         """Delete all but the best, once the part's result is on disk."""
         if self.world.main:
-            for folder in self._existing("step"):
-                shutil.rmtree(folder, ignore_errors=True)
-            with suppress(OSError):  # a best one stays
-                self.folder.rmdir()
+            discard(self.folder)
 
     def _write(self, step: int, state: State, document: dict[str, Any], best: bool) -> None:
         """Body of the writing thread; what goes wrong is kept for `check`."""
@@ -249,6 +246,14 @@ class Checkpoints:
 
     def _existing(self, kind: str) -> list[Path]:
         return sorted(self.folder.glob(f"{kind}-*"))
+
+
+def discard(folder: Path) -> None:
+    """Delete the checkpoints of a finished part, but for the best."""
+    for checkpoint in folder.glob("step-*"):
+        shutil.rmtree(checkpoint, ignore_errors=True)
+    with suppress(OSError):  # not there, or not empty
+        folder.rmdir()
 
 
 def _seal(folder: Path, document: dict[str, Any]) -> None:

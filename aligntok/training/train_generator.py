@@ -19,10 +19,10 @@ from aligntok.data.images import ImageSet, open_images
 from aligntok.data.sources import MemorySource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
-from aligntok.files import write_folder
+from aligntok.files import remove_unfinished, write_folder
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
-from aligntok.training.checkpoint import Checkpoints, course
+from aligntok.training.checkpoint import Checkpoints, course, discard
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
 from aligntok.training.telemetry import Telemetry
@@ -42,7 +42,9 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
     config, output = recipe.generator, Path(recipe.output)
     training, folder = config.training, output / PART
     telemetry = telemetry or Telemetry(output, training.log_every)
+    remove_unfinished(output, PART.__eq__)
     if (folder / "config.json").is_file():
+        discard(output / "checkpoints" / PART)  # still there where a kill came between the two
         telemetry.say(f"{PART}: already finished, read from {folder}")
         return folder
     precision = choose_precision(training.device, training.precision)

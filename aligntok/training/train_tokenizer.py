@@ -23,11 +23,11 @@ from aligntok.data.images import ImageSet, load_center_crops, open_images
 from aligntok.data.sources import MemorySource, Source, StreamSource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
-from aligntok.files import write_folder
+from aligntok.files import remove_unfinished, write_folder
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
-from aligntok.training.checkpoint import Checkpoints, course
+from aligntok.training.checkpoint import Checkpoints, course, discard
 from aligntok.training.loop import train
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.telemetry import Telemetry
@@ -58,6 +58,7 @@ class TokenizerTraining:
     def run(self) -> AlignTok:
         """All stages that are not finished yet; returns the tokenizer of the last one, on the training device."""
         tokenizer: AlignTok | None = None
+        remove_unfinished(self.output, "tokenizer".__eq__)
         for stage in STAGES:
             if getattr(self.config.stages, stage).steps:
                 tokenizer = self.run_stage(stage, getattr(self.config.stages, stage), tokenizer)
@@ -69,7 +70,9 @@ class TokenizerTraining:
     def run_stage(self, name: str, stage: StageConfig, start: AlignTok | None) -> AlignTok:
         """Train one stage from `start` (None = the pretrained encoder with a new adapter and decoder)."""
         folder = self.output / name
+        remove_unfinished(folder, ("tokenizer", "discriminator").__contains__)
         if self._finished(name):
+            discard(self.output / "checkpoints" / name)  # still there where a kill came between the two
             self.telemetry.say(f"{name}: already finished, read from {folder}")
             return load_tokenizer(folder / "tokenizer").to(self.precision.device)
         tokenizer = self._begin(start)

@@ -48,15 +48,15 @@ class RandomState:
 
 def locate(objective: Objective, phase: Phase, batch: Batch, random: RandomState) -> Finding:
     """The first layer that is to blame for a non-finite loss or gradient; gradients must still be there, unclipped."""
+    names = {module: name for name, module in _named_modules(objective)}
+    gradients = _bad_gradients(objective, phase)
+    with _Watch(names) as watch, random.again(), torch.compiler.set_stance("force_eager"):
+        values = phase.loss(batch)[1]  # by every process, whatever it has found: losses may communicate
     for key, value in batch.items():
         if not _finite(value):
             rows = torch.nonzero(~value.reshape(len(value), -1).isfinite().all(1)).flatten()
             pictures = batch["index"][rows].tolist()
             return Finding(f"batch[{key!r}]", f"input, rows {rows.tolist()}, pictures {pictures}")
-    names = {module: name for name, module in _named_modules(objective)}
-    gradients = _bad_gradients(objective, phase)
-    with _Watch(names) as watch, random.again(), torch.compiler.set_stance("force_eager"):
-        values = phase.loss(batch)[1]
     if watch.found is not None:
         return _blame_weight(watch.found, {name: module for module, name in names.items()})
     for key, value in values.items():

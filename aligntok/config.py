@@ -162,6 +162,16 @@ class StagesConfig:
 
 
 @dataclass
+class SpikeConfig:
+    """When a loss counts as a spike, and what follows."""
+
+    factor: float = 4.0  # spreads above the median; spread = 1.48 MAD, at least 5 % of the median (training/spikes.py)
+    window: int = 128  # losses behind the median; nothing is judged before as many have been seen
+    rewind: bool = False  # go back to the last checkpoint and leave out the batches since (PaLM, section 5.1)
+    max_rewinds: int = 3  # from one and the same checkpoint, before the run stops
+
+
+@dataclass
 class TrainingConfig:
     """What the loop and its services need, whatever the objective."""
 
@@ -175,6 +185,8 @@ class TrainingConfig:
     nonfinite_limit: int = 20  # skipped steps in a row after which the run stops
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: every process with all weights, or with a share of them
     accumulate: int = 1  # micro-batches per step; batch_size stays that of the step
+    keep_best: str | None = None  # logged value, e.g. "loss": the checkpoint after its lowest mean stays as best-STEP
+    spike: SpikeConfig | None = None  # None = losses are not watched for spikes
 
 
 @dataclass

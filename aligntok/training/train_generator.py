@@ -22,11 +22,11 @@ from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
-from aligntok.files import write_folder
+from aligntok.files import remove_unfinished, write_folder
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
 from aligntok.training import distributed
-from aligntok.training.checkpoint import Checkpoints, fingerprint
+from aligntok.training.checkpoint import Checkpoints, course, discard
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
 from aligntok.training.telemetry import Telemetry
@@ -34,6 +34,7 @@ from aligntok.world import current
 
 FORMAT = "aligntok.generator"
 PART = "generator"
+INDIFFERENT = ("tokenizer", "sampler", "training")  # of the configuration, to the course of training; see `course`
 
 
 def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
@@ -49,7 +50,9 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
 def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     config, output = recipe.generator, Path(recipe.output)
     training, folder = config.training, output / PART
+    on_main(lambda: remove_unfinished(output, PART.__eq__))
     if on_main(lambda: (folder / "config.json").is_file()):
+        on_main(lambda: discard(output / "checkpoints" / PART))  # still there where a kill came between the two
         telemetry.say(f"{PART}: already finished, read from {folder}")
         return folder
     precision = choose_precision(training.device, training.precision)
@@ -75,8 +78,9 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     torch.manual_seed(training.seed)
     model = LightningDiT(config.model, tokenizer.latent_channels, (side, side)).to(precision.device)
     objective = GeneratorObjective(model, latents, config, precision)
-    mark = fingerprint(config, recipe.data, tokenizer.fingerprint(), len(images))
-    checkpoints = Checkpoints(output / "checkpoints" / PART, training.keep_checkpoints, mark)
+    decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
+    mark = course(training, recipe.data, images=len(images), tokenizer=tokenizer.fingerprint(), generator=decisive)
+    checkpoints = Checkpoints(output / "checkpoints" / PART, training, mark)
     train(PART, objective, source, training, precision.device, telemetry, checkpoints)
     weights = distributed.gather(objective.ema.module)
     on_main(lambda: _save(folder, model, weights, config.sampler, tokenizer, images.classes))

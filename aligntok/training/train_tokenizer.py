@@ -11,7 +11,6 @@ A finished stage is never run again; delete its folder to repeat it.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -26,12 +25,12 @@ from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource, Source
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
-from aligntok.files import write_folder
+from aligntok.files import remove_unfinished, write_folder
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
 from aligntok.training import distributed
-from aligntok.training.checkpoint import Checkpoints, fingerprint
+from aligntok.training.checkpoint import Checkpoints, course, discard
 from aligntok.training.loop import train
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.telemetry import Telemetry
@@ -65,6 +64,7 @@ class TokenizerTraining:
     def run(self) -> AlignTok:
         """All stages that are not finished yet; returns the tokenizer of the last one, on the training device."""
         tokenizer: AlignTok | None = None
+        on_main(lambda: remove_unfinished(self.output, "tokenizer".__eq__))
         for stage in STAGES:
             if getattr(self.config.stages, stage).steps:
                 tokenizer = self.run_stage(stage, getattr(self.config.stages, stage), tokenizer)
@@ -76,7 +76,11 @@ class TokenizerTraining:
     def run_stage(self, name: str, stage: StageConfig, start: AlignTok | None) -> AlignTok:
         """Train one stage from `start` (None = the pretrained encoder with a new adapter and decoder)."""
         folder = self.output / name
+        on_main(lambda: remove_unfinished(folder, ("tokenizer", "discriminator").__contains__))
         if self._finished(name):
+            on_main(
+                lambda: discard(self.output / "checkpoints" / name)
+            )  # a kill came between
             self.telemetry.say(f"{name}: already finished, read from {folder}")
             return load_tokenizer(folder / "tokenizer").to(self.precision.device)
         tokenizer = self._begin(start)
@@ -95,19 +99,19 @@ class TokenizerTraining:
             self.config.training,
             self.config.betas,
         )
-        mark = fingerprint(
-            name,
-            dataclasses.asdict(stage),
-            self.config.losses,
-            self.config.model,
-            self.config.crop,
-            self.data,
-        )
         checkpoints = Checkpoints(
             self.output / "checkpoints" / name,
-            self.config.training.keep_checkpoints,
-            fingerprint(
-                mark, self.config.betas, self.config.training.seed, self.config.training.batch_size, len(self.images)
+            self.config.training,
+            course(
+                self.config.training,
+                self.data,
+                images=len(self.images),
+                crop=self.config.crop,
+                betas=self.config.betas,
+                model=self.config.model,
+                losses=self.config.losses,
+                stage=stage,
+                start=before,
             ),
         )
         train(

@@ -70,8 +70,8 @@ class DataConfig:
     memory_limit_gib: float = 2.0  # centre-cropped sets below this size are decoded once and kept in memory
     max_images: int | None = None
     # what decodes streamed images; auto = DALI where it can be had and most images are JPEG, else Pillow in workers
-    loader: Literal["auto", "dali", "torchvision"] = field(default="auto", repr=False)
-    stall_timeout: float = field(default=300.0, repr=False)  # seconds without a batch that end a run; 0 = never
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    stall_timeout: float = 300.0  # seconds without a batch that end a run; 0 = never
 
 
 @dataclass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,8 @@ def locate(objective: Objective, phase: Phase, batch: Batch, random: RandomState
     names = {module: name for name, module in _named_modules(objective)}
     gradients = _bad_gradients(objective, phase)
     with _Watch(names) as watch, random.again(), torch.compiler.set_stance("force_eager"):
-        values = phase.loss(batch)[1]  # by every process, whatever it has found: losses may communicate
+        compute = partial(phase.loss, batch)
+        values = (compute() if phase.trained is None else phase.trained(compute))[1]  # by every process, whatever it has found: losses may communicate
     for key, value in batch.items():
         if not _finite(value):
             rows = torch.nonzero(~value.reshape(len(value), -1).isfinite().all(1)).flatten()

@@ -168,6 +168,9 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     log_every: int = 50
     nonfinite_limit: int = 20  # skipped steps in a row after which the run stops
+    preview_every: int = 5_000  # steps between two pictures in OUTPUT/previews, and one at the end; 0 = none
+    profile: int = 0  # steps to trace into OUTPUT/profile, after five others; 0 = none
+    wandb_project: str | None = None  # also record to this Weights & Biases project (pip install 'aligntok[wandb]')
 
 
 @dataclass

@@ -22,9 +22,11 @@ from aligntok.errors import UserError
 from aligntok.files import write_folder
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
+from aligntok.training.banner import PartFacts, generator_kernels, machine_line, part_lines
 from aligntok.training.checkpoint import Checkpoints, fingerprint
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
+from aligntok.training.previews import GeneratorPreview
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.train_tokenizer import build_source
 
@@ -57,8 +59,23 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
     torch.manual_seed(training.seed)
     model = LightningDiT(config.model, tokenizer.latent_channels, (side, side)).to(precision.device)
     objective = GeneratorObjective(model, latents, config, precision)
-    mark = fingerprint(config, recipe.data, tokenizer.fingerprint(), len(images))
+    course = dataclasses.replace(config, training=None), training.seed, training.batch_size
+    mark = fingerprint(*course, recipe.data, tokenizer.fingerprint(), len(images))
     checkpoints = Checkpoints(output / "checkpoints" / PART, training.keep_checkpoints, mark)
+    preview = GeneratorPreview(objective, tokenizer, images.classes, precision)
+    peak = telemetry.watch(PART, training, precision, config, preview)
+    facts = PartFacts(
+        PART,
+        objective.steps,
+        training,
+        images,
+        source,
+        {"LightningDiT": model, "tokenizer": tokenizer},
+        generator_kernels(config.model, precision),
+        mark,
+        output,
+    )
+    telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, peak))
     train(PART, objective, source, training, precision.device, telemetry, checkpoints)
     _save(folder, objective, tokenizer, images.classes)
     checkpoints.remove()

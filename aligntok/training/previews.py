@@ -25,7 +25,7 @@ from aligntok.training.tokenizer_objective import TokenizerObjective
 
 PICTURES = 8  # reconstructed in a preview
 CLASSES, PER_CLASS = 12, 2  # drawn in a preview
-SAMPLER_STEPS = 50  # at most, of the configured number: a glance needs no more
+SAMPLER_STEPS = 25  # at most, of the configured number: a glance needs no more
 SIDE = 128  # pixels; smaller pictures are enlarged to about this
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 from aligntok import files
 from aligntok.config import Recipe
+from aligntok.training.part_log import PartLog
 from aligntok.training.previews import undisturbed
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.throughput import FlopLedger
@@ -102,6 +103,28 @@ def test_a_preview_that_fails_is_a_warning(pictures, tmp_path, monkeypatch):
     TokenizerTraining(recipe, Telemetry(tmp_path, 1, Console(file=said))).run()
     assert said.getvalue().count("No space left on device") == 2 and "training goes on" in said.getvalue()
     assert (tmp_path / "tokenizer" / "config.json").is_file()
+
+
+def test_a_resumed_generator_may_be_watched_otherwise(watched_run, pictures, tmp_path, monkeypatch):
+    recipe = tiny_recipe(tmp_path, pictures)
+    recipe.generator.tokenizer = str(watched_run[0] / "tokenizer")
+    recipe.generator.training.checkpoint_every = 2
+    step = PartLog.step
+
+    def fail(self, done, *arguments):
+        step(self, done, *arguments)
+        if done == 3:
+            raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartLog, "step", fail)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train_generator(recipe)
+    training = recipe.generator.training
+    training.log_every, training.preview_every, training.checkpoint_every = 4, 0, 3
+    said = io.StringIO()
+    train_generator(recipe, Telemetry(tmp_path, 1, Console(file=said)))
+    assert "generator: resumed at step 2 of 4" in said.getvalue()
 
 
 def test_undisturbed_restores_modes_and_random_state():

@@ -9,8 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from aligntok.training import telemetry as module
-from aligntok.training.telemetry import PartLog, Telemetry, Watch
+from aligntok.training import part_log
+from aligntok.training.part_log import PartLog, Watch
+from aligntok.training.telemetry import Telemetry
 from aligntok.training.throughput import Peak
 from aligntok.world import World
 
@@ -135,7 +136,7 @@ def test_a_terminal_gets_a_bar_with_the_step_line_below(tmp_path):
 
 def test_values_are_not_fetched_between_records(tmp_path, monkeypatch):
     fetched = []
-    monkeypatch.setattr(module._Interval, "means", lambda self, world: fetched.append(1) or {})
+    monkeypatch.setattr(part_log._Interval, "means", lambda self, world: fetched.append(1) or {})
     for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
     telemetry = watched(tmp_path, Watch(log_every=3, peak=Peak(1.0, "invented")))

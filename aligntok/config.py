@@ -66,7 +66,7 @@ class DataConfig:
     image_size: int = 256
     flip: bool = True  # horizontal flips; VA-VAE uses none for its tokenizer, LightningDiT caches both
     held_out: float = 0.0  # share of images kept for evaluation, chosen by a seeded shuffle
-    workers: int = field(default=8, repr=False)  # not part of what decides a run, as the two below with repr=False
+    workers: int = 8
     memory_limit_gib: float = 2.0  # centre-cropped sets below this size are decoded once and kept in memory
     max_images: int | None = None
     # what decodes streamed images; auto = DALI where it can be had and most images are JPEG, else Pillow in workers
@@ -187,6 +187,9 @@ class TrainingConfig:
     accumulate: int = 1  # micro-batches per step; batch_size stays that of the step
     keep_best: str | None = None  # logged value, e.g. "loss": the checkpoint after its lowest mean stays as best-STEP
     spike: SpikeConfig | None = None  # None = losses are not watched for spikes
+    preview_every: int = 5_000  # steps between two pictures in OUTPUT/previews, and one at the end; 0 = none
+    profile: int = 0  # steps to trace into OUTPUT/profile, after five others; 0 = none
+    wandb_project: str | None = None  # also record to this Weights & Biases project (pip install 'aligntok[wandb]')
 
 
 @dataclass

@@ -12,9 +12,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aligntok import _cuda_toolkit as cuda_toolkit
+
+if TYPE_CHECKING:
+    import torch
 
 # Import names that differ from the distribution's name by more than a dash.
 _MODULES = {
@@ -138,6 +141,18 @@ def _devices() -> Iterator[Row]:
         card = torch.cuda.get_device_properties(index)
         memory = f"{card.total_memory / 2**30:.0f} GiB, sm_{card.major}{card.minor}"
         yield Row(section, f"cuda:{index}", card.name, memory)
+
+
+def device_line(device: "torch.device") -> str:
+    """What is known of the device that a run uses, as in the section "Devices": "cpu: NAME (2 threads, AVX512)"."""
+    import torch
+
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    name = device.type if index is None else f"{device.type}:{index}"
+    for row in _devices():
+        if row.name == name:
+            return f"{name}: {row.value} ({row.note})"
+    return name
 
 
 def _toolkit() -> Iterator[Row]:

@@ -162,6 +162,9 @@ class DaliSource:
         self._broken: Exception | None = None  # what has killed the pipeline
         self._failures = 0
 
+    def __str__(self) -> str:
+        return f"decoded as training goes by DALI on the {'GPU' if self.device.type == 'cuda' else 'CPU'}"
+
     def batch(self, step: int) -> Batch:
         """The batch of one step, images on `device` if it is a CUDA device, else on the CPU.
 

@@ -87,6 +87,9 @@ class MemorySource:
         self.images, self.labels, self.flip = images, labels, flip
         self.order = Order(len(images), batch_size, seed, world)
 
+    def __str__(self) -> str:
+        return "decoded once and kept in memory (centre crops within data.memory_limit_gib)"
+
     def batch(self, step: int) -> Batch:
         index = self.order.indices(step)
         flip = (self.order.uniforms(step)[:, 0] < 0.5) & self.flip
@@ -124,6 +127,9 @@ class StreamSource:
         self.dataset = _Crops(images, data.image_size, crop, self.reading)
         self._batches: Iterator[dict[str, Any]] | None = None
         self._next_step = -1
+
+    def __str__(self) -> str:
+        return f"decoded as training goes by {self.data.workers} torchvision workers"
 
     def batch(self, step: int) -> Batch:
         if self._batches is None or step != self._next_step:

@@ -86,6 +86,11 @@ class Checkpoints:
         elif not isinstance(error, KeyboardInterrupt) and self._writer is not None:
             self._writer.join()
 
+    @property
+    def fingerprint(self) -> str:
+        """Short hash of the course of the run."""
+        return hashlib.sha256(json.dumps(self.course, sort_keys=True).encode()).hexdigest()[:16]
+
     def observe(self, values: Values) -> None:
         """Take in a step's logged values, for `keep_best`."""
         if self.best is not None:

@@ -53,7 +53,9 @@ def locate(objective: Objective, phase: Phase, batch: Batch, random: RandomState
     gradients = _bad_gradients(objective, phase)
     with _Watch(names) as watch, random.again(), torch.compiler.set_stance("force_eager"):
         compute = partial(phase.loss, batch)
-        values = (compute() if phase.trained is None else phase.trained(compute))[1]  # by every process, whatever it has found: losses may communicate
+        values = (compute() if phase.trained is None else phase.trained(compute))[
+            1
+        ]  # by every process, whatever it has found: losses may communicate
     for key, value in batch.items():
         if not _finite(value):
             rows = torch.nonzero(~value.reshape(len(value), -1).isfinite().all(1)).flatten()

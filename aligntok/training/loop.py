@@ -89,7 +89,7 @@ def take_step(
         objective.after_step()
     guard.finish()
     observe(values)
-    log.step(step + 1, values, config.batch_size)
+    log.step(step + 1, values, len(batch["labels"]))
 
 
 def run_phase(objective: Objective, phase: Phase, batch: Batch, guard: Guard, warn: Callable[[str], None]) -> Values:

@@ -26,9 +26,11 @@ from aligntok.files import remove_unfinished, write_folder
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
 from aligntok.training import distributed
+from aligntok.training.banner import PartFacts, generator_kernels, machine_line, part_lines
 from aligntok.training.checkpoint import Checkpoints, course, discard
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
+from aligntok.training.previews import GeneratorPreview
 from aligntok.training.telemetry import Telemetry
 from aligntok.world import current
 
@@ -81,6 +83,20 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
     mark = course(training, recipe.data, images=len(images), tokenizer=tokenizer.fingerprint(), generator=decisive)
     checkpoints = Checkpoints(output / "checkpoints" / PART, training, mark)
+    preview = GeneratorPreview(objective, tokenizer, images.classes, precision)
+    peak = telemetry.watch(PART, training, precision, config, preview)
+    facts = PartFacts(
+        PART,
+        objective.steps,
+        training,
+        images,
+        source,
+        {"LightningDiT": model, "tokenizer": tokenizer},
+        generator_kernels(config.model, precision),
+        checkpoints.fingerprint,
+        output,
+    )
+    telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, peak))
     train(PART, objective, source, training, precision.device, telemetry, checkpoints)
     weights = distributed.gather(objective.ema.module)
     on_main(lambda: _save(folder, model, weights, config.sampler, tokenizer, images.classes))

@@ -30,8 +30,10 @@ from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
 from aligntok.training import distributed
+from aligntok.training.banner import PartFacts, machine_line, part_lines, tokenizer_kernels
 from aligntok.training.checkpoint import Checkpoints, course, discard
 from aligntok.training.loop import train
+from aligntok.training.previews import TokenizerPreview
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
@@ -78,9 +80,7 @@ class TokenizerTraining:
         folder = self.output / name
         on_main(lambda: remove_unfinished(folder, ("tokenizer", "discriminator").__contains__))
         if self._finished(name):
-            on_main(
-                lambda: discard(self.output / "checkpoints" / name)
-            )  # a kill came between
+            on_main(lambda: discard(self.output / "checkpoints" / name))  # a kill came between
             self.telemetry.say(f"{name}: already finished, read from {folder}")
             return load_tokenizer(folder / "tokenizer").to(self.precision.device)
         tokenizer = self._begin(start)
@@ -114,6 +114,7 @@ class TokenizerTraining:
                 start=before,
             ),
         )
+        self._announce(name, objective, checkpoints)
         train(
             name,
             objective,
@@ -133,6 +134,33 @@ class TokenizerTraining:
             raise AssertionError("decoder-only training changed the encoder, the adapter or the latent statistics")
         on_main(lambda: self._finish(folder, tokenizer, discriminator, checkpoints))
         return tokenizer
+
+    def _announce(self, name: str, objective: TokenizerObjective, checkpoints: Checkpoints) -> None:
+        """Say what starts, and prepare its telemetry."""
+        training, size = self.config.training, self.data.image_size
+        shown = self.held_out if len(self.held_out) else self.images
+        preview = TokenizerPreview(objective, shown, size, self.precision)
+        peak = self.telemetry.watch(name, training, self.precision, self.config, preview)
+        networks = dict(objective.tokenizer.named_children())
+        if "discriminator" in objective.modules():
+            networks["discriminator"] = objective.discriminator
+        if objective.perceptual is not None:
+            networks["perceptual"] = objective.perceptual
+        facts = PartFacts(
+            name,
+            objective.steps,
+            training,
+            self.images,
+            self.source,
+            networks,
+            tokenizer_kernels(
+                self.config.losses, objective.stage, objective.tokenizer.encoder, size, self.precision.device
+            ),
+            checkpoints.fingerprint,
+            self.output,
+        )
+        world = self.telemetry.world
+        self.telemetry.announce(machine_line(self.precision, world), part_lines(facts, world, peak))
 
     def prepare(self) -> None:
         """Read the images and compute what the stages look up, before the first of them needs it."""

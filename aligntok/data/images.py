@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -64,9 +65,8 @@ class ImageSet:
 
     def split(self, held_out: float) -> tuple[ImageSet, ImageSet]:
         """(training, held-out) by a fixed shuffle, the same for every seed; `held_out` is the share of the second."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).tolist()
-        count = round(held_out * len(self))
-        return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
+        training, kept = split_numbers(len(self), held_out)
+        return self.subset(training.tolist()), self.subset(kept.tolist())
 
     def open(self, index: int) -> Image.Image | None:
         """The picture as RGB, or None where it is unreadable (then it is recorded in `skipped`)."""
@@ -74,8 +74,23 @@ class ImageSet:
         try:
             return to_rgb(Image.open(io.BytesIO(entry.read_bytes())))
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            self.skipped[entry.name] = str(error) or type(error).__name__
+            reason = re.sub(" <_io.BytesIO object at .*>", "", str(error))  # the same in every process
+            self.skipped[entry.name] = reason or type(error).__name__
             return None
+
+
+def split_numbers(count: int, held_out: float) -> tuple[Tensor, Tensor]:
+    """Numbers of the (training, held-out) pictures of a set of `count`; see ImageSet.split."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    kept = round(held_out * count)
+    return order[kept:].sort().values, order[:kept].sort().values
+
+
+def limit_numbers(count: int, limit: int | None) -> Tensor:
+    """Numbers of the pictures that are used where at most `limit` of `count` are wanted."""
+    if limit is None or limit >= count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -115,9 +130,7 @@ def open_images(path: str, max_images: int | None = None) -> ImageSet:
         )
     if not entries:
         raise UserError(f"no images in {path}: expected files ending in {', '.join(sorted(EXTENSIONS))}")
-    if max_images is not None and max_images < len(entries):
-        keep = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))[:max_images]
-        entries = [entries[i] for i in sorted(keep.tolist())]
+    entries = [entries[i] for i in limit_numbers(len(entries), max_images).tolist()]
     name = "Fluent emoji" if path == "embedded" else source.name
     return ImageSet(name, entries, classes)
 

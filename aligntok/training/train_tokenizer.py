@@ -19,8 +19,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from aligntok.config import DataConfig, Recipe, StageConfig
-from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, tabulate
+from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, latents_in_batch, tabulate
 from aligntok.data.images import ImageSet, load_center_crops, open_images
+from aligntok.data.latent_cache import LatentCache, LatentsBeside
+from aligntok.data.latent_format import make_command
 from aligntok.data.sources import MemorySource, Source, StreamSource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
@@ -75,7 +77,7 @@ class TokenizerTraining:
             return load_tokenizer(folder / "tokenizer").to(self.precision.device)
         tokenizer = self._begin(start)
         discriminator = self._discriminator(folder)
-        frozen = self._frozen_inputs(stage, tokenizer)
+        source, frozen, cache = self._inputs(name, stage, tokenizer)
         before = tokenizer.fingerprint()
         objective = TokenizerObjective(
             tokenizer,
@@ -99,13 +101,18 @@ class TokenizerTraining:
             self.output / "checkpoints" / name,
             self.config.training.keep_checkpoints,
             fingerprint(
-                mark, self.config.betas, self.config.training.seed, self.config.training.batch_size, len(self.images)
+                mark,
+                self.config.betas,
+                self.config.training.seed,
+                self.config.training.batch_size,
+                len(self.images),
+                cache,
             ),
         )
         train(
             name,
             objective,
-            self.source,
+            source,
             self.config.training,
             self.precision.device,
             self.telemetry,
@@ -154,6 +161,35 @@ class TokenizerTraining:
         """The pretrained encoder with a new, seeded adapter and decoder: where Stage 1 starts."""
         torch.manual_seed(self.config.training.seed)
         return AlignTok(self.config.model).to(self.precision.device).eval()
+
+    def _inputs(self, name: str, stage: StageConfig, tokenizer: AlignTok) -> tuple[Source, FrozenInputs, str | None]:
+        """(batches, outputs of frozen networks for them, fingerprint of the latent cache behind them)."""
+        if stage.latents is None:
+            return self.source, self._frozen_inputs(stage, tokenizer), None
+        if stage.trains != ("decoder",):
+            raise UserError(
+                f"tokenizer.stages.{name}.latents is given, but the stage trains {', '.join(stage.trains)}: only "
+                f"decoder-only training (Stage 3) can use a latent cache; set it to null"
+            )
+        finished = [stage for stage in STAGES if self._finished(stage)]
+        if not finished:
+            raise UserError(
+                f"tokenizer.stages.{name}.latents is given, but no stage before it has been trained: latents need a "
+                f"trained adapter and their statistics"
+            )
+        start = self.output / finished[-1] / "tokenizer"
+        command = make_command(start, self.data.path, stage.latents, self.data.image_size)
+        cache = LatentCache(stage.latents, tokenizer.fingerprint(), command)
+        cache.check_data(self.data)
+        images = open_images(self.data.path)
+        cache.check_images(images)
+        numbers = cache.training_numbers(self.data)
+        training = self.config.training
+        source = build_source(
+            images.subset(numbers.tolist()), self.data, "center", training.batch_size, training.seed, self.telemetry
+        )
+        frozen = FrozenInputs(latents=lambda batch: tokenizer.denormalise(latents_in_batch(batch)))
+        return LatentsBeside(source, cache, numbers), frozen, cache.fingerprint
 
     def _frozen_inputs(self, stage: StageConfig, tokenizer: AlignTok) -> FrozenInputs:
         inputs = FrozenInputs()

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import mmap
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from aligntok.data.sources import Batch, MemorySource, Order, Source
 from aligntok.errors import UserError
 from aligntok.world import World
 
+_CAN_ANNOUNCE = hasattr(mmap, "MADV_WILLNEED")  # everywhere but on Windows
 Place = tuple[int, int, int, str]  # position in the batch, shard, row of the shard, tensor
 
 
@@ -70,7 +72,7 @@ class LatentCache:
         self._shards = [self._open(record) for record in manifest["shards"]]
         self._starts = np.cumsum([0] + [record["rows"] for record in manifest["shards"]])
         hashes = [record["sha256"] for record in manifest["shards"]]
-        self.fingerprint = hashlib.sha256(repr((asdict(self.origin), hashes)).encode()).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(repr((self.origin, hashes)).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         """Rows: images that could be read."""
@@ -78,15 +80,15 @@ class LatentCache:
 
     def latents(self, rows: Tensor, flip: Tensor) -> Tensor:
         """Normalised latents [B, d, h, w] float32 of rows [B]; of the mirror images where flip [B] is set."""
-        places = self._announce(rows, flip)
         bits = np.empty((len(rows), *self.origin.latent_shape), np.uint16)
-        for position, shard, offset, name in places:
+        for position, shard, offset, name in self._places(rows, flip):
             bits[position] = self._shards[shard][name].rows[offset]
         return torch.from_numpy(bits).view(torch.bfloat16).float()
 
     def announce(self, rows: Tensor, flip: Tensor) -> None:
-        """Ask the kernel to read these rows from disk; returns before it has."""
-        self._announce(rows, flip)
+        """Ask the kernel to read the latents of these rows from disk; returns before it has."""
+        for _, shard, offset, name in self._places(rows, flip):
+            self._shards[shard][name].announce(offset, 1)
 
     def labels(self, rows: Tensor) -> Tensor:
         """Class numbers [B] of rows [B]."""
@@ -146,12 +148,6 @@ class LatentCache:
                 problem = f"has a damaged header ({type(error).__name__}: {error})"
         raise UserError(f"{self.folder / record['file']} {problem}; make this shard anew with: {self.command}")
 
-    def _announce(self, rows: Tensor, flip: Tensor) -> list[Place]:
-        places = self._places(rows, flip)
-        for _, shard, offset, name in places:
-            self._shards[shard][name].announce(offset, 1)
-        return places
-
     def _numbers(self, name: str, rows: Tensor) -> Tensor:
         found = np.empty(len(rows), np.int64)
         for position, shard, offset, _ in self._places(rows, torch.zeros(len(rows), dtype=torch.bool)):
@@ -174,14 +170,15 @@ class _Tensor:
 
     file: mmap.mmap
     begin: int  # of its bytes in the file
+    row_bytes: int
     rows: np.ndarray  # [n, ...]; bfloat16, which numpy has not, as its bits
 
     def announce(self, first: int, count: int) -> None:
         """Ask the kernel to read `count` rows from `first` on, where the system can be asked."""
-        if hasattr(mmap, "MADV_WILLNEED") and count:
-            begin = self.begin + first * self.rows[0].nbytes
+        if _CAN_ANNOUNCE and count:
+            begin = self.begin + first * self.row_bytes
             page = begin - begin % mmap.PAGESIZE
-            self.file.madvise(mmap.MADV_WILLNEED, page, begin - page + count * self.rows[0].nbytes)
+            self.file.madvise(mmap.MADV_WILLNEED, page, begin - page + count * self.row_bytes)
 
 
 def _map_tensors(file: Path, rows: int, origin: Origin) -> dict[str, _Tensor]:
@@ -197,11 +194,11 @@ def _map_tensors(file: Path, rows: int, origin: Origin) -> dict[str, _Tensor]:
     tensors = {}
     for name, (kind, dtype, shape) in expected.items():
         begin, end = header[name]["data_offsets"]
-        nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
-        if [header[name]["dtype"], header[name]["shape"], end] != [kind, shape, begin + nbytes] or begin < 0:
+        row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
+        if [header[name]["dtype"], header[name]["shape"], end] != [kind, shape, begin + rows * row_bytes] or begin < 0:
             raise ValueError(f"{name} is said to be {header[name]}")
-        tensors[name] = _Tensor(mapped, data + begin, np.ndarray(shape, dtype, mapped, data + begin))
-    if hasattr(mmap, "MADV_RANDOM"):  # reading ahead of a row would fetch others that nobody has asked for
+        tensors[name] = _Tensor(mapped, data + begin, row_bytes, np.ndarray(shape, dtype, mapped, data + begin))
+    if _CAN_ANNOUNCE:  # reading ahead of a row would fetch others that nobody has asked for
         mapped.madvise(mmap.MADV_RANDOM)
     tensors["labels"].announce(0, rows)
     tensors["index"].announce(0, rows)
@@ -229,7 +226,9 @@ class CachedLatentSource:
         self._next: tuple[int, Tensor, Tensor] | None = None
 
     def batch(self, step: int) -> Batch:
-        rows, flip = self._next[1:] if self._next is not None and self._next[0] == step else self._choose(step)
+        if self._next is None or self._next[0] != step:
+            self._prepare(step)
+        _, rows, flip = self._next
         batch = {
             "latents": self.cache.latents(rows, flip),
             "labels": self.cache.labels(rows),
@@ -237,13 +236,15 @@ class CachedLatentSource:
             "flip": flip,
             "rows": self.order.rows,
         }
-        self._next = (step + 1, *self._choose(step + 1))
-        self.cache.announce(*self._next[1:])
+        self._prepare(step + 1)
         return batch
 
-    def _choose(self, step: int) -> tuple[Tensor, Tensor]:
+    def _prepare(self, step: int) -> None:
+        """Choose the rows of a step and have the disk look for them."""
+        rows = self.cache_rows[self.order.indices(step)]
         flip = (self.order.uniforms(step)[:, 0] < 0.5) & self.flip
-        return self.cache_rows[self.order.indices(step)], flip
+        self.cache.announce(rows, flip)
+        self._next = step, rows, flip
 
 
 class LatentsBeside:
@@ -267,4 +268,6 @@ class LatentsBeside:
 
     def batch(self, step: int) -> Batch:
         batch = self.source.batch(step)
-        return batch | {"latents": self.cache.latents(self.cache_rows[batch["index"]], batch["flip"])}
+        rows = self.cache_rows[batch["index"]]
+        self.cache.announce(rows, batch["flip"])
+        return batch | {"latents": self.cache.latents(rows, batch["flip"])}

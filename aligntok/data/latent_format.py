@@ -49,6 +49,10 @@ class Origin:
         """Numbers of the images that a shard is made of."""
         return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.image_count))
 
+    def fingerprint(self) -> str:
+        """Short hash of all of it."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
+
     def check(self, wanted: Origin, folder: Path) -> None:
         """Refuse to mix caches.
 

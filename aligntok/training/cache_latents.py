@@ -203,7 +203,9 @@ class Writer:
         try:
             record = json.loads((self.folder / record_file(shard)).read_text())
             problem = shard_problem(self.folder, record)
-            if problem is None and _sha256(self.folder / record["file"]) != record["sha256"]:
+            if record["origin"] != self.origin.fingerprint():
+                problem = "is a shard of another cache"
+            elif problem is None and _sha256(self.folder / record["file"]) != record["sha256"]:
                 problem = "differs from its checksum"
         except FileNotFoundError:
             return False
@@ -232,21 +234,19 @@ class Writer:
     def _save(self, shard: int, parts: list[dict[str, Tensor]], skipped: list[tuple[int, str]]) -> None:
         """Write a shard, then its record: a shard without one counts for nothing."""
         rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-        values = torch.cat([rows[name].double() for name in ("latents", "flipped") if name in rows])
-        sums, squares = values.sum((0, 2, 3)), values.square().sum((0, 2, 3))
-        if not torch.isfinite(squares).all():
+        moments = torch.stack([_sums(part) for part in parts]).sum(0)
+        if not torch.isfinite(moments).all():
             raise UserError(f"latents of {self.origin.image_set} are not finite: this tokenizer cannot be used")
         data = save(rows)
         write_bytes(self.folder / shard_file(shard), data)
         record = {
+            "origin": self.origin.fingerprint(),
             "file": shard_file(shard),
             "rows": len(rows["index"]),
             "bytes": len(data),
             "sha256": hashlib.sha256(data).hexdigest(),
             "skipped": [{"index": i, "name": self.images.entries[i].name, "reason": why} for i, why in skipped],
-            "values": values[:, 0].numel(),  # of each channel
-            "sums": sums.tolist(),
-            "squares": squares.tolist(),
+            "moments": moments.tolist(),
         }
         write_bytes(self.folder / record_file(shard), json.dumps(record).encode())
 
@@ -300,9 +300,17 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def _sums(rows: dict[str, Tensor]) -> Tensor:
+    """[3, d] float64: sum, sum of squares and number of the latents' values, per channel."""
+    total = 0
+    for values in (rows[name].double() for name in ("latents", "flipped") if name in rows):
+        squares, count = values.square().sum((0, 2, 3)), torch.full(values.shape[1:2], values[:, 0].numel())
+        total = total + torch.stack([values.sum((0, 2, 3)), squares, count])
+    return total
+
+
 def _moments(records: list[Record]) -> dict[str, list[float]]:
     """Mean and standard deviation of every channel of the cached latents, near 0 and 1 if the statistics are right."""
-    values = [r["values"] for r in records]
-    mean = torch.tensor([r["sums"] for r in records], dtype=torch.float64).sum(0) / sum(values)
-    squares = torch.tensor([r["squares"] for r in records], dtype=torch.float64).sum(0) / sum(values)
-    return {"mean": mean.tolist(), "std": (squares - mean.square()).clamp(min=0).sqrt().tolist()}
+    sums, squares, count = torch.tensor([record["moments"] for record in records], dtype=torch.float64).sum(0)
+    mean = sums / count
+    return {"mean": mean.tolist(), "std": (squares / count - mean.square()).clamp(min=0).sqrt().tolist()}

@@ -9,7 +9,8 @@ step    Stage 3 with online encoding and from a cache, in one run: the same netw
 epoch   One epoch of a generator's batches from synthetic caches of 1,000 to 1,000,000 images, each in a process of its
         own. Anonymous memory (RssAnon) is what the process holds; file memory (RssFile) is the part of the page cache
         that it has mapped, which the kernel takes back when it likes. Both are the growth since the cache was opened.
-        The shards are sparse files: the rows come from the page cache or are zeros, never from a disk.
+        A generator's order takes 16 bytes an image of it. The shards are sparse files: their rows come from the page
+        cache or are zeros, never from a disk.
 """
 
 import argparse
@@ -189,8 +190,7 @@ def read_epoch(folder: str, batch: int) -> dict[str, float]:
     torch.rand(batch).float()  # what torch allocates on first use is no part of the reader
     before = {kind: resident(kind) for kind in ("RssAnon", "RssFile")}
     cache = LatentCache(folder)
-    numbers = cache.training_numbers(DataConfig())
-    source = CachedLatentSource(cache, numbers, batch, seed=0, flip=True, world=None)
+    source = CachedLatentSource(cache, cache.training_numbers(DataConfig()), batch, seed=0, flip=True)
     steps, slowest, peak = -(-len(cache) // batch), 0.0, dict.fromkeys(before, 0.0)
     began = time.perf_counter()
     for step in range(steps):

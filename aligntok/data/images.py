@@ -82,8 +82,9 @@ class ImageSet:
 def split_numbers(count: int, held_out: float) -> tuple[Tensor, Tensor]:
     """Numbers of the (training, held-out) pictures of a set of `count`; see ImageSet.split."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-    kept = round(held_out * count)
-    return order[kept:].sort().values, order[:kept].sort().values
+    kept = torch.zeros(count, dtype=torch.bool)
+    kept[order[: round(held_out * count)]] = True
+    return torch.nonzero(~kept).flatten(), torch.nonzero(kept).flatten()
 
 
 def limit_numbers(count: int, limit: int | None) -> Tensor:

@@ -131,6 +131,7 @@ class StageConfig:
     ema_decay: float | None = None  # None = no EMA; warmed up as min(decay, (1+n)/(10+n))
     gradient_clip: float | None = None
     decoder_noise: float = 0.0  # sd of noise added to normalised latents (RAE's option tau); off in AlignTok
+    latents: str | None = None  # folder of a latent cache, Stage 3 only: centre crops, and the encoder does not run
 
 
 def _stage1() -> StageConfig:
@@ -260,6 +261,7 @@ class GeneratorTrainingConfig:
     final_learning_rate: float = 1.0
     ema_decay: float = 0.9999
     gradient_clip: float | None = 1.0  # LightningDiT's authors advise it against NaN
+    latents: str | None = None  # folder of a latent cache; its images are then not needed
 
 
 @dataclass

@@ -170,6 +170,9 @@ class TrainingConfig:
     nonfinite_limit: int = 20  # skipped steps in a row after which the run stops
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: every process with all weights, or with a share of them
     accumulate: int = 1  # micro-batches per step; batch_size stays that of the step
+    checkpointing: Literal["none", "selective", "full"] = "none"  # what blocks compute twice to save memory
+    compile: bool = False  # torch.compile of the trained encoder's and the generator's blocks, one by one
+    optimizer: Literal["adamw", "apex"] = "adamw"  # PyTorch's fused one, or apex's FusedAdam (CUDA, not with fsdp)
 
 
 @dataclass

@@ -35,7 +35,7 @@ from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.training import distributed
 from aligntok.training.generator_objective import GeneratorObjective
-from aligntok.training.objective import Phase
+from aligntok.training.objective import Phase, build_optimizer
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
 from aligntok.training.train_generator import train_generator
 from aligntok.training.train_tokenizer import TokenizerTraining
@@ -107,6 +107,17 @@ def test_two_processes_end_with_the_weights_of_one(runs, mode):
         difference = (two[name].float() - value.float()).abs()
         assert difference.max() < 4 * 1e-3, f"{name}: beyond four steps"
         assert difference.mean() < 1e-5, f"{name}: on average more than a hundredth of a step"
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_micro_batches_of_two_processes_train_the_generator_alike(runs, mode):
+    one, parts = records(runs[mode] / "straight"), records(runs[mode] / "parts")
+    for (part, step), values in parts.items():
+        for name, value in values.items():
+            assert one[part, step][name] == pytest.approx(value, rel=2e-4 if "grad" in name else 2e-5, abs=3e-6)
+    expected = load_file(runs[mode] / "straight" / "generator" / "model.safetensors")
+    for name, value in load_file(runs[mode] / "parts" / "generator" / "model.safetensors").items():
+        assert (value - expected[name]).abs().mean() < 1e-5, name
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -293,6 +304,16 @@ def test_refusals(monkeypatch):
         distributed.split(batch, 0)
     with pytest.raises(UserError, match="parallel is 'dp', expected ddp or fsdp"):
         distributed.is_sharded("dp")
+    for change, message in (
+        ({"optimizer": "apex"}, "runs on CUDA and not under fsdp; this run is on cpu"),
+        ({"optimizer": "sgd"}, "'sgd', expected adamw or apex"),
+        ({"checkpointing": "some"}, "expected one of none, selective, full"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generator(TrainingConfig(batch_size=8, **change))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    with pytest.raises(UserError, match="cannot be imported .* build it from"):
+        build_optimizer([], (0.9, 0.95), TrainingConfig(optimizer="apex"), torch.device("cuda"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="'cuda:1' under torchrun"), distributed.start("cuda:1"):
         pass

@@ -223,6 +223,7 @@ class SamplerConfig:
         0.0,
         0.9,
     )  # LightningDiT's interval start .10, 64 epochs: off above t = .9
+    cuda_graph: bool = True  # on CUDA: record the network's launches once and replay them; false to debug
 
 
 @dataclass

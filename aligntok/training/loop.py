@@ -19,6 +19,7 @@ from aligntok.config import TrainingConfig
 from aligntok.data.sources import Batch, Source
 from aligntok.training.checkpoint import Checkpoints
 from aligntok.training.distributed import complete, gradients
+from aligntok.training.feed import Feed
 from aligntok.training.guard import Interrupted, NonFiniteGuard, StopSignals
 from aligntok.training.objective import Objective, Phase, Values
 from aligntok.training.telemetry import Telemetry
@@ -41,10 +42,11 @@ def train(
     """
     start = checkpoints.restore(objective)
     guard = NonFiniteGuard(config.nonfinite_limit)
-    with StopSignals() as signals, telemetry.part(part, start, objective.steps) as log:
+    feed = Feed(source, device, objective.steps)
+    with StopSignals() as signals, feed, telemetry.part(part, start, objective.steps) as log:
         for step in range(start, objective.steps):
             torch.manual_seed(step_seed(config.seed, step))
-            batch = move(log.waiting_for(partial(source.batch, step)), device)
+            batch = log.waiting_for(partial(feed.batch, step))
             values: Values = {}
             for phase in objective.phases(step):
                 values |= run_phase(objective, phase, batch, guard, log.warn)
@@ -77,8 +79,3 @@ def run_phase(
 def step_seed(seed: int, step: int) -> int:
     """Seed of everything random in a step; distinct for distinct (seed, step) up to 2^32 steps."""
     return (seed << 32) + step
-
-
-def move(batch: Batch, device: torch.device) -> Batch:
-    """The batch's tensors on `device`, copied asynchronously; its row numbers stay on the host, which reads them."""
-    return {key: value if key == "rows" else value.to(device, non_blocking=True) for key, value in batch.items()}

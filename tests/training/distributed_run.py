@@ -14,6 +14,8 @@ import torch
 from helpers import tiny_recipe
 from rich.console import Console
 
+from aligntok import collectives
+from aligntok.errors import UserError
 from aligntok.training import distributed, loop
 from aligntok.training.guard import Interrupted
 from aligntok.training.telemetry import PartLog, Telemetry
@@ -70,6 +72,18 @@ def stopped(recipe, rank):
             codes.append([interrupted.exit_code, str(interrupted)])
 
 
+def failure_on_main():
+    """What each process is told when the first one's work fails."""
+
+    def work():
+        raise UserError("the disk is full")
+
+    try:
+        collectives.on_main(work)
+    except UserError as error:
+        return str(error)
+
+
 def main(mode, pictures, output):
     torch.set_num_threads(1)
     with distributed.start("cpu") as world:
@@ -80,6 +94,7 @@ def main(mode, pictures, output):
         parts.generator.tokenizer, parts.generator.training.accumulate = str(output / "straight" / "tokenizer"), 2
         train_generator(parts)
         said = {
+            "failure": failure_on_main(),
             "guard": disturbed(recipe_for(mode, output / "disturbed", pictures), world.rank),
             "codes": stopped(recipe_for(mode, output / "stopped", pictures), world.rank),
         }

@@ -142,6 +142,12 @@ def test_a_nan_in_one_process_skips_the_step_in_both(runs, mode):
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_failure_of_the_first_process_is_shared(runs, mode):
+    errors = [json.loads((runs[mode] / f"said-{rank}.json").read_text())["failure"] for rank in (0, 1)]
+    assert errors == ["the disk is full", "the first process failed: the disk is full"]
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_only_the_first_process_speaks(runs, mode):
     assert "stage1" in (runs[mode] / "console-0.txt").read_text()
     assert (runs[mode] / "console-1.txt").read_text() == ""
@@ -312,9 +318,11 @@ def test_refusals(monkeypatch):
         with pytest.raises(UserError, match=message):
             generator(TrainingConfig(batch_size=8, **change))
     monkeypatch.setitem(sys.modules, "apex.optimizers", None)
-    with pytest.raises(UserError, match="cannot be imported .* build it from"):
+    with pytest.raises(UserError, match=r"cannot be imported .* build it from"):
         build_optimizer([], (0.9, 0.95), TrainingConfig(optimizer="apex"), torch.device("cuda"))
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="quickstart runs in one process, torchrun has started 2"):
+        distributed.refuse_several("quickstart")
     with pytest.raises(UserError, match="'cuda:1' under torchrun"), distributed.start("cuda:1"):
         pass
     monkeypatch.setattr(distributed, "current", lambda: World(0, 2))

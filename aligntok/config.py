@@ -191,6 +191,9 @@ class TrainingConfig:
     preview_every: int = 5_000  # steps between two pictures in OUTPUT/previews, and one at the end; 0 = none
     profile: int = 0  # steps to trace into OUTPUT/profile, after five others; 0 = none
     wandb_project: str | None = None  # also record to this Weights & Biases project (pip install 'aligntok[wandb]')
+    checkpointing: Literal["none", "selective", "full"] = "none"  # what blocks compute twice to save memory
+    compile: bool = False  # torch.compile of the trained encoder's and the generator's blocks, one by one
+    optimizer: Literal["adamw", "apex"] = "adamw"  # PyTorch's fused one, or apex's FusedAdam (CUDA, not with fsdp)
 
 
 @dataclass
@@ -241,6 +244,7 @@ class SamplerConfig:
         0.0,
         0.9,
     )  # LightningDiT's interval start .10, 64 epochs: off above t = .9
+    cuda_graph: bool = True  # on CUDA: record the network's launches once and replay them; false to debug
 
 
 @dataclass

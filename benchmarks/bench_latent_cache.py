@@ -33,6 +33,7 @@ from aligntok.config import (
     LossConfig,
     StageConfig,
     TokenizerConfig,
+    TrainingConfig,
 )
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, latents_in_batch
 from aligntok.data.images import load_center_crops, open_images
@@ -43,8 +44,9 @@ from aligntok.devices import choose_precision
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import AlignTok
 from aligntok.training.cache_latents import cache_latents
-from aligntok.training.guard import NonFiniteGuard
-from aligntok.training.loop import move, run_phase
+from aligntok.training.feed import move
+from aligntok.training.guard import Guard
+from aligntok.training.loop import run_phase
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
 from benchmarks.machine import DEVICE, machine_line, synchronize
 
@@ -65,16 +67,21 @@ class Stage3:
         discriminator = PatchDiscriminator(losses.discriminator).to(DEVICE)
         self.precision = choose_precision(DEVICE)
         self.tokenizer, self.source, self.samples = tokenizer, source, []
+        training = TrainingConfig()
         stage = StageConfig(trains=("decoder",), steps=10**6)
         frozen = FrozenInputs(latents=build(tokenizer))
-        self.objective = TokenizerObjective(tokenizer, discriminator, None, losses, stage, frozen, self.precision)
+        self.objective = TokenizerObjective(
+            tokenizer, discriminator, None, losses, stage, frozen, self.precision, training
+        )
+        self.guard = Guard("stage3", training, self.objective, source, Path(tempfile.gettempdir()))
 
     def step(self, number: int) -> float:
         """One whole training step; returns its L1 loss."""
         torch.manual_seed(number)
         batch, values = move(self.source.batch(number), self.precision.device), {}
+        self.guard.begin(number)
         for phase in self.objective.phases(number):
-            values |= run_phase(self.objective, phase, batch, NonFiniteGuard(1), print)
+            values |= run_phase(self.objective, phase, batch, self.guard, print)
         self.objective.after_step()
         return values["l1"].item()
 

@@ -12,21 +12,22 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from aligntok import collectives
 from aligntok.config import LossConfig, StageConfig, TrainingConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
-from aligntok.devices import Precision, optimizer_is_fused
+from aligntok.devices import Precision
 from aligntok.kernels import gan_loss
 from aligntok.losses.adversarial import LeCam, adaptive_weight, image_gradient, surrogate
 from aligntok.losses.semantic import semantic_loss
 from aligntok.models.batch_norm import synchronise
+from aligntok.models.blocks import prepare, restore
 from aligntok.models.tokenizer import AlignTok
 from aligntok.training.distributed import is_sharded, replicate, shard
 from aligntok.training.ema import adopt, build_ema
-from aligntok.training.objective import Phase, Schedule, Values, parameter_group
+from aligntok.training.objective import Phase, Schedule, Values, build_optimizer, parameter_group
 from aligntok.world import Place
 
 
@@ -64,6 +65,8 @@ class TokenizerObjective:
             part.train().requires_grad_(True)
         self.together = nn.ModuleDict(self.trained)
         self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
+        if "encoder" in self.trained:
+            prepare(tokenizer.encoder.blocks, training.checkpointing, training.compile)
         self._spread_out()
         rates = {
             "encoder": stage.encoder_learning_rate,
@@ -71,10 +74,9 @@ class TokenizerObjective:
             "decoder": stage.learning_rate,
         }
         groups = [parameter_group(part.parameters(), rates[name]) for name, part in self.trained.items()]
-        fused = optimizer_is_fused(precision.device)
-        self.autoencoder_optimizer = Adam(groups, betas=betas, fused=fused)
+        self.autoencoder_optimizer = build_optimizer(groups, betas, training, precision.device)
         group = parameter_group(discriminator.parameters(), stage.discriminator_learning_rate)
-        self.discriminator_optimizer = Adam([group], betas=betas, fused=fused)
+        self.discriminator_optimizer = build_optimizer([group], betas, training, precision.device)
         self.lecam = LeCam(losses.lecam_decay).to(precision.device) if losses.lecam_weight else None
         # This step's reconstructions by their first row, handed from the first phase to the second
         self._fakes: dict[int, Tensor] = {}
@@ -124,8 +126,9 @@ class TokenizerObjective:
         if self.ema is not None:
             self.ema.update_parameters(self.together)
 
-    def adopt_averages(self) -> None:
-        """Put the moving averages into the tokenizer, at the end of a stage that keeps them."""
+    def finish(self) -> None:
+        """At the end of a stage: blocks as they were, and the moving averages, if it keeps them, as weights."""
+        restore(self.tokenizer.encoder.blocks)
         if self.ema is not None:
             adopt(self.together, self.ema)
 

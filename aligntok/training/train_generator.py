@@ -144,7 +144,8 @@ def _cached_inputs(recipe: Recipe, tokenizer: AlignTok) -> _Inputs:
     cache.check_data(data)
     numbers = cache.training_numbers(data)
     source = CachedLatentSource(cache, numbers, training.batch_size, training.seed, data.flip, world=current())
-    return _Inputs(source, latents_in_batch, cache.origin.classes, cache.origin.image_set, len(numbers), cache.fingerprint)
+    origin = cache.origin
+    return _Inputs(source, latents_in_batch, origin.classes, origin.image_set, len(numbers), cache.fingerprint)
 
 
 def _check_classes(model: LightningDiTConfig, classes: list[str]) -> None:

@@ -127,7 +127,7 @@ class TokenizerTraining:
             self.telemetry,
             checkpoints,
         )
-        objective.adopt_averages()
+        objective.finish()
         if sharded:
             tokenizer.load_state_dict(distributed.gather(objective.tokenizer))
         tokenizer.eval().requires_grad_(False)

@@ -44,12 +44,12 @@ class Injection:
     def __init__(self, monkeypatch, poison, steps: range | tuple = (3,), cure=None) -> None:
         original, self.before, self.after, self.objective = loop.take_step, {}, {}, None
 
-        def take_step(objective, source, seed, device, guard, log, step, observe):
+        def take_step(objective, feed, seed, guard, log, step, observe):
             self.objective, self.guard = objective, guard
             active = step + 1 in steps
             undo = poison(objective) if active else None
             before = {k: v.clone() for k, v in collect(objective).items()}
-            original(objective, source, seed, device, guard, log, step, observe)
+            original(objective, feed, seed, guard, log, step, observe)
             if active:
                 self.before, self.after = before, {k: v.clone() for k, v in collect(objective).items()}
             if undo is not None:

@@ -9,6 +9,9 @@ from PIL import Image
 from aligntok.config import AdapterConfig, DecoderConfig, EncoderConfig, Recipe, TokenizerConfig, from_dict
 from aligntok.models.tokenizer import AlignTok
 
+# What a record of metrics.jsonl says of the machine and not of the training
+MACHINE_VALUES = {"seconds", "images_per_second", "memory_gib", "data_wait", "mfu"}
+
 
 def tiny_config() -> TokenizerConfig:
     """Real architecture, two blocks of a ViT-Ti at f16, eight latent channels."""

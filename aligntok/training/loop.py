@@ -107,6 +107,8 @@ def run_phase(objective: Objective, phase: Phase, batch: Batch, guard: Guard, wa
     if phase.gradient_clip:
         nn.utils.clip_grads_with_norm_(phase.parameters, phase.gradient_clip, norm)
     phase.optimizer.step()
+    if phase.taken is not None:
+        phase.taken()
     return {"loss": loss} | values | {f"grad_norm_{phase.name}": whole}
 
 

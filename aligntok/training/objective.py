@@ -28,7 +28,8 @@ class Phase:
     """One optimizer step: loss(batch) -> (loss, values), then backward, clip, step.
 
     `trained` holds the parameters behind DDP or FSDP2 (aligntok.training.distributed); without it the phase runs in a
-    single process. `accumulate` is the number of micro-batches that a process's rows are divided into.
+    single process. `accumulate` is the number of micro-batches that a process's rows are divided into. `taken` is
+    called after the optimizer's step, and not when that was skipped.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Phase:
     gradient_clip: float | None = None
     trained: nn.Module | None = None
     accumulate: int = 1
+    taken: Callable[[], None] | None = None
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -115,16 +115,18 @@ class TokenizerObjective:
         yield Phase("autoencoder", self.autoencoder_optimizer, loss, clip, self.autoencoder, accumulate)
         if adversarial:
             self.schedule.apply(self.discriminator_optimizer, step)
-            loss = self._discriminator_loss
-            yield Phase("discriminator", self.discriminator_optimizer, loss, None, self.judge, accumulate)
+            loss, taken = self._discriminator_loss, self._average_logits
+            self._logits.clear()
+            yield Phase("discriminator", self.discriminator_optimizer, loss, None, self.judge, accumulate, taken)
         self._fakes.clear()
 
     def after_step(self) -> None:
-        if self.lecam is not None and self._logits:
-            self.lecam.update(torch.stack(self._logits).mean(0))
-        self._logits.clear()
         if self.ema is not None:
             self.ema.update_parameters(self.together)
+
+    def _average_logits(self) -> None:
+        if self.lecam is not None:
+            self.lecam.update(torch.stack(self._logits).mean(0))
 
     def finish(self) -> None:
         """At the end of a stage: blocks as they were, and the moving averages, if it keeps them, as weights."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_recipe, tiny_tokenizer, write_pictures
+from helpers import MACHINE_VALUES, tiny_recipe, tiny_tokenizer, write_pictures
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
@@ -56,8 +56,7 @@ def records(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     found = {(r.pop("part"), r.pop("step")): r for r in lines}
     assert len(found) == len(lines), "a step was recorded twice"
-    times = ("seconds", "images_per_second")
-    return {key: {k: v for k, v in r.items() if k not in times} for key, r in found.items()}
+    return {key: {k: v for k, v in r.items() if k not in MACHINE_VALUES} for key, r in found.items()}
 
 
 @pytest.fixture(scope="module")
@@ -205,6 +204,8 @@ def train_briefly(objective, batches) -> list[torch.Tensor]:
             phase.optimizer.zero_grad()
             losses.append(distributed.gradients(phase, batch)[0])
             phase.optimizer.step()
+            if phase.taken is not None:
+                phase.taken()
         objective.after_step()
     return losses
 

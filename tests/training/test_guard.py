@@ -338,8 +338,8 @@ def test_a_run_that_is_stopped_after_rewinding_goes_on_alike(pictures, tmp_path,
             if name == "stopped":
                 step_once, stop = loop.take_step, {5, 10}
 
-                def crash_once(o, s, seed, device, guard, log, step, *rest, stop=stop, step_once=step_once):
-                    step_once(o, s, seed, device, guard, log, step, *rest)
+                def crash_once(o, feed, seed, guard, log, step, *rest, stop=stop, step_once=step_once):
+                    step_once(o, feed, seed, guard, log, step, *rest)
                     if step in stop:
                         stop.discard(step)
                         raise RuntimeError("power cut")

@@ -14,12 +14,11 @@ import pytest
 import torch
 import yaml
 from forked import Forked
-from helpers import tiny_recipe, write_pictures
+from helpers import MACHINE_VALUES, tiny_recipe, write_pictures
 from safetensors.torch import load_file
 
 PARTS = ("stage1", "stage2", "stage3", "generator")
 STEPS, EVERY = 8, 2
-TIMING = {"seconds", "images_per_second"}
 # Where the thread that writes checkpoints is killed: before the tensors, before the checksums, when the second file
 # goes to disk, and between the renaming of the new one and the removal of what is older
 WRITING = [("write_whole", 1), ("_seal", 1), ("_flush", 2), ("_flush_names", 1)]
@@ -76,7 +75,7 @@ def results(folder: Path) -> dict[str, torch.Tensor]:
 
 def records(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMING} for line in lines]
+    return [{key: value for key, value in line.items() if key not in MACHINE_VALUES} for line in lines]
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from aligntok.devices import Precision, optimizer_is_fused
 from aligntok.kernels import gan_loss
 from aligntok.losses.adversarial import LeCam, adaptive_weight, image_gradient, surrogate
 from aligntok.losses.semantic import semantic_loss
+from aligntok.models import lora
 from aligntok.models.tokenizer import AlignTok
 from aligntok.training.ema import adopt, build_ema
 from aligntok.training.objective import Phase, Schedule, Values, parameter_group
@@ -56,13 +57,16 @@ class TokenizerObjective:
         self.trained = {name: getattr(tokenizer, name) for name in stage.trains}
         tokenizer.eval().requires_grad_(False)
         for part in self.trained.values():
-            part.train().requires_grad_(True)
+            lora.train_only_lora(part.train().requires_grad_(True))
         rates = {
             "encoder": stage.encoder_learning_rate,
             "adapter": stage.adapter_learning_rate or stage.learning_rate,
             "decoder": stage.learning_rate,
         }
-        groups = [parameter_group(part.parameters(), rates[name]) for name, part in self.trained.items()]
+        groups = [
+            parameter_group((p for p in part.parameters() if p.requires_grad), rates[name])
+            for name, part in self.trained.items()
+        ]
         fused = optimizer_is_fused(precision.device)
         self.autoencoder_optimizer = Adam(groups, betas=betas, fused=fused)
         group = parameter_group(discriminator.parameters(), stage.discriminator_learning_rate)

@@ -26,6 +26,7 @@ from aligntok.devices import choose_precision
 from aligntok.errors import UserError
 from aligntok.files import write_folder
 from aligntok.losses.perceptual import build_perceptual
+from aligntok.models import lora
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
 from aligntok.training.checkpoint import Checkpoints, fingerprint
@@ -49,7 +50,7 @@ class TokenizerTraining:
         self.config, self.data = recipe.tokenizer, recipe.data
         self.output = Path(recipe.output)
         training = self.config.training
-        _check_size(self.data.image_size, self.config.model.encoder.downsample)
+        check_size(self.data.image_size, self.config.model.encoder.downsample)
         self.precision = choose_precision(training.device, training.precision)
         self.telemetry = telemetry or Telemetry(self.output, training.log_every)
         self.images, self.held_out = open_images(self.data.path, self.data.max_images).split(self.data.held_out)
@@ -77,6 +78,8 @@ class TokenizerTraining:
         discriminator = self._discriminator(folder)
         frozen = self._frozen_inputs(stage, tokenizer)
         before = tokenizer.fingerprint()
+        if "encoder" in stage.trains and self.config.model.encoder.lora_rank is not None:
+            lora.add(tokenizer.encoder, self.config.model.encoder.lora_rank)
         objective = TokenizerObjective(
             tokenizer,
             discriminator,
@@ -112,6 +115,7 @@ class TokenizerTraining:
             checkpoints,
         )
         objective.adopt_averages()
+        lora.merge(tokenizer.encoder)
         tokenizer.eval().requires_grad_(False)
         if stage.trains != ("decoder",):
             self._compute_statistics(tokenizer)
@@ -229,7 +233,7 @@ def report_skipped(images: ImageSet, telemetry: Telemetry) -> None:
         telemetry.say(f"... and {len(images.skipped) - 5} more unreadable images")
 
 
-def _check_size(size: int, factor: int) -> None:
+def check_size(size: int, factor: int) -> None:
     if size < factor or size % factor:
         raise UserError(
             f"data.image_size is {size}, expected a multiple of encoder.downsample = {factor}: "

@@ -1,8 +1,8 @@
 """Autocast for meta tensors, which PyTorch does not have, so that memory can be counted without any.
 
 `MetaAutocast` does on the meta device what `torch.autocast` does: matrix products, convolutions and attention take bf16
-copies of their inputs (of a weight, one copy for all its uses); LayerNorm and softmax take fp32, as they do on CUDA, where
-a GPU is assumed (aligntok.kernels.assume_device).
+copies of their inputs (of a weight, one copy for all its uses); LayerNorm and softmax take fp32, as they do on CUDA,
+where a GPU is assumed (aligntok.kernels.assume_device).
 `autocast_dtype` answers for every device, so that code which asks need not know.
 """
 

@@ -2,8 +2,8 @@
 
 Everything is counted on the meta device by aligntok.training.cost; no weights are downloaded, nothing is written.
 
-    memory    weights + gradients + optimizer + averages (DDP: all of them; FSDP2: a share of the trained ones, and three
-              of the largest block: gathered, gathered ahead, its gradient) + activations of a micro-batch
+    memory    weights + gradients + optimizer + averages + activations of a micro-batch; DDP: all of them; FSDP2: a
+              share of what trains, and three times the largest block: gathered, gathered ahead, its gradient
     sent      per GPU and step; DDP: 2 (n-1)/n of the gradients (ring all-reduce); FSDP2: 3 (n-1)/n of the trained
               weights (gathered forward and backward, gradients scattered)
     img/s     n * mfu * peak / FLOPs per image
@@ -24,7 +24,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from aligntok.config import GeneratorTrainingConfig, Recipe, StageConfig, TokenizerTrainingConfig, TrainingConfig
+from aligntok.config import GeneratorTrainingConfig, LightningDiTConfig, Recipe, StageConfig, TrainingConfig
 from aligntok.errors import UserError
 from aligntok.files import write_bytes
 from aligntok.training import cost
@@ -58,6 +58,7 @@ class PlanConfig:
     gpu: Literal["a100-80gb", "h100-sxm"] = "h100-sxm"
     mfu: float = 0.4
     json: str | None = None
+    parts: list[str] = dataclasses.field(default_factory=lambda: [*STAGES, "generator"])
 
 
 def plan(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...], update: Update | None = None) -> dict[str, Any]:
@@ -132,11 +133,14 @@ def _counter(recipe: Recipe, part: str, mode: str) -> tuple[TrainingConfig, int,
     """(training options, steps, cost for a micro-batch) of a part."""
     size = recipe.data.image_size
     if part == "generator":
-        config, shape = generator_config(recipe), latent_shape(recipe)
-        return config.training, config.steps, lambda micro: _remembered("generator", config, shape, micro, mode)
+        config, shape = recipe.generator, latent_shape(recipe)
+        decisive = GeneratorTrainingConfig(
+            model=labelled(config.model), training=TrainingConfig(precision=config.training.precision)
+        )
+        return config.training, config.steps, lambda n: _once(cost.generator_cost, decisive, shape, n, mode)
     config, stage = recipe.tokenizer, getattr(recipe.tokenizer.stages, part)
-    decisive = _decisive(stage)
-    return config.training, stage.steps, lambda micro: _remembered("tokenizer", config, decisive, size, micro, mode)
+    decisive = dataclasses.replace(config, stages=None, training=TrainingConfig(precision=config.training.precision))
+    return config.training, stage.steps, lambda n: _once(cost.tokenizer_cost, decisive, _decisive(stage), size, n, mode)
 
 
 def _decisive(stage: StageConfig) -> StageConfig:
@@ -147,28 +151,20 @@ def _decisive(stage: StageConfig) -> StageConfig:
     return StageConfig(stage.trains, steps=1, gan_start=never, semantic=semantic, ema_decay=averages)
 
 
-_known: dict[str, Cost] = {}
+_known: dict[str, Any] = {}
 
 
-def _remembered(kind: str, config: GeneratorTrainingConfig | TokenizerTrainingConfig, *rest: Any) -> Cost:
-    """Counted once in a process: recipes share stages."""
-    if kind == "generator":
-        decisive: tuple = (config.model, config.training.precision, *rest)
-        count = cost.generator_cost
-    else:
-        decisive = (config.model, config.losses, config.training.precision, *rest)
-        count = cost.tokenizer_cost
-    key = repr((kind, decisive))
+def _once(count: Callable[..., Any], *arguments: Any) -> Any:
+    """count(*arguments), counted once in a process: recipes share stages. Arguments are equal if they print equally."""
+    key = repr((count.__name__, arguments))
     if key not in _known:
-        _known[key] = count(config, *rest)
+        _known[key] = count(*arguments)
     return _known[key]
 
 
-def generator_config(recipe: Recipe) -> GeneratorTrainingConfig:
+def labelled(model: LightningDiTConfig) -> LightningDiTConfig:
     """The generator's configuration with a number of classes."""
-    model = recipe.generator.model
-    model = dataclasses.replace(model, classes=UNKNOWN_CLASSES if model.classes is None else model.classes)
-    return dataclasses.replace(recipe.generator, model=model)
+    return dataclasses.replace(model, classes=UNKNOWN_CLASSES if model.classes is None else model.classes)
 
 
 def latent_shape(recipe: Recipe) -> tuple[int, int, int]:
@@ -218,10 +214,10 @@ def memory(counted: Cost, gpus: int, parallel: str) -> dict[str, int]:
 
 
 def _forward(recipe: Recipe, parts: tuple[str, ...]) -> dict[str, int]:
-    found = cost.forward_flops(recipe.tokenizer.model, recipe.data.image_size)
+    found = dict(_once(cost.forward_flops, recipe.tokenizer.model, recipe.data.image_size))
     if "generator" in parts:
-        model = generator_config(recipe).model
-        found["generator evaluation"] = cost.generator_forward_flops(model, latent_shape(recipe))
+        model = labelled(recipe.generator.model)
+        found["generator evaluation"] = _once(cost.generator_forward_flops, model, latent_shape(recipe))
     return found
 
 
@@ -273,7 +269,7 @@ def print_plan(recipe: Recipe, options: PlanConfig) -> None:
         def update(done: int, total: int, what: str) -> None:
             status.update(f"counting {done + 1} of {total}: {what}")
 
-        found = plan(recipe, options, (*STAGES, "generator"), update)
+        found = plan(recipe, options, tuple(options.parts), update)
     show(found, console if console.is_terminal else Console(width=200))
     if options.json is not None:
         write_bytes(Path(options.json), json.dumps(found, indent=1).encode())
@@ -290,5 +286,7 @@ def dry_run(recipe: Recipe, parts: tuple[str, ...]) -> dict[str, Any]:
     options = PlanConfig(gpus=[int(os.environ.get("WORLD_SIZE", "8"))])
     found = plan(recipe, options, parts)
     show(found, Console(width=200))
-    print("dry run: every network was built at full size and every phase took a step without memory; nothing was written")
+    print(
+        "dry run: the networks were built at full size, every phase took a step on the meta device, nothing was written"
+    )
     return found

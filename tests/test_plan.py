@@ -28,7 +28,6 @@ from aligntok.kernels import assume_device
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import AlignTok
-from aligntok.plan import PlanConfig
 from aligntok.training import cost
 from aligntok.training.generator_objective import GeneratorObjective
 
@@ -42,9 +41,7 @@ def _generator(precision: str) -> GeneratorTrainingConfig:
 
 def _stage2(precision: str) -> tuple[TokenizerTrainingConfig, StageConfig]:
     losses = LossConfig(perceptual=PerceptualConfig(kind="none"), discriminator=DiscriminatorConfig(8, 1))
-    config = TokenizerTrainingConfig(
-        model=tiny_config(), losses=losses, training=TrainingConfig(precision=precision)
-    )
+    config = TokenizerTrainingConfig(model=tiny_config(), losses=losses, training=TrainingConfig(precision=precision))
     return config, StageConfig(("encoder", "adapter", "decoder"), steps=1, semantic=SemanticConfig(weight=1.0))
 
 
@@ -179,7 +176,9 @@ def test_plan_prints_predictions_and_writes_them(tmp_path, capsys, monkeypatch):
     file = tmp_path / "plan.json"
     assert main(["plan", "--gpus", "1", "2", "--gpu", "a100-80gb", "--mfu", "0.3", "--json", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "PREDICTED on a100-80gb at 30% of its peak" in printed and "nothing here was measured" in " ".join(printed.split())
+    assert "PREDICTED on a100-80gb at 30% of its peak" in printed and "nothing here was measured" in " ".join(
+        printed.split()
+    )
     found = json.loads(file.read_text())
     assert found["prediction"] is True
     parts = {(row["part"], row["gpus"], row["parallel"], row["checkpointing"]) for row in found["rows"]}

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aligntok.errors import UserError
-from aligntok.kernels import explain, qknorm_attention, qknorm_rope
+from aligntok.kernels import device_type, explain, qknorm_attention, qknorm_rope
 from aligntok.kernels.qknorm_attention import HEAD_WIDTHS
 
 BACKENDS = ("auto", "fused", "flash-attn", "xformers", "sdpa")
@@ -87,7 +87,7 @@ def choose(backend: str, device: str, dtype: torch.dtype, head_width: int) -> st
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q, k, v [B, H, N, D]; written out for short sequences on a CPU."""
-    if q.device.type == "cpu" and q.shape[-2] <= SHORT_SEQUENCE:
+    if device_type(q.device.type) == "cpu" and q.shape[-2] <= SHORT_SEQUENCE:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, N]
         return scores.softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -117,7 +117,7 @@ def attention(
     Raises:
         UserError: the backend is unknown or cannot run here.
     """
-    chosen = choose(backend, qkv.device.type, qkv.dtype, qkv.shape[-1])
+    chosen = choose(backend, device_type(qkv.device.type), qkv.dtype, qkv.shape[-1])
     if chosen == "fused":
         return qknorm_attention(qkv, q_weight, k_weight, rope.pair_cos, rope.pair_sin, eps=eps)
     q, k, v = qknorm_rope(qkv, q_weight, k_weight, rope.cos, rope.sin, eps=eps)  # [B, N, H, D] each

@@ -287,7 +287,14 @@ def measure(
     parts: dict[str, nn.Module],
     units: list[nn.Module],
 ) -> Cost:
-    """Take the first step of `objective` and count. `parts`: all networks on the device, once each; `units`: for FSDP."""
+    """Take the first step of `objective` and count.
+
+    Args:
+        objective: on the meta device.
+        batch: of one process.
+        parts: all networks on the device, by name.
+        units: what FSDP gathers at a time.
+    """
     weights = {id(p): p for part in parts.values() for p in part.parameters()}
     buffers = [b for part in parts.values() for b in part.buffers()]
     trained = [p for p in weights.values() if p.requires_grad]

@@ -63,10 +63,7 @@ class TokenizerObjective:
             "adapter": stage.adapter_learning_rate or stage.learning_rate,
             "decoder": stage.learning_rate,
         }
-        groups = [
-            parameter_group((p for p in part.parameters() if p.requires_grad), rates[name])
-            for name, part in self.trained.items()
-        ]
+        groups = [parameter_group(part.parameters(), rates[name]) for name, part in self.trained.items()]
         fused = optimizer_is_fused(precision.device)
         self.autoencoder_optimizer = Adam(groups, betas=betas, fused=fused)
         group = parameter_group(discriminator.parameters(), stage.discriminator_learning_rate)

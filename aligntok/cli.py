@@ -28,6 +28,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   train-tokenizer   a pretrained vision encoder becomes a tokenizer, in three stages
   train-generator   LightningDiT on the latents of a trained tokenizer
   cache-latents     latents of an image set, computed once: Stage 3 and the generator then need no encoder
+  plan              what a recipe will take: parameters, memory per GPU, FLOPs, hours, before anything runs
   sample            pictures from a trained generator
   reconstruct       pictures through a tokenizer and back
   evaluate          reconstruction, linear probe and generation metrics, each with its protocol
@@ -40,6 +41,8 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   aligntok train-tokenizer --config imagenet256_f16d32 --data.path /data/imagenet/train
   torchrun --nproc-per-node 8 -m aligntok cache-latents --tokenizer T --images /data/imagenet/train --output CACHE
   aligntok train-tokenizer --config imagenet256_f16d32 --print_config     every value, with your overrides
+  aligntok train-tokenizer --config ablations/w_sp_0 --dry-run            full size, every shape, no memory, no data
+  aligntok plan --config imagenet256_f16d32 --gpus 1 8 --gpu a100-80gb
 
 Recipes are YAML files (configs/); --config takes a path or the name of one that ships. Any value can be overridden with
 its dotted name. Training that is interrupted (Ctrl-C: status 130, SIGTERM: 143) or killed is resumed by giving the same
@@ -193,15 +196,55 @@ def expand_short_options(arguments: list[str]) -> list[str]:
     return expanded
 
 
+DRY_RUN_HELP = (
+    "--dry-run builds the full-size networks without memory, takes every phase of a step, prints the plan and ends: "
+    "no data is read, no weights are downloaded, nothing is written."
+)
+PLAN_HELP = (
+    "Beside the recipe: --gpus 1 8 (numbers of GPUs), --gpu a100-80gb or h100-sxm, --mfu 0.4 (assumed share of the "
+    "GPU's peak), --parts stage1 stage2 stage3 generator (some of them), --json FILE. Everything printed is a "
+    "prediction; nothing is downloaded or run."
+)
+
+
+def take_dry_run(arguments: list[str]) -> tuple[bool, list[str]]:
+    """Whether --dry-run (or --dry_run true) is among the arguments, and the others."""
+    values = {"true": True, "false": False}
+    found, rest = False, list(arguments)
+    for index, argument in reversed(list(enumerate(arguments))):
+        name, equals, value = argument.partition("=")
+        if name not in ("--dry-run", "--dry_run"):
+            continue
+        following = rest[index + 1] if index + 1 < len(rest) else ""
+        if equals and value not in values:
+            raise UserError(f"{name} is {value!r}, expected true or false")
+        found = values[value] if equals else values.get(following, True)
+        del rest[index : index + (1 if equals or following not in values else 2)]
+    return found, rest
+
+
 def _train_tokenizer(arguments: list[str]) -> None:
-    recipe = parse_recipe("train-tokenizer", arguments)
+    dry_run, arguments = take_dry_run(arguments)
+    recipe = parse_recipe("train-tokenizer", arguments, epilog=DRY_RUN_HELP)
+    if dry_run:
+        from aligntok.plan import STAGES
+        from aligntok.plan import dry_run as run_dry
+
+        run_dry(recipe, STAGES)
+        return
     from aligntok.training.train_tokenizer import train_tokenizer
 
     train_tokenizer(recipe)
 
 
 def _train_generator(arguments: list[str]) -> None:
-    recipe = parse_recipe("train-generator", arguments)
+    dry_run, arguments = take_dry_run(arguments)
+    recipe = parse_recipe("train-generator", arguments, epilog=DRY_RUN_HELP)
+    if dry_run:
+        from aligntok.plan import dry_run as run_dry
+
+        run_dry(recipe, ("generator",))
+        return
     from aligntok.training.train_generator import train_generator
 
     train_generator(recipe)
@@ -212,6 +255,32 @@ def _cache_latents(arguments: list[str]) -> None:
     from aligntok.training.cache_latents import cache_latents
 
     cache_latents(**asdict(options))
+
+
+def _plan(arguments: list[str]) -> None:
+    options, arguments = take_plan_options(arguments)
+    recipe = parse_recipe("plan", arguments, epilog=PLAN_HELP)
+    from aligntok.plan import PlanConfig, print_plan
+
+    print_plan(recipe, PlanConfig(**options))
+
+
+def take_plan_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
+    """The options of `plan` that are not the recipe's, and the other arguments."""
+    from argparse import SUPPRESS, ArgumentParser
+
+    class Parser(ArgumentParser):
+        def error(self, message: str) -> None:
+            raise UserError(message)
+
+    parser = Parser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
+    parser.add_argument("--gpus", nargs="+", type=int)
+    parser.add_argument("--gpu", choices=("a100-80gb", "h100-sxm"))
+    parser.add_argument("--mfu", type=float)
+    parser.add_argument("--json")
+    parser.add_argument("--parts", nargs="+", choices=("stage1", "stage2", "stage3", "generator"))
+    options, rest = parser.parse_known_args(arguments)
+    return vars(options), rest
 
 
 def _sample(arguments: list[str]) -> None:
@@ -256,6 +325,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train-tokenizer": _train_tokenizer,
     "train-generator": _train_generator,
     "cache-latents": _cache_latents,
+    "plan": _plan,
     "sample": _sample,
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,
@@ -297,11 +367,13 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def parse_recipe(command: str, arguments: list[str], default_recipe: str | None = None) -> Recipe:
-    """The recipe of a command line: defaults, then --config files, then dotted overrides."""
+def parse_recipe(
+    command: str, arguments: list[str], default_recipe: str | None = None, epilog: str | None = None
+) -> Recipe:
+    """The recipe of a command line: defaults, then --config files with their bases, then dotted overrides."""
     from aligntok.config import Recipe
 
-    return _parse(command, Recipe, arguments, config_files=True, default_recipe=default_recipe)
+    return _parse(command, Recipe, arguments, config_files=True, default_recipe=default_recipe, epilog=epilog)
 
 
 def parse_options(command: str, cls: type, arguments: list[str]) -> Any:
@@ -309,18 +381,27 @@ def parse_options(command: str, cls: type, arguments: list[str]) -> Any:
     return _parse(command, cls, arguments, config_files=False)
 
 
-def _parse(command: str, cls: type, arguments: list[str], config_files: bool, default_recipe: str | None = None) -> Any:
+def _parse(
+    command: str,
+    cls: type,
+    arguments: list[str],
+    config_files: bool,
+    default_recipe: str | None = None,
+    epilog: str | None = None,
+) -> Any:
     from jsonargparse import ArgumentParser
 
     from aligntok.config import from_dict
+    from aligntok.recipes import recipe_path
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> None:
             raise UserError(_one_line(message, self)) from ex
 
-    files = [recipe_path(default_recipe)] if default_recipe else []
+    files = [str(recipe_path(default_recipe))] if default_recipe else []
+    description = (cls.__doc__ or "").split("\n")[0]
     parser = Parser(
-        prog=f"aligntok {command}", default_config_files=files, description=(cls.__doc__ or "").split("\n")[0]
+        prog=f"aligntok {command}", default_config_files=files, description=f"{description} {epilog or ''}".strip()
     )
     if config_files:
         parser.add_argument("--config", action="config", help="a recipe: YAML file, or the name of one that ships")
@@ -331,32 +412,19 @@ def _parse(command: str, cls: type, arguments: list[str], config_files: bool, de
     return from_dict(cls, {key: value for key, value in values.items() if not key.startswith("__")})
 
 
-def recipe_path(name: str) -> str:
-    """Path of a recipe given by path or by the name of a shipped one.
-
-    Raises:
-        UserError: neither exists.
-    """
-    from importlib.resources import files
-    from pathlib import Path
-
-    if Path(name).is_file():
-        return name
-    shipped = {p.name.removesuffix(".yaml"): p for p in files("aligntok.configs").iterdir() if p.name.endswith(".yaml")}
-    if name.removesuffix(".yaml") in shipped:
-        return str(shipped[name.removesuffix(".yaml")])
-    raise UserError(
-        f"no recipe {name!r}: not a file, and not one of {', '.join(sorted(shipped))}{_nearest(name, shipped)}"
-    )
-
-
 def _resolve_recipes(arguments: list[str]) -> list[str]:
+    """Every --config FILE as --config VALUES, the values being those of the file with its bases underneath."""
+    import json
+
+    from aligntok.recipes import read_recipe, recipe_path
+
     resolved = list(arguments)
     for index, argument in enumerate(arguments):
         if argument == "--config" and index + 1 < len(arguments):
-            resolved[index + 1] = recipe_path(arguments[index + 1])
+            resolved[index + 1] = json.dumps(read_recipe(recipe_path(arguments[index + 1])))
         elif argument.startswith("--config="):
-            resolved[index] = "--config=" + recipe_path(argument.removeprefix("--config="))
+            values = read_recipe(recipe_path(argument.removeprefix("--config=")))
+            resolved[index] = "--config=" + json.dumps(values)
     return resolved
 
 

@@ -27,6 +27,7 @@ class EncoderConfig:
     layer: int = -1  # tapped block, -1 = last; the paper does not say, VA-VAE's code uses the last
     final_norm: bool = True  # LayerNorm after the tapped block (VA-VAE foundation_models.py)
     downsample: int = 16  # f: 256 px -> 16x16 tokens; patch-14 encoders see the image resized by 14/16
+    lora_rank: int | None = None  # stages that train the encoder train a LoRA of this rank instead; None = all of it
 
 
 @dataclass
@@ -288,6 +289,25 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
 
 
+def check_keys(cls: type, data: dict[str, Any], where: str = "") -> None:
+    """Refuse keys that a configuration dataclass, or one inside it, does not have; keys may be missing.
+
+    Raises:
+        UserError: an unknown key, with the nearest right name.
+    """
+    names = {f.name for f in fields(cls)}
+    for key in data:
+        if key not in names:
+            close = get_close_matches(str(key), names, n=1)
+            hint = f"; did you mean '{where}{close[0]}'?" if close else f"; known: {', '.join(sorted(names))}"
+            raise UserError(f"unknown configuration key {where}{key}{hint}")
+    hints = get_type_hints(cls)
+    for key, value in data.items():
+        for option in (hints[key], *get_args(hints[key])):
+            if isinstance(option, type) and is_dataclass(option) and isinstance(value, dict):
+                check_keys(option, value, f"{where}{key}.")
+
+
 def from_dict(cls: type, data: dict[str, Any], where: str = "") -> Any:
     """Build a configuration dataclass from nested dictionaries, as `dataclasses.asdict` writes them.
 
@@ -295,11 +315,7 @@ def from_dict(cls: type, data: dict[str, Any], where: str = "") -> Any:
         UserError: an unknown key (with the nearest right name) or a missing one.
     """
     names = {f.name: f for f in fields(cls)}
-    for key in data:
-        if key not in names:
-            close = get_close_matches(key, names, n=1)
-            hint = f"; did you mean {where}{close[0]}?" if close else f"; known: {', '.join(names)}"
-            raise UserError(f"unknown configuration key {where}{key}{hint}")
+    check_keys(cls, data, where)
     hints = get_type_hints(cls)
     values = {key: _value(hints[key], value, f"{where}{key}.") for key, value in data.items()}
     missing = [n for n, f in names.items() if n not in values and f.default is MISSING and f.default_factory is MISSING]

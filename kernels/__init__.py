@@ -8,7 +8,7 @@ doctor` prints the decisions with their reasons.
 import warnings
 
 from . import _extension
-from ._dispatch import Selection, explain, operators, use_implementation
+from ._dispatch import Selection, assume_device, device_type, explain, operators, use_implementation
 from ._philox import flow_noise, noise_key
 from .adaln import adaln
 from .adapter_projection import adapter_projection
@@ -27,6 +27,8 @@ __all__ = [
     "Selection",
     "adaln",
     "adapter_projection",
+    "assume_device",
+    "device_type",
     "discriminator_loss",
     "explain",
     "flow_interpolate",

@@ -9,6 +9,8 @@ reason why it cannot run on a device. The request comes from, first found first 
   takes Triton's interpreter, which is for tests and a thousand times slower than anything else.
 - Any other request is met or refused with the list of reasons. Nothing else runs in its place.
 - A call may bring reasons of its own against an implementation (a dtype, a head width): `unfit`.
+- `assume_device` answers for another kind of device than the tensors have: memory for a GPU is counted on fake
+  tensors, which carry the CPU's name where no GPU is.
 """
 
 import os
@@ -40,6 +42,7 @@ class Selection:
 
 _registry: dict[str, dict[str, Check]] = {}
 _in_context: ContextVar[str | None] = ContextVar("aligntok_implementation", default=None)
+_assumed: ContextVar[str | None] = ContextVar("aligntok_assumed_device", default=None)
 # Checks look at the device's type and at what is installed. Neither changes while the process lives.
 _selected: dict[tuple[str, str, str, Unfit], str] = {}
 
@@ -94,13 +97,29 @@ def use_implementation(name: str) -> Iterator[None]:
         _in_context.reset(token)
 
 
+@contextmanager
+def assume_device(device_type: str) -> Iterator[None]:
+    """Choose as on another device, for fake tensors: they have shapes and dtypes, and nothing runs on them."""
+    token = _assumed.set(device_type)
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+@torch.compiler.assume_constant_result
+def device_type(kind: str) -> str:
+    """`kind`, the type of a tensor's device ("cpu", "cuda"), or what `assume_device` says instead."""
+    return _assumed.get() or kind
+
+
 def explain(op: str, device: torch.device | str, implementation: str | None = None, unfit: Unfit = ()) -> Selection:
     """What would run for `op` on `device`, and the reasons against the implementations that would not.
 
     Raises:
         ValueError: the request names no known implementation.
     """
-    device, requested = torch.device(device), _request(implementation)
+    device, requested = torch.device(_assumed.get() or device), _request(implementation)
     candidates, of_this_call = _registry[op], dict(unfit)
     if requested != AUTO:
         check = candidates.get(requested)
@@ -133,7 +152,7 @@ def select(op: str, device_type: str, implementation: str | None = None, unfit: 
         ValueError: the request is unknown, or cannot be met; the message lists the reasons and what would
             run.
     """
-    requested = _request(implementation)
+    device_type, requested = _assumed.get() or device_type, _request(implementation)
     key = (op, device_type, requested, unfit)
     name = _selected.get(key)
     if name is None:

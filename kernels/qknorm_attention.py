@@ -252,8 +252,9 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _autograd(ctx, dout: Tensor, _dlse: Tensor | None) -> tuple:
-    q_weight, k_weight = ctx.saved_tensors[3:5]
-    dqkv, dweights = _backward(dout, *ctx.saved_tensors, ctx.eps)
+    saved = ctx.saved_tensors  # to be asked for once: activation checkpointing refuses a second time
+    q_weight, k_weight = saved[3:5]
+    dqkv, dweights = _backward(dout, *saved, ctx.eps)
     if q_weight is None:
         return dqkv, None, None, None, None, None
     return dqkv, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None, None, None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aligntok.autocast import autocast_dtype
 from aligntok.config import FlowConfig
 from aligntok.errors import UserError
 from aligntok.kernels import flow_interpolate, flow_loss, noise_key
@@ -50,8 +51,7 @@ def training_loss(
 
 
 def _working_dtype(data: Tensor) -> torch.dtype:
-    kind = data.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else data.dtype
+    return autocast_dtype(data.device.type) or data.dtype
 
 
 def drop_labels(labels: Tensor, probability: float, null_class: int, place: Place | None = None) -> Tensor:

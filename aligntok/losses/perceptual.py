@@ -18,6 +18,7 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
+from aligntok.autocast import without_autocast
 from aligntok.config import PerceptualConfig
 from aligntok.errors import UserError
 from aligntok.kernels import lpips_distance
@@ -81,7 +82,7 @@ class PerceptualDistance(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         self._check(x, y)
         pairs = zip(self.features(x), self.features(y), self.heads, strict=True)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x.device.type):
             return torch.stack([lpips_distance(fx, fy, head) for fx, fy, head in pairs]).sum(0)
 
     def _check(self, x: Tensor, y: Tensor) -> None:
@@ -97,17 +98,31 @@ class PerceptualDistance(nn.Module):
 def build_perceptual(config: PerceptualConfig) -> PerceptualDistance:
     """The distance named by `config.kind`, with its weights; "none" is the caller's business.
 
+    On the meta device (`with torch.device("meta")`) no weights are read.
+
     Raises UserError: unknown kind; weights neither downloadable nor given; a file that does not fit.
     """
     kind = config.kind
     if kind not in _SMALLEST:
         raise UserError(f"unknown perceptual loss {kind!r}; the known ones are {', '.join(_SMALLEST)}")
     network = kind.rsplit("-", 1)[1]
-    if kind.startswith("st-"):
+    if torch.get_default_device().type == "meta":
+        layers, taps, heads = _without_weights(kind, network)
+    elif kind.startswith("st-"):
         layers, taps, heads = st_lpips.load(network, config.weights)
     else:
         layers, taps, heads = _load_lpips(network, config.weights)
     return PerceptualDistance(kind, layers, taps, heads, _SMALLEST[kind])
+
+
+def _without_weights(kind: str, network: str) -> tuple[nn.Sequential, tuple[int, ...], list[Tensor]]:
+    if kind.startswith("st-"):
+        layers, taps = st_lpips.alex_layers() if network == "alex" else st_lpips.vgg_layers()
+    else:
+        constructor, _, taps = _TORCHVISION[network]
+        layers = constructor(weights=None).features
+    widths = [next(x.out_channels for x in layers[tap::-1] if isinstance(x, nn.Conv2d)) for tap in taps]
+    return layers, taps, [torch.empty(width) for width in widths]
 
 
 def _load_lpips(network: str, path: str | None) -> tuple[nn.Sequential, tuple[int, ...], list[Tensor]]:

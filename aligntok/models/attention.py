@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aligntok.errors import UserError
-from aligntok.kernels import explain, qknorm_attention, qknorm_rope
+from aligntok.kernels import device_type, explain, qknorm_attention, qknorm_rope
 from aligntok.kernels.qknorm_attention import HEAD_WIDTHS
 
 BACKENDS = ("auto", "fused", "flash-attn", "xformers", "sdpa")
@@ -87,7 +87,7 @@ def choose(backend: str, device: str, dtype: torch.dtype, head_width: int) -> st
 
 def sequence_is_short(device: str, tokens: int) -> bool:
     """Whether attention over so many tokens is written out as plain products instead of PyTorch's fused one."""
-    return device == "cpu" and tokens <= SHORT_SEQUENCE
+    return device_type(device) == "cpu" and tokens <= SHORT_SEQUENCE
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ def attention(
     Raises:
         UserError: the backend is unknown or cannot run here.
     """
-    chosen = choose(backend, qkv.device.type, qkv.dtype, qkv.shape[-1])
+    chosen = choose(backend, device_type(qkv.device.type), qkv.dtype, qkv.shape[-1])
     if chosen == "fused":
         return qknorm_attention(qkv, q_weight, k_weight, rope.pair_cos, rope.pair_sin, eps=eps)
     q, k, v = qknorm_rope(qkv, q_weight, k_weight, rope.cos, rope.sin, eps=eps)  # [B, N, H, D] each

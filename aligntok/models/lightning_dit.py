@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aligntok.autocast import autocast_dtype
 from aligntok.config import LightningDiTConfig
 from aligntok.errors import UserError
 from aligntok.kernels import adaln, swiglu
@@ -82,8 +83,7 @@ def rope_table(grid: tuple[int, int], head_width: int, trained_side: int) -> tup
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer would take x: autocast's where autocast is on, else x's own."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    return autocast_dtype(x.device.type) or x.dtype
 
 
 class Attention(nn.Module):

@@ -83,8 +83,8 @@ class Schedule:
 
 
 def parameter_group(parameters: Iterable[nn.Parameter], learning_rate: float) -> dict[str, Any]:
-    """An optimizer group that remembers its base rate for `Schedule.apply`."""
-    return {"params": list(parameters), "lr": learning_rate, "base_lr": learning_rate}
+    """An optimizer group of what trains, which remembers its base rate for `Schedule.apply`."""
+    return {"params": [p for p in parameters if p.requires_grad], "lr": learning_rate, "base_lr": learning_rate}
 
 
 def build_optimizer(

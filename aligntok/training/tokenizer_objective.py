@@ -22,6 +22,7 @@ from aligntok.devices import Precision
 from aligntok.kernels import gan_loss
 from aligntok.losses.adversarial import LeCam, adaptive_weight, image_gradient, surrogate
 from aligntok.losses.semantic import semantic_loss
+from aligntok.models import lora
 from aligntok.models.batch_norm import synchronise
 from aligntok.models.blocks import prepare, restore
 from aligntok.models.tokenizer import AlignTok
@@ -62,7 +63,7 @@ class TokenizerObjective:
         self.trained = {name: getattr(tokenizer, name) for name in stage.trains}
         tokenizer.eval().requires_grad_(False)
         for part in self.trained.values():
-            part.train().requires_grad_(True)
+            lora.train_only_lora(part.train().requires_grad_(True))
         self.together = nn.ModuleDict(self.trained)
         self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
         if "encoder" in self.trained:

@@ -29,6 +29,7 @@ from aligntok.devices import choose_precision
 from aligntok.errors import UserError
 from aligntok.files import remove_unfinished, write_folder
 from aligntok.losses.perceptual import build_perceptual
+from aligntok.models import lora
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
 from aligntok.training import distributed
@@ -56,7 +57,7 @@ class TokenizerTraining:
         self.config, self.data = recipe.tokenizer, recipe.data
         self.output = Path(recipe.output)
         training = self.config.training
-        _check_size(self.data.image_size, self.config.model.encoder.downsample)
+        check_size(self.data.image_size, self.config.model.encoder.downsample)
         self.precision = choose_precision(training.device, training.precision)
         self.telemetry = telemetry or Telemetry(self.output, training.log_every)
         with self.telemetry.bar("image index") as update:
@@ -89,6 +90,8 @@ class TokenizerTraining:
         discriminator = self._discriminator(folder)
         source, frozen, cache = self._inputs(name, stage, tokenizer)
         before = tokenizer.fingerprint()
+        if "encoder" in stage.trains and self.config.model.encoder.lora_rank is not None:
+            lora.add(tokenizer.encoder, self.config.model.encoder.lora_rank)
         sharded = distributed.is_sharded(self.config.training.parallel)
         objective = TokenizerObjective(
             copy.deepcopy(tokenizer) if sharded else tokenizer,
@@ -130,6 +133,7 @@ class TokenizerTraining:
         objective.finish()
         if sharded:
             tokenizer.load_state_dict(distributed.gather(objective.tokenizer))
+        lora.merge(tokenizer.encoder)
         tokenizer.eval().requires_grad_(False)
         if stage.trains != ("decoder",):
             self._compute_statistics(tokenizer)
@@ -284,7 +288,7 @@ class TokenizerTraining:
         checkpoints.remove()
 
 
-def _check_size(size: int, factor: int) -> None:
+def check_size(size: int, factor: int) -> None:
     if size < factor or size % factor:
         raise UserError(
             f"data.image_size is {size}, expected a multiple of encoder.downsample = {factor}: "

@@ -94,7 +94,7 @@ def test_weights_of_another_configuration_are_refused_by_name(tokenizer, tmp_pat
     ("change", "message"),
     [
         (lambda m: m.update(format="something"), "expected 'aligntok.tokenizer'"),
-        (lambda m: m["config"]["encoder"].update(laier=3), "did you mean encoder.layer"),
+        (lambda m: m["config"]["encoder"].update(laier=3), "did you mean 'encoder.layer'"),
     ],
 )
 def test_other_manifests_are_refused(tokenizer, tmp_path, change, message):

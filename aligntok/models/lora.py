@@ -1,0 +1,71 @@
+"""LoRA on the encoder, the ablation of AlignTok's section 1.8: W + (alpha / r) B A, with W frozen and alpha = r.
+
+`add` wraps every linear layer of the blocks (attention and MLP) through peft and leaves A and B as the only trainable
+weights; `merge` puts W + B A back in their place. What is saved is a plain encoder: nobody needs peft to load it.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from aligntok.errors import UserError
+from aligntok.models.encoder import Encoder
+
+
+def add(encoder: Encoder, rank: int) -> None:
+    """Wrap the linear layers of the encoder's blocks in place; the output does not change, since B starts at 0.
+
+    Raises:
+        UserError: peft is missing, or the rank is not positive.
+    """
+    if rank < 1:
+        raise UserError(f"encoder.lora_rank is {rank}, expected a positive number, e.g. 16, or null for no LoRA")
+    try:
+        with _without_our_kernels():
+            from peft import LoraConfig, inject_adapter_in_model
+    except ImportError as error:
+        raise UserError(
+            f"encoder.lora_rank is {rank}, but peft cannot be imported ({error}): pip install 'aligntok[peft]'"
+        ) from error
+    linears = [name for name, module in encoder.blocks.named_modules() if isinstance(module, nn.Linear)]
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=linears)
+    inject_adapter_in_model(config, encoder.blocks)
+
+
+def train_only_lora(encoder: nn.Module) -> None:
+    """Freeze everything but the LoRA weights, in an encoder that has them; leave another as it is."""
+    if not _wrapped(encoder):
+        return
+    for name, parameter in encoder.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def merge(encoder: nn.Module) -> None:
+    """Replace every wrapped layer by a plain one with W + B A; does nothing to an encoder without LoRA."""
+    for name, layer in _wrapped(encoder):
+        layer.merge()
+        parent, _, child = name.rpartition(".")
+        setattr(encoder.get_submodule(parent), child, layer.get_base_layer())
+
+
+def _wrapped(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "lora_A")]
+
+
+@contextmanager
+def _without_our_kernels() -> Iterator[None]:
+    """peft imports transformers, which looks for Hugging Face's `kernels` and, in a checkout of this project, finds the
+    folder that is aligntok.kernels. Inside the block there is no such package.
+    """
+    known = sys.modules.get("kernels")
+    if known is None:
+        sys.modules["kernels"] = None  # what Python takes for "cannot be imported"
+    try:
+        yield
+    finally:
+        if known is None:
+            del sys.modules["kernels"]

@@ -30,7 +30,7 @@ from aligntok.evaluation.tokenizer import (
 )
 from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
-from aligntok.models.tokenizer import AlignTok, load_tokenizer
+from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
 from aligntok.report import pictures
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.telemetry import Telemetry
@@ -162,7 +162,7 @@ def statistics(tokenizer: str, images: str, image_size: int, count: int, device:
     print(f"{tokenizer}: latent statistics of {len(pixels)} images stored")
 
 
-def _load(images: ImageSet, size: int, tokenizer: AlignTok) -> tuple[Tensor, Tensor]:
+def _load(images: ImageSet, size: int, tokenizer: StoredTokenizer) -> tuple[Tensor, Tensor]:
     if size % tokenizer.downsample:
         raise UserError(
             f"image_size is {size}, expected a multiple of the tokenizer's downsampling {tokenizer.downsample}"

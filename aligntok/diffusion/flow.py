@@ -28,6 +28,11 @@ def sample_time(batch: int, kind: str, device: torch.device | str = "cpu") -> Te
     raise UserError(f"flow.time_sampling is {kind!r}, expected logit_normal or uniform")
 
 
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """s t / (1 + (s - 1) t): times in [0, 1], for s > 1 moved towards noise (latents of many values: SD3, RAE)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def training_loss(
     model: torch.nn.Module, data: Tensor, labels: Tensor, config: FlowConfig
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -38,7 +43,7 @@ def training_loss(
     Returns:
         the loss and {"mse", "direction"}, the two parts without weight or gradient.
     """
-    t = sample_time(data.shape[0], config.time_sampling, data.device)
+    t = shift_time(sample_time(data.shape[0], config.time_sampling, data.device), config.time_shift)
     key = noise_key(data.device)
     velocity = model(flow_interpolate(data, t, key, dtype=_working_dtype(data)), t, labels)
     loss, parts = flow_loss(velocity, data, key, config.direction_weight)

@@ -2,7 +2,8 @@
 
     L = L1 + w_p LPIPS + w_g lambda L_gan + w_sp L_sp          lambda: adaptive weight, every term a mean over elements
 
-Stage 1 trains adapter and decoder, Stage 2 all three parts with L_sp, Stage 3 the decoder (AlignTok 4.2).
+Stage 1 trains adapter and decoder, Stage 2 all three parts with L_sp, Stage 3 the decoder (AlignTok 4.2). The first
+three terms are those of every autoencoder here, rivals included: `AutoencoderObjective`.
 """
 
 from __future__ import annotations
@@ -14,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from aligntok.config import LossConfig, StageConfig
+from aligntok.config import LossConfig, RivalStageConfig, StageConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
 from aligntok.devices import Precision, optimizer_is_fused
 from aligntok.kernels import gan_loss
 from aligntok.losses.adversarial import LeCam, adaptive_weight, image_gradient, surrogate
 from aligntok.losses.semantic import semantic_loss
-from aligntok.models.tokenizer import AlignTok
+from aligntok.models.tokenizer import AlignTok, StoredTokenizer
 from aligntok.training.ema import adopt, build_ema
 from aligntok.training.objective import Phase, Schedule, Values, parameter_group
 
@@ -35,46 +36,51 @@ class FrozenInputs:
     snapshot: FrozenOutput | None = None  # Stage 1's latents (or features, for "before_adapter"), target of L_sp
 
 
-class TokenizerObjective:
-    """See the module docstring; `tokenizer` and `discriminator` are trained in place."""
+class AutoencoderObjective:
+    """Training of an image autoencoder on L1 + w_p LPIPS + w_g lambda L_gan, with its discriminator and averages.
+
+    A subclass says how a batch is reconstructed (`_forward`) and, where it is not the LDM decoder's, which weight the
+    adaptive lambda is taken at (`_last_weight`). Tokenizer and discriminator are trained in place.
+
+    Args:
+        trained: the parts to train, by name.
+        rates: learning rate of each.
+    """
 
     def __init__(
         self,
-        tokenizer: AlignTok,
+        tokenizer: StoredTokenizer,
+        trained: dict[str, nn.Module],
+        rates: dict[str, float],
         discriminator: nn.Module,
         perceptual: nn.Module | None,
         losses: LossConfig,
-        stage: StageConfig,
-        frozen: FrozenInputs,
+        stage: StageConfig | RivalStageConfig,
         precision: Precision,
         betas: tuple[float, float] = (0.5, 0.9),
     ) -> None:
         self.tokenizer, self.discriminator, self.perceptual = tokenizer, discriminator, perceptual
-        self.losses, self.stage, self.frozen, self.precision = losses, stage, frozen, precision
-        self.steps = stage.steps
+        self.losses, self.stage, self.precision = losses, stage, precision
+        self.steps, self.discriminator_start = stage.steps, stage.gan_start
         self.schedule = Schedule(stage.steps, stage.warmup_steps, stage.final_learning_rate)
-        self.trained = {name: getattr(tokenizer, name) for name in stage.trains}
+        self.trained = trained
         tokenizer.eval().requires_grad_(False)
-        for part in self.trained.values():
+        for part in trained.values():
             part.train().requires_grad_(True)
-        rates = {
-            "encoder": stage.encoder_learning_rate,
-            "adapter": stage.adapter_learning_rate or stage.learning_rate,
-            "decoder": stage.learning_rate,
-        }
-        groups = [parameter_group(part.parameters(), rates[name]) for name, part in self.trained.items()]
+        groups = [parameter_group(part.parameters(), rates[name]) for name, part in trained.items()]
         fused = optimizer_is_fused(precision.device)
         self.autoencoder_optimizer = Adam(groups, betas=betas, fused=fused)
-        group = parameter_group(discriminator.parameters(), stage.discriminator_learning_rate)
+        learning = (p for p in discriminator.parameters() if p.requires_grad)
+        group = parameter_group(learning, stage.discriminator_learning_rate)
         self.discriminator_optimizer = Adam([group], betas=betas, fused=fused)
-        self.together = nn.ModuleDict(self.trained)
+        self.together = nn.ModuleDict(trained)
         self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
         self.lecam = LeCam(losses.lecam_decay).to(precision.device) if losses.lecam_weight else None
         self._fake: Tensor | None = None  # this step's reconstructions, handed from the first phase to the second
 
     def modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = dict(self.trained)
-        if self.stage.gan_start < self.steps:
+        if self.discriminator_start < self.steps:
             found["discriminator"] = self.discriminator
             if self.lecam is not None:
                 found["lecam"] = self.lecam
@@ -90,7 +96,7 @@ class TokenizerObjective:
         self.schedule.apply(self.autoencoder_optimizer, step)
         loss = self._adversarial_loss if adversarial else self._reconstruction_loss
         yield Phase("autoencoder", self.autoencoder_optimizer, loss, self.stage.gradient_clip)
-        if adversarial:
+        if step >= self.discriminator_start and self.losses.gan_weight > 0:
             self.schedule.apply(self.discriminator_optimizer, step)
             yield Phase("discriminator", self.discriminator_optimizer, self._discriminator_loss)
         self._fake = None
@@ -103,6 +109,93 @@ class TokenizerObjective:
         """Put the moving averages into the tokenizer, at the end of a stage that keeps them."""
         if self.ema is not None:
             adopt(self.together, self.ema)
+
+    def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
+        """(reconstruction [B, 3, H, W] float32, weighted sum of the losses that are not on images, values)."""
+        raise NotImplementedError
+
+    def _last_weight(self) -> Tensor:
+        return self.tokenizer.decoder.conv_out.weight
+
+    def _reconstruction(self, output: Tensor, images: Tensor) -> tuple[Tensor, Values]:
+        """L1 + w_p LPIPS, float32."""
+        l1 = (output - images).abs().mean()
+        if self.perceptual is None:
+            return l1, {"l1": l1.detach()}
+        seen = max(1, round(self.losses.perceptual_share * len(images)))  # batches are shuffled: the first ones will do
+        with self.precision.autocast():
+            distance = self.perceptual(output[:seen], images[:seen]).float().mean()
+        loss = l1 + self.losses.perceptual_weight * distance
+        return loss, {"l1": l1.detach(), "perceptual": distance.detach()}
+
+    def _reconstruction_loss(self, batch: Batch) -> tuple[Tensor, Values]:
+        output, other, values = self._forward(batch)
+        self._fake = output.detach()
+        loss, parts = self._reconstruction(output, batch["images"])
+        return loss + other, values | parts
+
+    def _adversarial_loss(self, batch: Batch) -> tuple[Tensor, Values]:
+        output, other, values = self._forward(batch)
+        loss, _, parts = self._with_adversary(output, batch["images"])
+        return loss + other, values | parts
+
+    def _with_adversary(self, output: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Values]:
+        """L_rec, differentiated once down to the image (see aligntok.losses.adversarial).
+
+        Returns:
+            the loss; the gradient of its first two terms by `output`; values.
+        """
+        image = output.detach().requires_grad_()
+        reconstruction, parts = self._reconstruction(image, images)
+        with self.precision.autocast():
+            logits = self.discriminator(image)
+        adversarial, _ = gan_loss.generator_loss(logits, self.losses.gan)
+        gradients = image_gradient(reconstruction, image), image_gradient(adversarial, image)
+        weight = adaptive_weight(output, self._last_weight(), *gradients, self.losses.gan_weight_max)
+        weight = weight * self.losses.gan_weight
+        self._fake = image.detach()
+        parts |= {"gan": adversarial.detach(), "gan_weight": weight}
+        total = reconstruction + weight * adversarial
+        return surrogate(output, gradients[0] + weight * gradients[1], total), gradients[0], parts
+
+    def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, Values]:
+        assert self._fake is not None, "the autoencoder phase comes first"
+        with self.precision.autocast():
+            real, fake = self.discriminator(batch["images"]), self.discriminator(self._fake)
+        lecam = {}
+        if self.lecam is not None:
+            lecam = {"lecam_means": self.lecam.means, "lecam_weight": self.losses.lecam_weight}
+        loss, stats = gan_loss.discriminator_loss(real, fake, self.losses.gan, **lecam)
+        if self.lecam is not None:
+            self.lecam.update(stats)
+        return loss, {"discriminator": loss.detach(), "logits_real": stats[0], "logits_fake": stats[1]}
+
+
+class TokenizerObjective(AutoencoderObjective):
+    """See the module docstring; `tokenizer` and `discriminator` are trained in place."""
+
+    tokenizer: AlignTok
+    stage: StageConfig
+
+    def __init__(
+        self,
+        tokenizer: AlignTok,
+        discriminator: nn.Module,
+        perceptual: nn.Module | None,
+        losses: LossConfig,
+        stage: StageConfig,
+        frozen: FrozenInputs,
+        precision: Precision,
+        betas: tuple[float, float] = (0.5, 0.9),
+    ) -> None:
+        self.frozen = frozen
+        rates = {
+            "encoder": stage.encoder_learning_rate,
+            "adapter": stage.adapter_learning_rate or stage.learning_rate,
+            "decoder": stage.learning_rate,
+        }
+        trained = {name: getattr(tokenizer, name) for name in stage.trains}
+        super().__init__(tokenizer, trained, rates, discriminator, perceptual, losses, stage, precision, betas)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         """(reconstruction, weighted semantic loss, values)."""
@@ -144,47 +237,3 @@ class TokenizerObjective:
             return latents
         scale = self.tokenizer.latent_std[:, None, None] if self.tokenizer.has_statistics else latents.detach().std()
         return latents + self.stage.decoder_noise * scale * torch.randn_like(latents)
-
-    def _reconstruction(self, output: Tensor, images: Tensor) -> tuple[Tensor, Values]:
-        """L1 + w_p LPIPS, float32."""
-        l1 = (output - images).abs().mean()
-        if self.perceptual is None:
-            return l1, {"l1": l1.detach()}
-        seen = max(1, round(self.losses.perceptual_share * len(images)))  # batches are shuffled: the first ones will do
-        with self.precision.autocast():
-            distance = self.perceptual(output[:seen], images[:seen]).float().mean()
-        loss = l1 + self.losses.perceptual_weight * distance
-        return loss, {"l1": l1.detach(), "perceptual": distance.detach()}
-
-    def _reconstruction_loss(self, batch: Batch) -> tuple[Tensor, Values]:
-        output, semantic, values = self._forward(batch)
-        loss, parts = self._reconstruction(output, batch["images"])
-        return loss + semantic, values | parts
-
-    def _adversarial_loss(self, batch: Batch) -> tuple[Tensor, Values]:
-        """Losses differentiated once, down to the image; see aligntok.losses.adversarial."""
-        output, semantic, values = self._forward(batch)
-        image = output.detach().requires_grad_()
-        reconstruction, parts = self._reconstruction(image, batch["images"])
-        with self.precision.autocast():
-            logits = self.discriminator(image)
-        adversarial, _ = gan_loss.generator_loss(logits, self.losses.gan)
-        gradients = image_gradient(reconstruction, image), image_gradient(adversarial, image)
-        weight = adaptive_weight(output, self.tokenizer.decoder.conv_out.weight, *gradients, self.losses.gan_weight_max)
-        weight = weight * self.losses.gan_weight
-        self._fake = image.detach()
-        values |= parts | {"gan": adversarial.detach(), "gan_weight": weight}
-        total = reconstruction + weight * adversarial
-        return surrogate(output, gradients[0] + weight * gradients[1], total) + semantic, values
-
-    def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, Values]:
-        assert self._fake is not None, "the autoencoder phase comes first"
-        with self.precision.autocast():
-            real, fake = self.discriminator(batch["images"]), self.discriminator(self._fake)
-        lecam = {}
-        if self.lecam is not None:
-            lecam = {"lecam_means": self.lecam.means, "lecam_weight": self.losses.lecam_weight}
-        loss, stats = gan_loss.discriminator_loss(real, fake, self.losses.gan, **lecam)
-        if self.lecam is not None:
-            self.lecam.update(stats)
-        return loss, {"discriminator": loss.detach(), "logits_real": stats[0], "logits_fake": stats[1]}

@@ -21,7 +21,7 @@ from aligntok.devices import choose_precision
 from aligntok.errors import UserError
 from aligntok.files import write_folder
 from aligntok.models.lightning_dit import LightningDiT
-from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
+from aligntok.models.tokenizer import StoredTokenizer, load_strictly, load_tokenizer
 from aligntok.training.checkpoint import Checkpoints, fingerprint
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
@@ -76,7 +76,7 @@ def _check_classes(model: LightningDiTConfig, images: ImageSet) -> None:
         )
 
 
-def _save(folder: Path, objective: GeneratorObjective, tokenizer: AlignTok, classes: list[str]) -> None:
+def _save(folder: Path, objective: GeneratorObjective, tokenizer: StoredTokenizer, classes: list[str]) -> None:
     model: LightningDiT = objective.ema.module
     manifest = {
         "format": FORMAT,

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from aligntok.config import DataConfig, Recipe, StageConfig
+from aligntok.config import DataConfig, PerceptualConfig, Recipe, StageConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, tabulate
 from aligntok.data.images import ImageSet, load_center_crops, open_images
 from aligntok.data.sources import MemorySource, Source, StreamSource
@@ -178,10 +178,7 @@ class TokenizerTraining:
         return isinstance(self.source, MemorySource)
 
     def _perceptual(self) -> nn.Module | None:
-        if self.config.losses.perceptual.kind == "none":
-            return None
-        perceptual = build_perceptual(self.config.losses.perceptual)
-        return perceptual.to(self.precision.device, memory_format=torch.channels_last)
+        return training_perceptual(self.config.losses.perceptual, self.precision.device)
 
     def _discriminator(self, folder: Path) -> PatchDiscriminator:
         """New, or the one that the stage before has left (VA-VAE carries it over)."""
@@ -204,6 +201,13 @@ class TokenizerTraining:
         write_folder(folder / "discriminator", {"model": discriminator.state_dict()}, {})
         tokenizer.save(folder / "tokenizer")  # last: its presence means that the stage is finished
         checkpoints.remove()
+
+
+def training_perceptual(config: PerceptualConfig, device: torch.device) -> nn.Module | None:
+    """The perceptual loss as training uses it, or None where the configuration has none."""
+    if config.kind == "none":
+        return None
+    return build_perceptual(config).to(device, memory_format=torch.channels_last)
 
 
 def build_source(

@@ -1,0 +1,48 @@
+"""The rivals behind the one Tokenizer interface, and the converters that bring their published weights in.
+
+Members are named here and imported on use, so that whoever reads a tokenizer folder needs to know none of them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from aligntok.errors import UserError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from aligntok.models.tokenizer import StoredTokenizer
+
+# What config.json of a tokenizer folder says -> the class that reads it
+TOKENIZERS = {
+    "aligntok.tokenizer": ("aligntok.models.tokenizer", "AlignTok"),
+    "aligntok.zoo.vae": ("aligntok.zoo.vae", "VAE"),  # VA-VAE too: the same network
+    "aligntok.zoo.rae": ("aligntok.zoo.rae", "RAE"),
+}
+
+# What `aligntok convert --from` takes -> the module whose `convert` does it
+CONVERTERS = {
+    "hustvl-vavae": "aligntok.zoo.convert_vavae",
+    "hustvl-lightningdit": "aligntok.zoo.convert_lightningdit",
+    "rae-decoder": "aligntok.zoo.convert_rae",
+    "rae-ditdh": "aligntok.zoo.convert_ditdh",
+}
+
+
+def tokenizer_class(name: str | None, source: Path) -> type[StoredTokenizer]:
+    """The class behind a format's name; UserError, naming `source`, where there is none."""
+    if name not in TOKENIZERS:
+        others = ", ".join(list(TOKENIZERS)[1:])
+        raise UserError(f"{source} says format {name!r}, expected 'aligntok.tokenizer' or a rival's: {others}")
+    module, attribute = TOKENIZERS[name]
+    return getattr(import_module(module), attribute)
+
+
+def converter(name: str) -> ModuleType:
+    """The module that converts published weights of the layout `name`; UserError where there is none."""
+    if name not in CONVERTERS:
+        raise UserError(f"--from is {name!r}, expected one of {', '.join(CONVERTERS)}")
+    return import_module(CONVERTERS[name])

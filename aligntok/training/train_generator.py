@@ -21,12 +21,13 @@ from aligntok.devices import choose_precision
 from aligntok.errors import UserError
 from aligntok.files import write_folder
 from aligntok.models.lightning_dit import LightningDiT
-from aligntok.models.tokenizer import StoredTokenizer, load_strictly, load_tokenizer
+from aligntok.models.tokenizer import load_strictly, load_tokenizer
 from aligntok.training.checkpoint import Checkpoints, fingerprint
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.train_tokenizer import build_source
+from aligntok.zoo import generator_class
 
 FORMAT = "aligntok.generator"
 PART = "generator"
@@ -55,12 +56,13 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
             latents = tabulate(tokenizer.encode, source, precision, progress=update)
     side = recipe.data.image_size // tokenizer.downsample
     torch.manual_seed(training.seed)
-    model = LightningDiT(config.model, tokenizer.latent_channels, (side, side)).to(precision.device)
+    network = generator_class(config.model)
+    model = network(config.model, tokenizer.latent_channels, (side, side)).to(precision.device)
     objective = GeneratorObjective(model, latents, config, precision)
     mark = fingerprint(config, recipe.data, tokenizer.fingerprint(), len(images))
     checkpoints = Checkpoints(output / "checkpoints" / PART, training.keep_checkpoints, mark)
     train(PART, objective, source, training, precision.device, telemetry, checkpoints)
-    _save(folder, objective, tokenizer, images.classes)
+    save_generator(folder, objective.ema.module, config.sampler, images.classes, tokenizer.fingerprint())
     checkpoints.remove()
     return folder
 
@@ -76,17 +78,19 @@ def _check_classes(model: LightningDiTConfig, images: ImageSet) -> None:
         )
 
 
-def _save(folder: Path, objective: GeneratorObjective, tokenizer: StoredTokenizer, classes: list[str]) -> None:
-    model: LightningDiT = objective.ema.module
+def save_generator(
+    folder: Path, model: LightningDiT, sampler: SamplerConfig, classes: list[str], tokenizer_fingerprint: str
+) -> None:
+    """Write a generator folder: config.json, with the sampler's defaults and what it belongs to, and the weights."""
     manifest = {
         "format": FORMAT,
         "version": 1,
         "config": dataclasses.asdict(model.config),
-        "sampler": dataclasses.asdict(objective.config.sampler),
+        "sampler": dataclasses.asdict(sampler),
         "latent_channels": model.latent_channels,
         "latent_size": list(model.latent_size),
         "classes": classes,
-        "tokenizer": tokenizer.fingerprint(),
+        "tokenizer": tokenizer_fingerprint,
     }
     write_folder(folder, {"model": model.state_dict()}, {"config": manifest})
 
@@ -108,9 +112,8 @@ class Generator:
         self.classes: list[str] = manifest["classes"]
         self.tokenizer_fingerprint: str = manifest["tokenizer"]
         self.sampler: SamplerConfig = from_dict(SamplerConfig, manifest["sampler"])
-        self.model = LightningDiT(
-            from_dict(LightningDiTConfig, manifest["config"]), self.latent_shape[0], self.latent_shape[1:]
-        )
+        config = from_dict(LightningDiTConfig, manifest["config"])
+        self.model = generator_class(config)(config, self.latent_shape[0], self.latent_shape[1:])
         weights = folder / "model.safetensors"
         load_strictly(self.model, load_file(weights), weights)
         self.model.eval().requires_grad_(False)

@@ -14,6 +14,8 @@ from aligntok.errors import UserError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from aligntok.config import LightningDiTConfig
+    from aligntok.models.lightning_dit import LightningDiT
     from aligntok.models.tokenizer import StoredTokenizer
 
 # What config.json of a tokenizer folder says -> the class that reads it
@@ -39,6 +41,17 @@ def tokenizer_class(name: str | None, source: Path) -> type[StoredTokenizer]:
         raise UserError(f"{source} says format {name!r}, expected 'aligntok.tokenizer' or a rival's: {others}")
     module, attribute = TOKENIZERS[name]
     return getattr(import_module(module), attribute)
+
+
+def generator_class(config: LightningDiTConfig) -> type[LightningDiT]:
+    """LightningDiT, or DiT^DH where the configuration has a head."""
+    if config.head_depth:
+        from aligntok.zoo.dit_dh import DiTDH
+
+        return DiTDH
+    from aligntok.models.lightning_dit import LightningDiT
+
+    return LightningDiT
 
 
 def converter(name: str) -> ModuleType:

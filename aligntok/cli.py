@@ -25,6 +25,8 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   quickstart        the whole method at small size, on a laptop: tokenizer, generator, evaluation, a page
   train-tokenizer   a pretrained vision encoder becomes a tokenizer, in three stages
   train-generator   LightningDiT on the latents of a trained tokenizer
+  train-rival       a VAE, VA-VAE or RAE instead, in the same loop on the same images, to compare with
+  convert           published weights (VA-VAE, LightningDiT, RAE, DiT^DH) become folders that all commands take
   sample            pictures from a trained generator
   reconstruct       pictures through a tokenizer and back
   evaluate          reconstruction, linear probe and generation metrics, each with its protocol
@@ -140,6 +142,32 @@ class StatisticsConfig:
     device: str = "auto"
 
 
+@dataclass
+class ConvertConfig:
+    """`aligntok convert`: published weights become a tokenizer or generator folder; every tensor is accounted for.
+
+    Args:
+        layout: --from: hustvl-vavae, hustvl-lightningdit, rae-decoder or rae-ditdh.
+        file: the published checkpoint: .pt, .ckpt (read without executing anything) or .safetensors.
+        output: folder to write.
+        statistics: published latent statistics of a tokenizer: mean and std or var. Without them, aligntok statistics
+            computes some, but a published generator needs the published ones.
+        tokenizer: folder of the converted tokenizer that a generator belongs to.
+        preset: of a LightningDiT checkpoint: 64ep (null) or 800ep, whose published guidance becomes the default.
+        encoder: timm name of the encoder that an RAE decoder belongs to; null = DINOv2-B with registers.
+        encoder_weights: its weights: pretrained (null), random, or a file in timm's layout.
+    """
+
+    layout: str
+    file: str
+    output: str
+    statistics: str | None = None
+    tokenizer: str | None = None
+    preset: str | None = None
+    encoder: str | None = None
+    encoder_weights: str | None = None
+
+
 def _quickstart(arguments: list[str]) -> None:
     recipe = parse_recipe("quickstart", expand_short_options(arguments), default_recipe="quickstart")
     from aligntok.quickstart import quickstart
@@ -169,6 +197,34 @@ def _train_generator(arguments: list[str]) -> None:
     from aligntok.training.train_generator import train_generator
 
     train_generator(recipe)
+
+
+def _train_rival(arguments: list[str]) -> None:
+    recipe = parse_recipe("train-rival", arguments)
+    from aligntok.zoo.train import train_rival
+
+    train_rival(recipe)
+
+
+def _convert(arguments: list[str]) -> None:
+    options = parse_options("convert", ConvertConfig, expand_convert_options(arguments))
+    from aligntok.zoo import convert
+
+    print(convert(**asdict(options)))
+
+
+def expand_convert_options(arguments: list[str]) -> list[str]:
+    """`--from LAYOUT FILE` as the options --layout LAYOUT --file FILE."""
+    expanded, value_follows = [], False
+    for argument in arguments:
+        if argument.startswith("-"):
+            name, equals, value = argument.partition("=")
+            expanded.append(("--layout" if name == "--from" else name) + equals + value)
+            value_follows = not equals and name not in ("-h", "--help")
+        else:
+            expanded += [argument] if value_follows else ["--file", argument]
+            value_follows = False
+    return expanded
 
 
 def _sample(arguments: list[str]) -> None:
@@ -212,6 +268,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": _quickstart,
     "train-tokenizer": _train_tokenizer,
     "train-generator": _train_generator,
+    "train-rival": _train_rival,
+    "convert": _convert,
     "sample": _sample,
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,

@@ -157,6 +157,11 @@ class Block(nn.Module):
         return x, (self.mlp(y), gate2)
 
 
+def time_frequencies(half: int, device: torch.device | None = None) -> Tensor:
+    """Frequencies [half] of the time embedding, from 1 down to almost 1 / 10,000 radians (DiT)."""
+    return torch.exp(-math.log(10_000) * torch.arange(half, device=device, dtype=torch.float32) / half)
+
+
 class TimeEmbedding(nn.Module):
     """Sinusoidal features of t in [0, 1] (not scaled by 1000, as in LightningDiT), then Linear, SiLU, Linear."""
 
@@ -165,9 +170,7 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        half = TIME_FEATURES // 2
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-        angle = t.float()[:, None] * frequencies
+        angle = t.float()[:, None] * time_frequencies(TIME_FEATURES // 2, t.device)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 

@@ -6,14 +6,13 @@ Members are named here and imported on use, so that whoever reads a tokenizer fo
 from __future__ import annotations
 
 from importlib import import_module
-from types import ModuleType
+from inspect import signature
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from aligntok.errors import UserError
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from aligntok.config import LightningDiTConfig
     from aligntok.models.lightning_dit import LightningDiT
     from aligntok.models.tokenizer import StoredTokenizer
@@ -54,8 +53,20 @@ def generator_class(config: LightningDiTConfig) -> type[LightningDiT]:
     return LightningDiT
 
 
-def converter(name: str) -> ModuleType:
-    """The module that converts published weights of the layout `name`; UserError where there is none."""
-    if name not in CONVERTERS:
-        raise UserError(f"--from is {name!r}, expected one of {', '.join(CONVERTERS)}")
-    return import_module(CONVERTERS[name])
+def convert(layout: str, file: str, output: str, **options: str | None) -> object:
+    """Convert the published checkpoint `file` into the folder `output`; returns what there is to report.
+
+    Args:
+        options: of that layout's converter; None = not given.
+
+    Raises:
+        UserError: an unknown layout, an option that means nothing to it, and what the converter raises.
+    """
+    if layout not in CONVERTERS:
+        raise UserError(f"--from is {layout!r}, expected one of {', '.join(CONVERTERS)}")
+    function = import_module(CONVERTERS[layout]).convert
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given:
+        if name not in signature(function).parameters:
+            raise UserError(f"--{name} means nothing to --from {layout}: leave it out")
+    return function(Path(file), Path(output), **given)

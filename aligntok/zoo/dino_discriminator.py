@@ -2,11 +2,11 @@
 
     logits = concat over 5 feature maps of  conv_1(r(block_9(block_1(f)))),   r(y) = (y + block(y)) / sqrt(2)
 
-f: the patch tokens [B, C, N] of blocks 2, 5, 8, 11 and of the last block once more; block_k: spectrally normalised circular
-convolution of kernel k along the tokens, normalisation of every image's channels over its tokens ("local BN" with one
-image in each group), LeakyReLU .2. In training, images are shifted and their colours changed first (DiffAugment, Zhao et
-al., arXiv 2006.10738), since the frozen features make the discriminator's task easy. Source: RAE src/disc/dinodisc.py and
-configs/stage1/training (structure and sizes only).
+f: the patch tokens [B, C, N] of blocks 2, 5, 8, 11 and of the last block once more; block_k: spectrally normalised
+circular convolution of kernel k along the tokens, normalisation of every image's channels over its tokens ("local BN"
+with one image in each group), LeakyReLU .2. In training, images are shifted and their colours changed first
+(DiffAugment, Zhao et al., arXiv 2006.10738), since the frozen features make the discriminator's task easy. Source:
+RAE src/disc/dinodisc.py and configs/stage1/training (structure and sizes only).
 """
 
 from __future__ import annotations

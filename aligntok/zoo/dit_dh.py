@@ -4,10 +4,10 @@
     s = project(silu(time(t) + s))                                                                 [B, N, head width]
     v = final(head(patches'(z_t); s); s)                        every token of the head has its own modulation from s
 
-A diffusion transformer narrower than its latent's channels cannot carry the noise through (section 4); the head of 2 blocks
-of width 2048 can, at a fraction of a wide trunk's cost. Time enters by fixed Gaussian Fourier features. Trunk and head
-blocks are LightningDiT's. Time follows the paper (t = 1 is noise, v = z_1 - z_0), as RAE's own code does. Source: RAE
-stage2/models/DDT.py and model_utils.py (structure and sizes only).
+A diffusion transformer narrower than its latent's channels cannot carry the noise through (section 4); the head of 2
+blocks of width 2048 can, at a fraction of a wide trunk's cost. Time enters by fixed Gaussian Fourier features. Trunk
+and head blocks are LightningDiT's. Time follows the paper (t = 1 is noise, v = z_1 - z_0), as RAE's own code does.
+Source: RAE stage2/models/DDT.py and model_utils.py (structure and sizes only).
 """
 
 from __future__ import annotations

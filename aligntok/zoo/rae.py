@@ -3,10 +3,10 @@
     z = normalise(tokens(x)),  tokens: encoder's last layer, final norm without scale and bias, prefix tokens dropped
     x_hat = unpatchify(decoder(denormalise(z)))                      statistics per element: mean and std [d, h, w]
 
-The decoder is a ViT as in MAE: linear embedding, a learned class token, fixed sin-cos positions, pre-norm blocks, LayerNorm
-and a linear layer to the pixels of a patch, in the encoder's normalised colours. It alone is trained, on tokens with noise
-of a standard deviation that is uniform in [0, tau] for each image (aligntok.zoo.objectives). Sources: RAE
-src/stage1/rae.py:73-94, encoders/dinov2.py, configs/decoder (structure and sizes only).
+The decoder is a ViT as in MAE: linear embedding, a learned class token, fixed sin-cos positions, pre-norm blocks,
+LayerNorm and a linear layer to the pixels of a patch, in the encoder's normalised colours. It alone is trained, on
+tokens with noise of a standard deviation that is uniform in [0, tau] for each image (aligntok.zoo.objectives).
+Sources: RAE src/stage1/rae.py:73-94, encoders/dinov2.py, configs/decoder (structure and sizes only).
 """
 
 from __future__ import annotations
@@ -118,8 +118,8 @@ class RAE(StoredTokenizer):
         if grid != self.token_grid:
             size = self.config.image_size
             raise UserError(
-                f"images of {images.shape[-2]} x {images.shape[-1]} px: this RAE was made for {size} x {size} px, as its "
-                "statistics are per element; train one with rae.image_size set to your size"
+                f"images of {images.shape[-2]} x {images.shape[-1]} px: this RAE was made for {size} x {size} px, as "
+                "its statistics are per element; train one with rae.image_size set to your size"
             )
         return self.encoder(images).transpose(1, 2).unflatten(2, grid)
 

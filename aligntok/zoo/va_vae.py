@@ -1,4 +1,4 @@
-"""VA-VAE's vision-foundation loss (Yao and Wang, arXiv 2501.01423): latents are pulled towards a frozen encoder's tokens.
+"""VA-VAE's vision-foundation loss (Yao and Wang, arXiv 2501.01423): latents follow a frozen encoder's tokens.
 
     z' = W z                                                              W: 1x1 convolution d -> C without bias
     L_mcos = mean_i relu(1 - m_cos - cos(z'_i, f_i))                      tokens i, cosine over channels
@@ -6,9 +6,9 @@
     L = w lambda (L_mcos + L_mdms),   lambda = min(|dL_rec/dE| / (|d(L_mcos + L_mdms)/dE| + 1e-4), 1e8)
 
 E is the weight of the encoder's last layer, z the sample that is decoded. Source: LightningDiT
-vavae/ldm/modules/losses/contperceptual.py:56-67, 120-142 and autoencoder.py:324, 366, where both terms see z'. The network
-itself is aligntok.zoo.vae; the features f come from aligntok.models.encoder, which normalises its input (VA-VAE's code
-feeds DINOv2 images in [-1, 1]).
+vavae/ldm/modules/losses/contperceptual.py:56-67, 120-142 and autoencoder.py:324, 366, where both terms see z'. The
+network itself is aligntok.zoo.vae; the features f come from aligntok.models.encoder, which normalises its input
+(VA-VAE's code feeds DINOv2 images in [-1, 1]).
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@
     x_hat = decoder(post_quant(z))
     KL(q || N(0, I)) = 1/2 sum(mean^2 + exp(logvar) - 1 - logvar)
 
-Training reconstructs a sample of q; `raw_latents` is its mean, so that encoding is a function. (VA-VAE's code caches one
-sample for each image; at a KL weight of 1e-6 the standard deviations are small against the spread of the means.)
+Training reconstructs a sample of q; `raw_latents` is its mean, so that encoding is a function. (VA-VAE's code caches
+one sample for each image; at a KL weight of 1e-6 the standard deviations are small against the spread of the means.)
 Sources: LightningDiT tokenizer/autoencoder.py, vavae/ldm/modules/diffusionmodules/model.py and distributions.py
 (structure and sizes only).
 """

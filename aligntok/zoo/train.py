@@ -1,0 +1,112 @@
+"""Training of a rival from a configuration, in the same loop and on the same data as AlignTok.
+
+OUTPUT/tokenizer                   the finished rival with its latent statistics: what train-generator reads
+OUTPUT/checkpoints/rival/step-N    while it runs
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from aligntok.config import Recipe, RivalConfig
+from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
+from aligntok.data.images import open_images
+from aligntok.data.sources import MemorySource, Source
+from aligntok.devices import Precision, choose_precision
+from aligntok.errors import UserError
+from aligntok.models.discriminator import PatchDiscriminator
+from aligntok.models.encoder import Encoder
+from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
+from aligntok.training.checkpoint import Checkpoints, fingerprint
+from aligntok.training.loop import train
+from aligntok.training.statistics import latent_statistics
+from aligntok.training.telemetry import Telemetry
+from aligntok.training.train_tokenizer import build_source, training_perceptual
+from aligntok.zoo.dino_discriminator import DinoDiscriminator
+from aligntok.zoo.objectives import RAEObjective, RivalObjective, VAEObjective, VAVAEObjective
+from aligntok.zoo.rae import RAE
+from aligntok.zoo.vae import VAE
+
+PART = "rival"
+
+
+def train_rival(recipe: Recipe, telemetry: Telemetry | None = None) -> StoredTokenizer:
+    """`aligntok train-rival`; a finished rival is read and not trained again.
+
+    Raises:
+        UserError: images of a size that the rival cannot take; an encoder without weights; and what the loop raises.
+    """
+    config, output = recipe.rival, Path(recipe.output)
+    training, folder = config.training, output / "tokenizer"
+    telemetry = telemetry or Telemetry(output, training.log_every)
+    precision = choose_precision(training.device, training.precision)
+    if (folder / "config.json").is_file():
+        telemetry.say(f"{config.kind}: already finished, read from {folder}")
+        return load_tokenizer(folder).to(precision.device)
+    tokenizer = build_rival(config).to(precision.device).eval()
+    _check_size(recipe.data.image_size, tokenizer)
+    images, _ = open_images(recipe.data.path, recipe.data.max_images).split(recipe.data.held_out)
+    source = build_source(images, recipe.data, config.crop, training.batch_size, training.seed, telemetry)
+    objective = _objective(tokenizer, config, precision, source, telemetry)
+    mark = fingerprint(config, recipe.data, len(images))
+    checkpoints = Checkpoints(output / "checkpoints" / PART, training.keep_checkpoints, mark)
+    train(PART, objective, source, training, precision.device, telemetry, checkpoints)
+    objective.adopt_averages()
+    tokenizer.eval().requires_grad_(False)
+    with telemetry.bar("latent statistics") as update:
+        wanted = min(config.statistics_images, len(images))
+        tokenizer.set_statistics(*latent_statistics(tokenizer, source, wanted, precision, update))
+    tokenizer.save(folder)
+    checkpoints.remove()
+    telemetry.say(f"tokenizer: {folder}")
+    return tokenizer
+
+
+def build_rival(config: RivalConfig) -> StoredTokenizer:
+    """A new, seeded rival: its encoder is random (VAE, VA-VAE) or pretrained (RAE), its decoder random."""
+    torch.manual_seed(config.training.seed)
+    if config.kind == "rae":
+        return RAE(config.rae)
+    if config.kind in ("vae", "va-vae"):
+        return VAE(config.vae)
+    raise UserError(f"rival.kind is {config.kind!r}, expected vae, va-vae or rae")
+
+
+def _check_size(size: int, tokenizer: StoredTokenizer) -> None:
+    if size % tokenizer.downsample:
+        raise UserError(f"data.image_size is {size}, expected a multiple of the downsampling {tokenizer.downsample}")
+    if isinstance(tokenizer, RAE) and size != tokenizer.config.image_size:
+        raise UserError(f"data.image_size is {size}, but rival.rae.image_size is {tokenizer.config.image_size}")
+
+
+def _objective(
+    tokenizer: StoredTokenizer, config: RivalConfig, precision: Precision, source: Source, telemetry: Telemetry
+) -> RivalObjective:
+    torch.manual_seed(config.training.seed + 1)
+    dino = config.discriminator == "dino"
+    discriminator = DinoDiscriminator(config.dino) if dino else PatchDiscriminator(config.losses.discriminator)
+    perceptual = training_perceptual(config.losses.perceptual, precision.device)
+    common = (tokenizer, discriminator.to(precision.device), perceptual, config, precision)
+    if config.kind == "vae":
+        return VAEObjective(*common)
+    if config.kind == "rae":
+        latents = _frozen(tokenizer.raw_latents, source, precision, telemetry)
+        return RAEObjective(*common, latents)
+    encoder = Encoder(config.alignment.encoder).to(precision.device).eval().requires_grad_(False)
+    if encoder.downsample != tokenizer.downsample:
+        raise UserError(
+            f"rival.alignment.encoder.downsample is {encoder.downsample}, "
+            f"expected the tokenizer's {tokenizer.downsample}"
+        )
+    return VAVAEObjective(*common, _frozen(encoder, source, precision, telemetry), encoder.width)
+
+
+def _frozen(network: nn.Module, source: Source, precision: Precision, telemetry: Telemetry) -> FrozenOutput:
+    """A frozen network's outputs: a table where the crops repeat, the network in the loop where they do not."""
+    if not isinstance(source, MemorySource):
+        return FrozenNetwork(network, precision)
+    with telemetry.bar("encoder features") as update:
+        return tabulate(network, source, precision, torch.bfloat16, update)

@@ -1,6 +1,6 @@
 """The autoencoder family of latent diffusion: Stable Diffusion's VAE and FLUX's, both f8, 4 and 16 channels.
 
-    (mean, log_variance) = encoder(x)          raw latent = mean, packed          decode_raw(z) = decoder(unpacked z)
+    (mean, log_variance) = encoder(x)          raw latent = mean, packed          reconstruct(z) = decoder(unpacked z)
     normalised latent = scale * (raw - shift)
 
 The published scale and shift are the latent statistics that a new model starts with (mean = shift, std = 1 / scale), so
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from aligntok.config import DecoderConfig
 from aligntok.models.decoder import Decoder
 from aligntok.zoo.conv_encoder import ConvEncoder
-from aligntok.zoo.latent_tokenizer import LatentTokenizer
+from aligntok.zoo.stored_tokenizer import StoredTokenizer
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # LDM clamps the log-variance to it
 
@@ -64,11 +64,12 @@ class Posterior(NamedTuple):
         return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
 
 
-class AutoencoderKL(LatentTokenizer):
+class AutoencoderKL(StoredTokenizer):
     """See the module's docstring."""
 
-    FORMAT = "aligntok.autoencoder-kl"
-    Config = AutoencoderKLConfig
+    format = "aligntok.zoo.autoencoder-kl"
+    config_class = AutoencoderKLConfig
+    latent_parts = ("encoder", "quant")
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
         channels, packing = config.latent_channels, config.packing
@@ -91,8 +92,5 @@ class AutoencoderKL(LatentTokenizer):
         """The posterior's mean; FLUX and the evaluations of Stable Diffusion's VAE do not sample."""
         return self.posterior(images).mean
 
-    def decode_raw(self, raw: Tensor) -> Tensor:
+    def reconstruct(self, raw: Tensor) -> Tensor:
         return self.decoder(self.post_quant(F.pixel_shuffle(raw, self.config.packing)))
-
-    def latent_parts(self) -> dict[str, nn.Module]:
-        return {"encoder": self.encoder, "quant": self.quant}

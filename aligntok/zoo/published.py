@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aligntok.errors import UserError
 from aligntok.models.encoder_weights import read_tensors
-from aligntok.zoo.latent_tokenizer import LatentTokenizer
+from aligntok.zoo.stored_tokenizer import StoredTokenizer
 from aligntok.zoo.ldm_keys import Names, translate_state
 
 STATISTICS = {"latent_mean", "latent_std"}  # from the configuration: published files do not hold them
@@ -22,7 +22,7 @@ def read_published(source: Path) -> dict[str, Tensor]:
 
 
 def write_converted(
-    tokenizer: LatentTokenizer, state: dict[str, Tensor], names: Names, source: Path, output: Path
+    tokenizer: StoredTokenizer, state: dict[str, Tensor], names: Names, source: Path, output: Path
 ) -> None:
     """Fill `tokenizer` from tensors under their published names, save it to `output` and print what happened.
 
@@ -36,6 +36,6 @@ def write_converted(
         count = sum(parameter.numel() for parameter in part.parameters())
         print(f"  {name:<12}{count / 1e6:10.3f} M parameters")
     print(
-        f"{output}: {tokenizer.FORMAT}, {tokenizer.latent_channels} channels at f{tokenizer.downsample}, "
+        f"{output}: {tokenizer.format}, {tokenizer.latent_channels} channels at f{tokenizer.downsample}, "
         f"fingerprint {tokenizer.fingerprint()}"
     )

@@ -41,7 +41,7 @@ def test_published_scale_and_shift_are_the_normalisation(packing):
     latents = tokenizer.encode(images)
     torch.testing.assert_close(latents, 0.5 * (raw - 0.25))
     assert tokenizer.decode(latents).shape == images.shape
-    torch.testing.assert_close(tokenizer.decode(latents), tokenizer.decode_raw(raw), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(tokenizer.decode(latents), tokenizer.reconstruct(raw), atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def test_packing_puts_each_block_of_four_into_the_channels():
     loose, dense = plain.raw_latents(images), packed.raw_latents(images)
     for c, row, column in [(0, 0, 1), (1, 1, 0), (2, 1, 1)]:
         assert torch.equal(dense[:, c * 4 + row * 2 + column], loose[:, c, row::2, column::2])
-    assert torch.equal(packed.decode_raw(dense), plain.decode_raw(loose))
+    assert torch.equal(packed.reconstruct(dense), plain.reconstruct(loose))
 
 
 def test_posterior():
@@ -118,8 +118,8 @@ def test_refusals(tmp_path):
     tokenizer.save(tmp_path / "t")
     file = tmp_path / "t" / "config.json"
     text = file.read_text()
-    file.write_text(text.replace("aligntok.autoencoder-kl", "aligntok.tokenizer"))
-    with pytest.raises(UserError, match=r"expected 'aligntok\.autoencoder-kl'"):
+    file.write_text(text.replace("aligntok.zoo.autoencoder-kl", "aligntok.tokenizer"))
+    with pytest.raises(UserError, match=r"expected 'aligntok\.zoo\.autoencoder-kl'"):
         AutoencoderKL.load(tmp_path / "t")
     file.write_text(text.replace('"latent_channels": 3', '"latent_channels": 5'))
     with pytest.raises(UserError, match="another configuration"):

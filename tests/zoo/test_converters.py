@@ -68,7 +68,7 @@ def check_equal(model: Peer, tokenizer: AutoencoderKL, size: tuple[int, int]) ->
         peer, ours, x = model.to(dtype), tokenizer.to(dtype), images.to(dtype)
         mean = peer.encode(x).latent_dist.mean
         raw = pixel_unshuffle(mean, tokenizer.config.packing)
-        found.append(((unpack(ours.raw_latents(x)), mean), (ours.decode_raw(raw), peer.decode(mean).sample)))
+        found.append(((unpack(ours.raw_latents(x)), mean), (ours.reconstruct(raw), peer.decode(mean).sample)))
     for (ours, theirs), (ours64, theirs64) in zip(*found, strict=True):
         assert theirs64.std() > 0.1  # so that the differences below mean something
         assert (ours64 - theirs64).abs().max() < 1e-12

@@ -1,8 +1,9 @@
 """What every tokenizer here has in common: latent statistics, encode and decode around them, and a folder on disk.
 
-    encode(x) = (raw_latents(x) - mean) / std          decode(z) = decode_raw(z * std + mean)
+    encode(x) = (raw_latents(x) - mean) / std          decode(z) = reconstruct(z * std + mean)
 
-A subclass gives `raw_latents`, `decode_raw` and `latent_parts`, its configuration's class and the name of its format.
+A subclass gives `raw_latents` and `reconstruct`, its configuration's class, the name of its format and of the modules
+that decide its latents.
 The folder holds `config.json` and `model.safetensors`, like that of AlignTok.
 """
 
@@ -23,21 +24,22 @@ from aligntok.errors import UserError
 from aligntok.files import write_folder
 from aligntok.models.tokenizer import load_strictly
 
-T = TypeVar("T", bound="LatentTokenizer")
+T = TypeVar("T", bound="StoredTokenizer")
 
 
-class LatentTokenizer(nn.Module):
+class StoredTokenizer(nn.Module):
     """Base of the rivals; obeys aligntok.models.tokenizer.Tokenizer.
 
     Args:
-        config: an instance of the subclass's `Config`, written to config.json.
+        config: an instance of the subclass's `config_class`, written to config.json.
         latent_channels: d.
         downsample: f.
         mean, std: what the latent statistics start with; NaN = none until `set_statistics`.
     """
 
-    FORMAT: ClassVar[str]
-    Config: ClassVar[type]
+    format: ClassVar[str]  # what config.json calls it
+    config_class: ClassVar[type]
+    latent_parts: ClassVar[tuple[str, ...]]  # the modules that decide the latents
 
     def __init__(
         self,
@@ -56,12 +58,8 @@ class LatentTokenizer(nn.Module):
         """Images [B, 3, H, W] in [-1, 1] -> latents before normalisation [B, d, h, w]."""
         raise NotImplementedError
 
-    def decode_raw(self, raw: Tensor) -> Tensor:
+    def reconstruct(self, raw: Tensor) -> Tensor:
         """Latents before normalisation [B, d, h, w] -> images [B, 3, H, W], nominally in [-1, 1]."""
-        raise NotImplementedError
-
-    def latent_parts(self) -> dict[str, nn.Module | Tensor]:
-        """Modules and parameters by name that decide the raw latents: what the fingerprint covers."""
         raise NotImplementedError
 
     def grid(self, images: Tensor) -> tuple[int, int]:
@@ -92,7 +90,7 @@ class LatentTokenizer(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, d, h, w] -> images [B, 3, H, W], nominally in [-1, 1], float32."""
         self._require_statistics()
-        return self.decode_raw(self.denormalise(latents.float())).float()
+        return self.reconstruct(self.denormalise(latents.float())).float()
 
     def normalise(self, raw: Tensor) -> Tensor:
         return (raw - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
@@ -102,17 +100,16 @@ class LatentTokenizer(nn.Module):
 
     def fingerprint(self) -> str:
         """Short hash of everything that decides the latents; training the decoder alone does not change it."""
-        digest = hashlib.sha256(self.FORMAT.encode())
-        for part, content in self.latent_parts().items():
-            state = content.state_dict() if isinstance(content, nn.Module) else {"": content}
-            for name, value in state.items():
-                digest.update(f"{part}.{name}".encode() + value.detach().cpu().contiguous().numpy().tobytes())
+        digest = hashlib.sha256()
+        for part in self.latent_parts:
+            for name, value in getattr(self, part).state_dict().items():
+                digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
         digest.update(self.latent_mean.cpu().numpy().tobytes() + self.latent_std.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors atomically; an older tokenizer at that place survives a failure."""
-        manifest = {"format": self.FORMAT, "version": 1, "config": dataclasses.asdict(self.config)}
+        manifest = {"format": self.format, "version": 1, "config": dataclasses.asdict(self.config)}
         write_folder(folder, tensors={"model": self.state_dict()}, documents={"config": manifest})
 
     @classmethod
@@ -131,9 +128,9 @@ class LatentTokenizer(nn.Module):
                     f"no tokenizer at {folder}: {file.name} is missing; give a folder that aligntok has written"
                 )
         manifest = json.loads(config_file.read_text())
-        if manifest.get("format") != cls.FORMAT:
-            raise UserError(f"{config_file} says format {manifest.get('format')!r}, expected {cls.FORMAT!r}")
-        tokenizer = cls(from_dict(cls.Config, manifest["config"]))
+        if manifest.get("format") != cls.format:
+            raise UserError(f"{config_file} says format {manifest.get('format')!r}, expected {cls.format!r}")
+        tokenizer = cls(from_dict(cls.config_class, manifest["config"]))
         load_strictly(tokenizer, load_file(weights_file), weights_file)
         if require_statistics:
             tokenizer._require_statistics()

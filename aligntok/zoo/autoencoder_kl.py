@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aligntok.config import DecoderConfig
+from aligntok.errors import UserError
 from aligntok.models.decoder import Decoder
+from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.zoo.conv_encoder import ConvEncoder
-from aligntok.zoo.stored_tokenizer import StoredTokenizer
 
 LOG_VARIANCE_RANGE = (-30.0, 20.0)  # LDM clamps the log-variance to it
 
@@ -72,17 +73,24 @@ class AutoencoderKL(StoredTokenizer):
     latent_parts = ("encoder", "quant")
 
     def __init__(self, config: AutoencoderKLConfig) -> None:
+        super().__init__(config)
         channels, packing = config.latent_channels, config.packing
-        factor = 2 ** (len(config.network.channel_multipliers) - 1)
-        super().__init__(config, channels * packing**2, factor * packing, config.shift, 1 / config.scale)
+        self.latent_channels = channels * packing**2
         self.encoder = ConvEncoder(2 * channels, config.network)
         self.quant = nn.Conv2d(2 * channels, 2 * channels, 1) if config.quant_convs else nn.Identity()
         self.post_quant = nn.Conv2d(channels, channels, 1) if config.quant_convs else nn.Identity()
         self.decoder = Decoder(channels, config.network)
+        self.downsample = self.decoder.upsampling * packing
+        self._add_statistics(self.latent_channels)
+        self.latent_mean.fill_(config.shift)
+        self.latent_std.fill_(1 / config.scale)
 
     def posterior(self, images: Tensor) -> Posterior:
         """Images [B, 3, H, W] in [-1, 1] -> Gaussian over raw latents."""
-        self.grid(images)
+        height, width = images.shape[-2:]
+        f = self.downsample
+        if min(height, width) < f or height % f or width % f:
+            raise UserError(f"images are {height} x {width} px, expected multiples of the downsampling {f}")
         mean, log_variance = self.quant(self.encoder(images)).chunk(2, dim=1)
         packed = (F.pixel_unshuffle(part, self.config.packing) for part in (mean, log_variance))
         mean, log_variance = packed

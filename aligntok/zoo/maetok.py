@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from aligntok.errors import UserError
-from aligntok.zoo.stored_tokenizer import StoredTokenizer
+from aligntok.models.tokenizer import StoredTokenizer
 
 NORM_EPS = 1e-6  # ViT
 INIT_STD = 0.02  # of linear layers and learned tokens (ViT)
@@ -122,10 +122,12 @@ class MAETok(StoredTokenizer):
                 f"width {config.width} and heads {config.heads}: expected heads whose width is a multiple of 4 "
                 f"(rotary pairs on two axes); try width {64 * config.heads}"
             )
-        super().__init__(config, config.latent_channels, config.patch_size)
+        super().__init__(config)
+        self.latent_channels, self.downsample = config.latent_channels, config.patch_size
         self.encoder = TokenEncoder(config)
         out = 3 * config.patch_size**2
         self.decoder = TokenDecoder(config, out, config.width, config.depth, config.heads)
+        self._add_statistics(self.latent_channels)
 
     def grid(self, images: Tensor) -> tuple[int, int]:
         """(1, K) whatever the image shows; UserError for another size than the model's."""

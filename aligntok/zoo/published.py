@@ -8,7 +8,7 @@ from torch import Tensor
 
 from aligntok.errors import UserError
 from aligntok.models.encoder_weights import read_tensors
-from aligntok.zoo.stored_tokenizer import StoredTokenizer
+from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.zoo.ldm_keys import Names, translate_state
 
 STATISTICS = {"latent_mean", "latent_std"}  # from the configuration: published files do not hold them

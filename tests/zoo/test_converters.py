@@ -12,6 +12,7 @@ from torch.nn.functional import pixel_shuffle, pixel_unshuffle
 
 from aligntok.config import DecoderConfig
 from aligntok.errors import UserError
+from aligntok.models.tokenizer import load_tokenizer
 from aligntok.zoo import convert_diffusers, convert_flux
 from aligntok.zoo.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, flux_config
 from aligntok.zoo.ldm_keys import diffusers_names, ldm_names
@@ -82,7 +83,7 @@ def test_diffusers_layout(tmp_path, kind, capsys):
     model = peer((8, 16, 32, 32), 4, 4) if kind == "sd" else flux_peer()
     model.save_pretrained(tmp_path / "vae")
     convert_diffusers.convert(tmp_path / "vae", tmp_path / "t")
-    tokenizer = AutoencoderKL.load(tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
     check_equal(model, tokenizer, (32, 48))
     assert tokenizer.config.scale == model.config.scaling_factor
     told = capsys.readouterr().out
@@ -101,7 +102,7 @@ def test_diffusers_old_attention_names_and_torch_files(tmp_path):
     config = {k: v for k, v in model.config.items() if k not in ("scaling_factor", "shift_factor")}
     (tmp_path / "config.json").write_text(json.dumps(config))
     convert_diffusers.convert(tmp_path / "diffusion_pytorch_model.bin", tmp_path / "t")
-    check_equal(model, AutoencoderKL.load(tmp_path / "t"), (16, 16))
+    check_equal(model, load_tokenizer(tmp_path / "t"), (16, 16))
 
 
 def test_flux_layout(tmp_path):
@@ -112,7 +113,7 @@ def test_flux_layout(tmp_path):
     assert {"encoder.down.1.block.0.nin_shortcut.weight", "decoder.up.0.block.2.conv2.bias"} <= state.keys()
     save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "ae.safetensors")
     convert_flux.convert(tmp_path / "ae.safetensors", tmp_path / "t", config)
-    tokenizer = AutoencoderKL.load(tmp_path / "t")
+    tokenizer = load_tokenizer(tmp_path / "t")
     assert (tokenizer.latent_channels, tokenizer.downsample) == (64, 16)
     check_equal(model, tokenizer, (32, 48))
 
@@ -122,7 +123,7 @@ def test_full_size_flux(tmp_path):
     model = flux_peer((128, 256, 512, 512), 32)
     save_file({k: v.contiguous() for k, v in ldm_state(model, 4, flux_config()).items()}, tmp_path / "ae.safetensors")
     convert_flux.convert(tmp_path / "ae.safetensors", tmp_path / "t")
-    check_equal(model, AutoencoderKL.load(tmp_path / "t"), (16, 16))
+    check_equal(model, load_tokenizer(tmp_path / "t"), (16, 16))
 
 
 def test_names_agree_with_diffusers_at_the_published_size():

@@ -11,6 +11,7 @@ from aligntok.config import FlowConfig, LightningDiTConfig
 from aligntok.diffusion.flow import training_loss
 from aligntok.errors import UserError
 from aligntok.models.lightning_dit import LightningDiT
+from aligntok.models.tokenizer import load_tokenizer
 from aligntok.zoo.hog import hog, hog_width
 from aligntok.zoo.maetok import MAETok, MAETokConfig, draw_mask
 
@@ -50,7 +51,7 @@ def test_protocol_and_save(tmp_path):
     torch.testing.assert_close(tokenizer.denormalise(latents), tokenizer.raw_latents(images))
     torch.testing.assert_close(tokenizer.decode(latents), tokenizer.reconstruct(tokenizer.raw_latents(images)))
     tokenizer.save(tmp_path / "t")
-    loaded = MAETok.load(tmp_path / "t")
+    loaded = load_tokenizer(tmp_path / "t")
     assert torch.equal(loaded.decode(loaded.encode(images)), tokenizer.decode(latents))
     before = tokenizer.fingerprint()
     assert loaded.fingerprint() == before

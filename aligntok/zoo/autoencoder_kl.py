@@ -13,7 +13,6 @@ LDM for Stable Diffusion.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,9 +22,7 @@ from aligntok.config import DecoderConfig
 from aligntok.errors import UserError
 from aligntok.models.decoder import Decoder
 from aligntok.models.tokenizer import StoredTokenizer
-from aligntok.zoo.conv_encoder import ConvEncoder
-
-LOG_VARIANCE_RANGE = (-30.0, 20.0)  # LDM clamps the log-variance to it
+from aligntok.zoo.vae import LOGVAR_RANGE, CNNEncoder, Posterior
 
 
 def _published_network() -> DecoderConfig:
@@ -50,21 +47,6 @@ def flux_config() -> AutoencoderKLConfig:
     return AutoencoderKLConfig(latent_channels=16, quant_convs=False, scale=0.3611, shift=0.1159, packing=2)
 
 
-class Posterior(NamedTuple):
-    """A diagonal Gaussian over latents, packed, [B, d, h, w] each."""
-
-    mean: Tensor
-    log_variance: Tensor
-
-    def sample(self) -> Tensor:
-        return self.mean + (0.5 * self.log_variance).exp() * torch.randn_like(self.mean)
-
-    def kl(self) -> Tensor:
-        """Divergence from N(0, I) per image [B], summed over the latent (LDM)."""
-        mean, log_variance = self.mean.float(), self.log_variance.float()
-        return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance).flatten(1).sum(1)
-
-
 class AutoencoderKL(StoredTokenizer):
     """See the module's docstring."""
 
@@ -76,25 +58,25 @@ class AutoencoderKL(StoredTokenizer):
         super().__init__(config)
         channels, packing = config.latent_channels, config.packing
         self.latent_channels = channels * packing**2
-        self.encoder = ConvEncoder(2 * channels, config.network)
+        self.decoder = Decoder(channels, config.network)
+        self.encoder = CNNEncoder(2 * channels, config.network)
         self.quant = nn.Conv2d(2 * channels, 2 * channels, 1) if config.quant_convs else nn.Identity()
         self.post_quant = nn.Conv2d(channels, channels, 1) if config.quant_convs else nn.Identity()
-        self.decoder = Decoder(channels, config.network)
         self.downsample = self.decoder.upsampling * packing
         self._add_statistics(self.latent_channels)
         self.latent_mean.fill_(config.shift)
         self.latent_std.fill_(1 / config.scale)
 
     def posterior(self, images: Tensor) -> Posterior:
-        """Images [B, 3, H, W] in [-1, 1] -> Gaussian over raw latents."""
+        """Images [B, 3, H, W] in [-1, 1] -> Gaussian over raw latents, at least float32."""
         height, width = images.shape[-2:]
         f = self.downsample
         if min(height, width) < f or height % f or width % f:
             raise UserError(f"images are {height} x {width} px, expected multiples of the downsampling {f}")
-        mean, log_variance = self.quant(self.encoder(images)).chunk(2, dim=1)
-        packed = (F.pixel_unshuffle(part, self.config.packing) for part in (mean, log_variance))
-        mean, log_variance = packed
-        return Posterior(mean, log_variance.clamp(*LOG_VARIANCE_RANGE))
+        moments = self.quant(self.encoder(images))
+        mean, logvar = moments.to(torch.promote_types(moments.dtype, torch.float32)).chunk(2, dim=1)
+        packed = (F.pixel_unshuffle(part, self.config.packing) for part in (mean, logvar.clamp(*LOGVAR_RANGE)))
+        return Posterior(*packed)
 
     def raw_latents(self, images: Tensor) -> Tensor:
         """The posterior's mean; FLUX and the evaluations of Stable Diffusion's VAE do not sample."""

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from aligntok.config import DecoderConfig
 from aligntok.errors import UserError
 from aligntok.models.tokenizer import load_strictly, load_tokenizer
-from aligntok.zoo.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, Posterior, flux_config
-from aligntok.zoo.conv_encoder import ConvEncoder
+from aligntok.zoo.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig, flux_config
 
 
 def tiny_config(packing: int = 1) -> AutoencoderKLConfig:
@@ -57,29 +55,6 @@ def test_packing_puts_each_block_of_four_into_the_channels():
     assert torch.equal(packed.reconstruct(dense), plain.reconstruct(loose))
 
 
-def test_posterior():
-    torch.manual_seed(0)
-    mean, log_variance = torch.full((2, 1, 40, 40), 3.0), torch.full((2, 1, 40, 40), -2.0)
-    posterior = Posterior(mean, log_variance)
-    exact = torch.distributions.kl_divergence(
-        torch.distributions.Normal(mean, (0.5 * log_variance).exp()), torch.distributions.Normal(0.0, 1.0)
-    )
-    torch.testing.assert_close(posterior.kl(), exact.sum((1, 2, 3)))
-    sample = posterior.sample()
-    assert sample.mean().item() == pytest.approx(3.0, abs=0.05)
-    assert sample.std().item() == pytest.approx(torch.tensor(-1.0).exp().item(), rel=0.05)
-
-
-def test_encoder_halves_with_padding_below_and_to_the_right():
-    config = DecoderConfig(base_channels=4, channel_multipliers=(1, 1), blocks=1, groups=2, attention_levels=())
-    level = ConvEncoder(2, config).levels[0]
-    x = torch.rand(1, 4, 6, 6)
-    after = level.blocks[0](x)
-    expected = F.conv2d(F.pad(after, (0, 1, 0, 1)), level.downsample.weight, level.downsample.bias, stride=2)
-    torch.testing.assert_close(level(x), expected)
-    assert level(x).shape == (1, 4, 3, 3)
-
-
 @torch.no_grad()
 def test_save_and_load_give_the_same_bits(tmp_path):
     tokenizer = AutoencoderKL(tiny_config(2)).eval()
@@ -124,8 +99,6 @@ def test_refusals(tmp_path):
     file.write_text(text.replace('"latent_channels": 3', '"latent_channels": 5'))
     with pytest.raises(UserError, match="another configuration"):
         load_tokenizer(tmp_path / "t")
-    with pytest.raises(UserError, match="multiples of groups = 4"):
-        ConvEncoder(2, DecoderConfig(base_channels=6, groups=4))
     state = tokenizer.state_dict() | {"latent_std": torch.full((3,), float("nan"))}
     load_strictly(tokenizer, state, tmp_path)
     with pytest.raises(UserError, match="aligntok statistics"):

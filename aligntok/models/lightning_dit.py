@@ -253,7 +253,8 @@ class LightningDiT(nn.Module):
     def _rope(self, grid: tuple[int, int], device: torch.device) -> Rope:
         key = (grid, device)
         if getattr(self, "_rope_key", None) != key:
-            self._rope_cache = build_rope(grid, self.head_width, self._grid(self.latent_size)[0], device)
+            trained_side = max(self._grid(self.latent_size))  # the longer one: tokens in a row keep whole steps
+            self._rope_cache = build_rope(grid, self.head_width, trained_side, device)
             self._rope_key = key
         return self._rope_cache
 

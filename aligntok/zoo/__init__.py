@@ -22,6 +22,8 @@ TOKENIZERS = {
     "aligntok.tokenizer": ("aligntok.models.tokenizer", "AlignTok"),
     "aligntok.zoo.vae": ("aligntok.zoo.vae", "VAE"),  # VA-VAE too: the same network
     "aligntok.zoo.rae": ("aligntok.zoo.rae", "RAE"),
+    "aligntok.zoo.autoencoder-kl": ("aligntok.zoo.autoencoder_kl", "AutoencoderKL"),  # FLUX, Stable Diffusion
+    "aligntok.zoo.maetok": ("aligntok.zoo.maetok", "MAETok"),
 }
 
 # What `aligntok convert --from` takes -> the module whose `convert` does it
@@ -30,6 +32,8 @@ CONVERTERS = {
     "hustvl-lightningdit": "aligntok.zoo.convert_lightningdit",
     "rae-decoder": "aligntok.zoo.convert_rae",
     "rae-ditdh": "aligntok.zoo.convert_ditdh",
+    "flux-ae": "aligntok.zoo.convert_flux",
+    "diffusers-vae": "aligntok.zoo.convert_diffusers",
 }
 
 

@@ -1,7 +1,7 @@
 """Peers' networks, written from the tensors of their checkpoints alone: names, shapes and what they compute.
 
-A second implementation of LDM's autoencoder, LightningDiT and DiT^DH, in their layouts and their direction of time, for the
-converters to agree with.
+A second implementation of LDM's autoencoder, LightningDiT and DiT^DH, in their layouts and their direction of time, for
+the converters to agree with.
 """
 
 import torch

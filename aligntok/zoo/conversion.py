@@ -8,7 +8,7 @@ misshapen - is one error. Files are read without executing anything that they ho
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError
 
-Sources = Callable[[str], list[str]]  # our name -> theirs; empty for what the file does not hold
+Sources = Callable[[str], Sequence[str]]  # our name -> theirs; empty for what the file does not hold
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28, 2048: 16}  # width -> heads of the published networks
 FEW = 4  # keys that an error names
 

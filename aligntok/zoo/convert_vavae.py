@@ -13,7 +13,9 @@ from torch import Tensor
 
 from aligntok.config import DecoderConfig, VAEConfig
 from aligntok.errors import UserError
-from aligntok.zoo.conversion import Report, count, fill, read_tensors, renamed, require
+from aligntok.zoo.conversion import Report, count, fill, read_tensors, require
+from aligntok.zoo.ldm_keys import ldm_names
+from aligntok.zoo.published import STATISTICS
 from aligntok.zoo.vae import VAE
 
 WHAT = "VA-VAE"
@@ -23,18 +25,6 @@ IGNORED = {
     r"foundation_model\.": "frozen foundation model, of training only",
     r"linear_proj\.": "projection onto the foundation model, of training only",
 }
-_BLOCK = [
-    (r"\.blocks\.", ".block."),
-    (r"\.attentions\.", ".attn."),
-    (r"\.shortcut\.", ".nin_shortcut."),
-    (r"\.(down|up)sample\.", r".\1sample.conv."),
-    (r"\.middle\.0\.", ".mid.block_1."),
-    (r"\.middle\.1\.", ".mid.attn_1."),
-    (r"\.middle\.2\.", ".mid.block_2."),
-    (r"(\.attn\.\d+|attn_1)\.proj\.", r"\1.proj_out."),
-    (r"^(post_quant|quant)\.", r"\1_conv."),
-    (r"^encoder\.levels\.", "encoder.down."),
-]
 
 
 def convert(source: Path, output: Path, *, statistics: str | None = None) -> Report:
@@ -48,8 +38,8 @@ def convert(source: Path, output: Path, *, statistics: str | None = None) -> Rep
     """
     state = read_tensors(source, ("state_dict",))
     vae = VAE(config_of(state, source))
-    levels = len(vae.config.networks.channel_multipliers)
-    report = fill(vae, state, lambda name: ldm_sources(name, levels), IGNORED, source, WHAT)
+    names = ldm_names(len(vae.config.networks.channel_multipliers))
+    report = fill(vae, state, lambda name: () if name in STATISTICS else names(name), IGNORED, source, WHAT)
     if statistics is None:
         report.notes.append("no statistics given: run aligntok statistics before training a generator on it")
     else:
@@ -75,19 +65,6 @@ def config_of(state: dict[str, Tensor], path: Path) -> VAEConfig:
         attention_levels=attention,
     )
     return VAEConfig(latent_channels=d, networks=networks)
-
-
-def ldm_sources(name: str, levels: int) -> list[str]:
-    """LDM's names of the tensors that one of VAE's is made of."""
-    if name.startswith("latent_"):
-        return []
-    parts = name.split(".")
-    if name.startswith("decoder.levels."):  # ours run from coarse to fine, LDM's from fine to coarse
-        name = ".".join(["decoder", "up", str(levels - 1 - int(parts[2])), *parts[3:]])
-    name = renamed(_BLOCK, name)
-    if ".qkv." in name:
-        return [name.replace(".qkv.", f".{part}.") for part in "qkv"]
-    return [name]
 
 
 def channel_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:

@@ -169,6 +169,8 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     log_every: int = 50
     nonfinite_limit: int = 20  # skipped steps in a row after which the run stops
+    parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: every process with all weights, or with a share of them
+    accumulate: int = 1  # micro-batches per step; batch_size stays that of the step
 
 
 @dataclass

@@ -8,8 +8,12 @@ process and several draw the same.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from aligntok.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,38 @@ class World:
             )
         own = batch_size // self.size
         return range(self.rank * own, (self.rank + 1) * own)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where some neighbouring rows lie in a batch of all processes.
+
+    What is random for a row is drawn for the whole batch and looked up by this, so that a row has the same
+    times, noise and dropped label however the batch is shared out.
+    """
+
+    first: int
+    count: int
+    batch_size: int
+
+    @classmethod
+    def from_rows(cls, rows: Tensor, batch_size: int) -> Place:
+        """Of the row numbers that a batch carries, on the CPU."""
+        return cls(int(rows[0]), len(rows), batch_size)
+
+    def of(self, values: Tensor) -> Tensor:
+        """Those of the values [batch_size, ...] that belong to the rows."""
+        return values[self.first : self.first + self.count]
+
+    def chosen(self, share: float) -> tuple[list[int], int]:
+        """A share of the batch, at least one row, spread evenly over it.
+
+        Returns:
+            which of these rows are in it, counted from the first of these; how many rows of the batch are.
+        """
+        wanted = max(1, round(share * self.batch_size))
+        edges = [(self.first + i) * wanted // self.batch_size for i in range(self.count + 1)]
+        return [i for i in range(self.count) if edges[i] != edges[i + 1]], wanted
 
 
 def current() -> World:

@@ -2,17 +2,17 @@
 
 Philox-4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") turns the key `seed` and the counter
 
-    (g P + p, b, offset's low word, offset's high word)
+    (g P + p, f + b, offset's low word, offset's high word)
 
-of channel group g, pixel p (of P) and image b into four 32-bit words, and Box-Muller those into the normal numbers of
-the channels 4g .. 4g + 3 there: words x and y, the first and the second two, give
+of channel group g, pixel p (of P) and image b, the first of which has number f, into four 32-bit words, and Box-Muller
+those into the normal numbers of the channels 4g .. 4g + 3 there: words x and y, the first and the second two, give
 
     r = sqrt(-2 log u),   u = (x // 2) / 2^31 + 2^-32 in (0, 1],   angle = pi / 2 (y mod 2^30) / 2^30
     (+- r cos angle, +- r sin angle), the first negative where bit 31 of y is set, the second where bit 30 is
 
-Every word is used, so that four numbers cost one run of Philox. The noise of an image depends on neither the batch size
-nor the number of channels. Words are equal to the bit on every device; the floats differ by the rounding of log, sqrt,
-sin and cos.
+Every word is used, so that four numbers cost one run of Philox. The noise of an image depends on its number f + b and
+neither on the batch size nor on the number of channels: processes that share out a batch draw the noise of the whole.
+Words are equal to the bit on every device; the floats differ by the rounding of log, sqrt, sin and cos.
 
 The key is a tensor [2] of int64 on the device and not two Python integers: a kernel reads it there, so that a new key
 neither waits for the device nor compiles anything again, and a CUDA graph draws new noise at each replay.
@@ -72,17 +72,18 @@ def _normal_pair(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def flow_noise(key: Tensor, shape: tuple[int, int, int, int] | torch.Size) -> Tensor:
+def flow_noise(key: Tensor, shape: tuple[int, int, int, int] | torch.Size, first_image: int = 0) -> Tensor:
     """The noise z_1 [B, d, h, w] fp32 that `flow_interpolate` and `flow_loss` draw from a key, in plain PyTorch.
 
     Args:
         key: [2] int64 (seed, offset), see `noise_key`.
         shape: (B, d, h, w).
+        first_image: number f of the first image.
     """
     B, d, h, w = shape
     groups, P = -(-d // 4), h * w
     position = torch.arange(groups * P, device=key.device).view(1, groups, P)
-    image = torch.arange(B, device=key.device).view(B, 1, 1)
+    image = torch.arange(first_image, first_image + B, device=key.device).view(B, 1, 1)
     seed, offset = key.unbind()
     words = philox_words((position, image, offset & WORD, (offset >> 32) & WORD), seed)
     lanes = (*_normal_pair(*words[:2]), *_normal_pair(*words[2:]))  # each [B, groups, P]

@@ -23,16 +23,18 @@ from ._triton import configuration, launch, operator, tl, triton
 CONFIGURATIONS = _latents.configurations(2048)
 
 
-def flow_interpolate_reference(data: Tensor, t: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def flow_interpolate_reference(
+    data: Tensor, t: Tensor, key: Tensor, dtype: torch.dtype | None = None, first_image: int = 0
+) -> Tensor:
     """(1 - t) data + t noise in plain PyTorch; see `flow_interpolate`."""
     wide = torch.float64 if data.dtype == torch.float64 else torch.float32
-    noise = flow_noise(key, data.shape).to(wide)
+    noise = flow_noise(key, data.shape, first_image).to(wide)
     return torch.lerp(data.to(wide), noise, t.to(wide).view(-1, 1, 1, 1)).to(dtype or data.dtype)
 
 
 @triton.jit
 def _kernel(
-    data, t, key, z, d, P, data_image, data_channel, data_pixel, z_image, z_channel, z_pixel,
+    data, t, key, z, first_image, d, P, data_image, data_channel, data_pixel, z_image, z_channel, z_pixel,
     BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cdiv(P, BLOCK_P)
@@ -43,17 +45,17 @@ def _kernel(
     source = data + image * data_image + channel * data_channel + pixel * data_pixel
     clean = tl.load(source, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_P, BLOCK_C]
     time = tl.load(t + image).to(tl.float32)
-    noise = noise_tile(key, image, pixel, P, BLOCK_P, BLOCK_C)
+    noise = noise_tile(key, first_image + image, pixel, P, BLOCK_P, BLOCK_C)
     target = z + image * z_image + channel * z_channel + pixel * z_pixel
     tl.store(target, (1 - time) * clean + time * noise, mask=inside)
 
 
 @operator("flow_interpolate_triton")
-def _interpolate(data: Tensor, t: Tensor, key: Tensor, dtype: torch.dtype) -> Tensor:
+def _interpolate(data: Tensor, t: Tensor, key: Tensor, dtype: torch.dtype, first_image: int) -> Tensor:
     source, key = planes(data), key.contiguous()
     z = torch.empty_like(source, dtype=dtype)
     grid, meta = tiling(configuration("flow_interpolate", CONFIGURATIONS, data.device), source)
-    sizes = (*source.shape[1:], *strides(source), *strides(z))
+    sizes = (first_image, *source.shape[1:], *strides(source), *strides(z))
     launch(wrap_triton(_kernel), grid, source, t.contiguous(), key, z, *sizes, **meta)
     return z.unflatten(2, data.shape[2:])
 
@@ -62,7 +64,13 @@ register("flow_interpolate", triton=_triton.refusal)
 
 
 def flow_interpolate(
-    data: Tensor, t: Tensor, key: Tensor, *, dtype: torch.dtype | None = None, implementation: str | None = None
+    data: Tensor,
+    t: Tensor,
+    key: Tensor,
+    *,
+    dtype: torch.dtype | None = None,
+    first_image: int = 0,
+    implementation: str | None = None,
 ) -> Tensor:
     """(1 - t) data + t noise; formula in the module's docstring.
 
@@ -71,6 +79,7 @@ def flow_interpolate(
         t: [B] in [0, 1], any floating-point dtype; 1 is noise.
         key: [2] int64 on data's device, see `noise_key`.
         dtype: of the result, floating point; None: data's.
+        first_image: number of the first image in the batch that the noise is drawn for, where data is a part of it.
         implementation: "auto", "triton" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
 
     Returns:
@@ -92,5 +101,5 @@ def flow_interpolate(
         raise ValueError(f"dtype: expected a floating-point dtype, got {dtype}")
     unfit = _latents.unfit(data.shape[1], (data, t), (data, t))
     if select("flow_interpolate", data.device.type, implementation, unfit) == "triton":
-        return _interpolate(data, t, key, dtype)
-    return flow_interpolate_reference(data, t, key, dtype)
+        return _interpolate(data, t, key, dtype, first_image)
+    return flow_interpolate_reference(data, t, key, dtype, first_image)

@@ -32,10 +32,12 @@ CONFIGURATIONS = _latents.configurations(2048)
 SCALE_CONFIGURATIONS = {arch: {"BLOCK": 2048, "num_warps": 4, "num_stages": 1} for arch in _triton.ARCHITECTURES}
 
 
-def flow_loss_reference(velocity: Tensor, data: Tensor, key: Tensor, direction_weight: float) -> tuple[Tensor, Tensor]:
+def flow_loss_reference(
+    velocity: Tensor, data: Tensor, key: Tensor, direction_weight: float, first_image: int = 0
+) -> tuple[Tensor, Tensor]:
     """Loss [] and parts [2] (mse, direction) in plain PyTorch; see `flow_loss`."""
     wide = torch.float64 if torch.float64 in (velocity.dtype, data.dtype) else torch.float32
-    velocity, target = velocity.to(wide), flow_noise(key, data.shape).to(wide) - data.to(wide)
+    velocity, target = velocity.to(wide), flow_noise(key, data.shape, first_image).to(wide) - data.to(wide)
     mse = F.mse_loss(velocity, target)
     direction = (1 - F.cosine_similarity(velocity, target, dim=1, eps=EPSILON)).mean()
     return mse + direction_weight * direction, torch.stack([mse, direction]).detach()
@@ -43,7 +45,7 @@ def flow_loss_reference(velocity: Tensor, data: Tensor, key: Tensor, direction_w
 
 @triton.jit
 def _loss_kernel(
-    velocity, data, key, gradient, partials, d, P, per_number, per_pixel, direction_weight, pull,
+    velocity, data, key, gradient, partials, first_image, d, P, per_number, per_pixel, direction_weight, pull,
     v_image, v_channel, v_pixel, data_image, data_channel, data_pixel, g_image, g_channel, g_pixel,
     EPSILON: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -56,7 +58,7 @@ def _loss_kernel(
     v = tl.load(source, mask=inside, other=0.0).to(tl.float32)  # [BLOCK_P, BLOCK_C]
     source = data + image * data_image + channel * data_channel + pixel * data_pixel
     clean = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-    u = tl.where(inside, noise_tile(key, image, pixel, P, BLOCK_P, BLOCK_C) - clean, 0.0)
+    u = tl.where(inside, noise_tile(key, first_image + image, pixel, P, BLOCK_P, BLOCK_C) - clean, 0.0)
 
     v_squared = tl.sum(v * v, axis=1, keep_dims=True)  # [BLOCK_P, 1]
     v_inverse = tl.rsqrt(tl.maximum(v_squared, EPSILON * EPSILON))  # 1 / max(|v|, eps)
@@ -85,14 +87,16 @@ def _scale_kernel(gradient, dloss, dv, numel, per_number, BLOCK: tl.constexpr):
 
 
 @operator("flow_loss_triton")
-def _forward(velocity: Tensor, data: Tensor, key: Tensor, direction_weight: float) -> tuple[Tensor, Tensor, Tensor]:
+def _forward(
+    velocity: Tensor, data: Tensor, key: Tensor, direction_weight: float, first_image: int
+) -> tuple[Tensor, Tensor, Tensor]:
     v, source, key = planes(velocity), planes(data), key.contiguous()
     gradient = torch.empty_like(v)  # dense, in v's order of strides
     grid, meta = tiling(configuration("flow_loss", CONFIGURATIONS, velocity.device), v)
     partials = torch.empty((*grid, 3), dtype=torch.float32, device=velocity.device)
     d, P = v.shape[1:]
     per_number, per_pixel = 1 / v.numel(), d / v.numel()
-    numbers = (d, P, per_number, per_pixel, direction_weight, direction_weight * d)
+    numbers = (first_image, d, P, per_number, per_pixel, direction_weight, direction_weight * d)
     sizes = (*numbers, *strides(v), *strides(source), *strides(gradient))
     launch(wrap_triton(_loss_kernel), grid, v, source, key, gradient, partials, *sizes, EPSILON=EPSILON, **meta)
     return partials[:, 0].sum(), partials[:, 1:].sum(0), gradient.unflatten(2, velocity.shape[2:])
@@ -116,14 +120,20 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
 
 
 _forward.register_autograd(
-    lambda ctx, dloss, dparts, dgradient: (_backward(*ctx.saved_tensors, dloss), None, None, None),
+    lambda ctx, dloss, dparts, dgradient: (_backward(*ctx.saved_tensors, dloss), None, None, None, None),
     setup_context=_save,
 )
 register("flow_loss", triton=_triton.refusal)
 
 
 def flow_loss(
-    velocity: Tensor, data: Tensor, key: Tensor, direction_weight: float, *, implementation: str | None = None
+    velocity: Tensor,
+    data: Tensor,
+    key: Tensor,
+    direction_weight: float,
+    *,
+    first_image: int = 0,
+    implementation: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Mean squared error of a predicted velocity, and of its direction; formulas in the module's docstring.
 
@@ -132,6 +142,7 @@ def flow_loss(
         data: z_0 like velocity, of any of these dtypes.
         key: [2] int64 on their device: that of `flow_interpolate`.
         direction_weight: w; 0 leaves the direction term out of the loss.
+        first_image: number of the first image in its batch, as in `flow_interpolate`.
         implementation: "auto", "triton" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
 
     Returns:
@@ -149,5 +160,5 @@ def flow_loss(
         raise ValueError(f"velocity and data: expected one device, got {velocity.device} and {data.device}")
     unfit = _latents.unfit(data.shape[1], (velocity, data), (data,))
     if select("flow_loss", data.device.type, implementation, unfit) == "triton":
-        return _forward(velocity, data, key, direction_weight)[:2]
-    return flow_loss_reference(velocity, data, key, direction_weight)
+        return _forward(velocity, data, key, direction_weight, first_image)[:2]
+    return flow_loss_reference(velocity, data, key, direction_weight, first_image)

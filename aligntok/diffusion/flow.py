@@ -17,6 +17,7 @@ from torch import Tensor
 from aligntok.config import FlowConfig
 from aligntok.errors import UserError
 from aligntok.kernels import flow_interpolate, flow_loss, noise_key
+from aligntok.world import Place
 
 
 def sample_time(batch: int, kind: str, device: torch.device | str = "cpu") -> Tensor:
@@ -34,19 +35,22 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def training_loss(
-    model: torch.nn.Module, data: Tensor, labels: Tensor, config: FlowConfig
+    model: torch.nn.Module, data: Tensor, labels: Tensor, config: FlowConfig, place: Place | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Flow-matching loss of `model` on normalised latents [B, d, h, w] and labels [B], with fresh times and noise.
 
-    Under autocast the model gets z_t in the autocast's dtype; the loss is float32.
+    The latents are the rows at `place` of a batch (None = all of it), for which times and noise are drawn. Under
+    autocast the model gets z_t in the autocast's dtype; the loss is float32.
 
     Returns:
         the loss and {"mse", "direction"}, the two parts without weight or gradient.
     """
-    t = shift_time(sample_time(data.shape[0], config.time_sampling, data.device), config.time_shift)
+    place = place or Place(0, len(data), len(data))
+    t = place.of(sample_time(place.batch_size, config.time_sampling, data.device))
+    t = shift_time(t, config.time_shift)
     key = noise_key(data.device)
-    velocity = model(flow_interpolate(data, t, key, dtype=_working_dtype(data)), t, labels)
-    loss, parts = flow_loss(velocity, data, key, config.direction_weight)
+    noisy = flow_interpolate(data, t, key, dtype=_working_dtype(data), first_image=place.first)
+    loss, parts = flow_loss(model(noisy, t, labels), data, key, config.direction_weight, first_image=place.first)
     mse, direction = parts.unbind()
     return loss, {"mse": mse, "direction": direction}
 
@@ -56,7 +60,8 @@ def _working_dtype(data: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else data.dtype
 
 
-def drop_labels(labels: Tensor, probability: float, null_class: int) -> Tensor:
-    """Labels [B] with a share replaced by the null class, for classifier-free guidance."""
-    dropped = torch.rand(labels.shape, device=labels.device) < probability
+def drop_labels(labels: Tensor, probability: float, null_class: int, place: Place | None = None) -> Tensor:
+    """Labels [B], rows at `place` of a batch, a share replaced by the null class, for classifier-free guidance."""
+    place = place or Place(0, len(labels), len(labels))
+    dropped = place.of(torch.rand(place.batch_size, device=labels.device)) < probability
     return torch.where(dropped, null_class, labels)

@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from aligntok import collectives
 from aligntok.kernels import norm_ratio
 
 DELTA = 1e-4  # keeps the ratio finite (VQGAN)
@@ -31,7 +32,7 @@ def image_gradient(loss: Tensor, image: Tensor) -> Tensor:
 def adaptive_weight(
     output: Tensor, weight: Tensor, reconstruction: Tensor, adversarial: Tensor, limit: float
 ) -> Tensor:
-    """Scalar lambda (float32, no gradient), clamped to `limit`.
+    """Scalar lambda (float32, no gradient), clamped to `limit`; the same in all processes, of the losses' means.
 
     Args:
         output: decoder output [B, 3, H, W] with its graph.
@@ -39,9 +40,11 @@ def adaptive_weight(
         reconstruction, adversarial: gradients of the two losses by the image, each shaped like `output`.
     """
     at_weight = [
-        torch.autograd.grad(output, weight, gradient, retain_graph=True) for gradient in (reconstruction, adversarial)
+        torch.autograd.grad(output, weight, gradient, retain_graph=True)[0]
+        for gradient in (reconstruction, adversarial)
     ]
-    return norm_ratio(*at_weight, delta=DELTA, limit=limit)
+    a, b = collectives.mean(torch.stack(at_weight))
+    return norm_ratio([a], [b], delta=DELTA, limit=limit)
 
 
 def surrogate(output: Tensor, gradient: Tensor, value: Tensor) -> Tensor:
@@ -66,9 +69,11 @@ class LeCam(nn.Module):
 
     @torch.no_grad()
     def update(self, stats: Tensor) -> None:
-        """Move towards the mean logits, which `stats` [4] of `discriminator_loss` begins with; nothing is read back.
+        """Move towards the mean logits, which `stats` [4] of `discriminator_loss` begins with, of all processes.
+
+        Nothing is read back.
 
         A mean that is not finite is passed over: the step is lost anyway, the averages must not be.
         """
-        means = stats[:2].to(self.means)
+        means = collectives.mean(stats[:2]).to(self.means)
         self.means.lerp_(torch.where(means.isfinite(), means, self.means), 1 - self.decay)

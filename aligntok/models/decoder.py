@@ -109,6 +109,11 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(top, 3, 3, padding=1)
         self.to(memory_format=torch.channels_last)
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """What FSDP2 gathers one at a time, in order."""
+        return [self.middle, *self.levels]
+
     def forward(self, latents: Tensor) -> Tensor:
         h = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
         h = self.levels(self.middle(h))

@@ -19,9 +19,11 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
+from aligntok.collectives import on_main
 from aligntok.errors import UserError
 from aligntok.files import write_folder_bytes
 from aligntok.models.tokenizer import load_strictly
+from aligntok.training.distributed import complete, share_out
 from aligntok.training.objective import Objective
 
 
@@ -43,7 +45,11 @@ class Checkpoints:
         Raises:
             UserError: the disk refuses; every earlier checkpoint is still there.
         """
-        data = save(_collect(objective))
+        state = _collect(objective)
+        return on_main(lambda: self._write(step, state))
+
+    def _write(self, step: int, state: dict[str, Tensor]) -> Path:
+        data = save(state)
         document = {"step": step, "fingerprint": self.fingerprint, "sha256": hashlib.sha256(data).hexdigest()}
         target = self.folder / f"step-{step:08d}"
         write_folder_bytes(target, {"state.safetensors": data, "state.json": json.dumps(document).encode()})
@@ -96,12 +102,14 @@ def _collect(objective: Objective) -> dict[str, Tensor]:
     for name, optimizer in objective.optimizers().items():
         for index, moments in optimizer.state_dict()["state"].items():
             state |= {f"optimizer/{name}/{index}/{key}": value for key, value in moments.items()}
-    return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    return {key: complete(value.detach()).cpu().contiguous() for key, value in state.items()}
 
 
 def _apply(objective: Objective, state: dict[str, Tensor], source: Path) -> None:
     for name, module in objective.modules().items():
-        load_strictly(module, _below(state, f"module/{name}/"), source)
+        own = module.state_dict()
+        given = _below(state, f"module/{name}/")
+        load_strictly(module, {k: share_out(v, own[k]) if k in own else v for k, v in given.items()}, source)
     for name, optimizer in objective.optimizers().items():
         _load_moments(optimizer, _below(state, f"optimizer/{name}/"))
 
@@ -117,5 +125,5 @@ def _load_moments(optimizer: torch.optim.Optimizer, flat: dict[str, Tensor]) -> 
         index, name = key.split("/")
         parameter = parameters[int(index)]
         if value.shape == parameter.shape:
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(share_out(value, parameter))
         optimizer.state[parameter][name] = value

@@ -13,8 +13,10 @@ from aligntok.data.sources import Batch
 from aligntok.devices import Precision, optimizer_is_fused
 from aligntok.diffusion.flow import drop_labels, training_loss
 from aligntok.models.lightning_dit import LightningDiT
+from aligntok.training.distributed import is_sharded, replicate, shard
 from aligntok.training.ema import build_ema
 from aligntok.training.objective import Phase, Schedule, Values, parameter_group
+from aligntok.world import Place
 
 
 class GeneratorObjective:
@@ -29,6 +31,12 @@ class GeneratorObjective:
     ) -> None:
         self.model, self.latents, self.config, self.precision = model.train(), latents, config, precision
         self.steps = config.steps
+        self.ema = build_ema(model, config.ema_decay)
+        if is_sharded(config.training.parallel):
+            self.trained = shard({"model": model})
+            shard({"model": self.ema.module})
+        else:
+            self.trained = replicate({"model": model})
         self.schedule = Schedule(config.steps, config.warmup_steps, config.final_learning_rate)
         trained = (p for p in model.parameters() if p.requires_grad)
         self.optimizer = AdamW(
@@ -37,7 +45,6 @@ class GeneratorObjective:
             weight_decay=0.0,
             fused=optimizer_is_fused(precision.device),
         )
-        self.ema = build_ema(model, config.ema_decay)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.model, "ema": self.ema}
@@ -47,13 +54,15 @@ class GeneratorObjective:
 
     def phases(self, step: int) -> Iterator[Phase]:
         self.schedule.apply(self.optimizer, step)
-        yield Phase("generator", self.optimizer, self._loss, self.config.gradient_clip)
+        accumulate = self.config.training.accumulate
+        yield Phase("generator", self.optimizer, self._loss, self.config.gradient_clip, self.trained, accumulate)
 
     def after_step(self) -> None:
         self.ema.update_parameters(self.model)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Values]:
-        labels = drop_labels(batch["labels"], self.config.model.label_dropout, self.model.null_class)
+        place = Place.from_rows(batch["rows"], self.config.training.batch_size)
+        labels = drop_labels(batch["labels"], self.config.model.label_dropout, self.model.null_class, place)
         with self.precision.autocast():
-            loss, values = training_loss(self.model, self.latents(batch), labels, self.config.flow)
+            loss, values = training_loss(self.model, self.latents(batch), labels, self.config.flow, place)
         return loss, values | {"loss": loss.detach()}

@@ -14,9 +14,11 @@ from functools import partial
 import torch
 from torch import nn
 
+from aligntok import collectives
 from aligntok.config import TrainingConfig
 from aligntok.data.sources import Batch, Source
 from aligntok.training.checkpoint import Checkpoints
+from aligntok.training.distributed import complete, gradients
 from aligntok.training.guard import Interrupted, NonFiniteGuard, StopSignals
 from aligntok.training.objective import Objective, Phase, Values
 from aligntok.training.telemetry import Telemetry
@@ -48,11 +50,12 @@ def train(
                 values |= run_phase(objective, phase, batch, guard, log.warn)
             objective.after_step()
             done = step + 1
-            log.step(done, values, len(batch["labels"]))
-            if signals.received or (done % config.checkpoint_every == 0 and done < objective.steps):
+            log.step(done, values, config.batch_size)
+            stop = collectives.largest(signals.received or 0)  # one process is signalled, all stop after this step
+            if stop or (done % config.checkpoint_every == 0 and done < objective.steps):
                 checkpoints.save(done, objective)
-            if signals.received:
-                raise Interrupted(signals.received, done)
+            if stop:
+                raise Interrupted(stop, done)
 
 
 def run_phase(
@@ -60,10 +63,9 @@ def run_phase(
 ) -> Values:
     """One optimizer step of one phase; skipped, with a warning, where loss or gradient is not finite."""
     phase.optimizer.zero_grad(set_to_none=True)
-    loss, values = phase.loss(batch)
-    loss.backward()
-    norm = nn.utils.clip_grad_norm_(phase.parameters, phase.gradient_clip or float("inf"))
-    problem = guard.passes(objective, phase, loss.detach(), norm)
+    loss, values = gradients(phase, batch)
+    norm = complete(nn.utils.clip_grad_norm_(phase.parameters, phase.gradient_clip or float("inf")))
+    problem = guard.passes(objective, phase, loss, norm)  # of all processes, so that all decide alike
     if problem is not None:
         phase.optimizer.zero_grad(set_to_none=True)
         warn(problem)
@@ -78,5 +80,5 @@ def step_seed(seed: int, step: int) -> int:
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
-    """The batch's tensors on `device`, copied asynchronously."""
-    return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    """The batch's tensors on `device`, copied asynchronously; its row numbers stay on the host, which reads them."""
+    return {key: value if key == "rows" else value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -21,12 +21,18 @@ Values = dict[str, Tensor]  # detached scalars for the log
 
 @dataclass
 class Phase:
-    """One optimizer step: loss(batch) -> (loss, values), then backward, clip, step."""
+    """One optimizer step: loss(batch) -> (loss, values), then backward, clip, step.
+
+    `trained` holds the parameters behind DDP or FSDP2 (aligntok.training.distributed); without it the phase runs in a
+    single process. `accumulate` is the number of micro-batches that a process's rows are divided into.
+    """
 
     name: str
     optimizer: Optimizer
     loss: Callable[[Batch], tuple[Tensor, Values]]
     gradient_clip: float | None = None
+    trained: nn.Module | None = None
+    accumulate: int = 1
 
     @property
     def parameters(self) -> list[nn.Parameter]:

@@ -7,9 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from aligntok import collectives
 from aligntok.data.sources import Source
 from aligntok.devices import Precision
 from aligntok.models.tokenizer import StoredTokenizer
+from aligntok.world import current
 
 
 @torch.no_grad()
@@ -22,7 +24,7 @@ def latent_statistics(
 ) -> tuple[Tensor, Tensor]:
     """(mean, std), float32, shaped like the tokenizer's statistics, of the raw latents of at least `count` crops.
 
-    Summed in float64.
+    The crops are those of all processes; sums are float64.
     """
     shape = tokenizer.latent_mean.shape
     reduced = (0, 2, 3) if len(shape) == 1 else (0,)
@@ -35,8 +37,10 @@ def latent_statistics(
         latents = latents.to("cpu", torch.float64)  # [B, d, h, w]
         total += latents.sum(reduced)
         squares += latents.square().sum(reduced)
-        seen, values, step = seen + len(images), values + latents.numel() // total.numel(), step + 1
+        seen, values = seen + len(images) * current().size, values + latents.numel() // total.numel()
+        step += 1
         if progress is not None:
             progress(min(seen, count), count)
-    mean = total / values
-    return mean.float(), (squares / values - mean.square()).clamp(min=0).sqrt().float()
+    total, squares, counted = (collectives.total(x) for x in (total, squares, torch.tensor(values)))
+    mean = total / counted
+    return mean.float(), (squares / counted - mean.square()).clamp(min=0).sqrt().float()

@@ -17,8 +17,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from aligntok import collectives
 from aligntok.files import write_bytes
 from aligntok.training.objective import Values
+from aligntok.world import current
 
 SHOWN = (
     "loss",
@@ -33,7 +35,7 @@ SHOWN = (
 
 
 class Telemetry:
-    """Records of a whole run; `part` opens the log of one training part.
+    """Records of a whole run; `part` opens the log of one training part. Only the first process speaks and writes.
 
     Args:
         folder: where metrics.jsonl and the TensorBoard events go.
@@ -43,7 +45,8 @@ class Telemetry:
 
     def __init__(self, folder: str | Path, log_every: int, console: Console | None = None) -> None:
         self.folder, self.log_every = Path(folder), log_every
-        self.console = console or Console(stderr=True)
+        self.main = current().main
+        self.console = console or Console(stderr=True, quiet=not self.main)
         self.file = self.folder / "metrics.jsonl"
         self._writer: Any = None
 
@@ -91,6 +94,8 @@ class Telemetry:
         return [json.loads(line) for line in self.file.read_text().splitlines() if line]
 
     def write(self, record: dict[str, Any]) -> None:
+        if not self.main:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.file.open("a") as file:
             file.write(json.dumps(record) + "\n")
@@ -105,7 +110,7 @@ class Telemetry:
     def _drop_later_records(self, part: str, start: int) -> None:
         records = self.records()
         kept = [r for r in records if r["part"] != part or r["step"] <= start]
-        if len(kept) != len(records):
+        if self.main and len(kept) != len(records):
             write_bytes(self.file, "".join(json.dumps(r) + "\n" for r in kept).encode())
 
 
@@ -142,7 +147,7 @@ class PartLog:
         if done % self.telemetry.log_every and done != self.steps:
             self.update(done, self.steps)
             return
-        means = {key: float(total) / self.counts[key] for key, total in self.sums.items()}
+        means = _means(self.sums, self.counts)
         now = time.monotonic()
         rate = self.images / max(now - self.mark, 1e-9)
         record = {
@@ -158,3 +163,11 @@ class PartLog:
 
     def warn(self, message: str) -> None:
         self.telemetry.say(f"{self.name}: {message}")
+
+
+def _means(sums: dict[str, torch.Tensor], counts: dict[str, int]) -> dict[str, float]:
+    """Means over steps and processes; all of them are read from the device at once."""
+    if not sums:
+        return {}
+    total = collectives.mean(torch.stack([sums[key] / counts[key] for key in sums]))
+    return dict(zip(sums, total.tolist(), strict=True))

@@ -15,16 +15,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Adam, Optimizer
 
-from aligntok.config import LossConfig, RivalStageConfig, StageConfig
+from aligntok import collectives
+from aligntok.config import LossConfig, RivalStageConfig, StageConfig, TrainingConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
 from aligntok.devices import Precision, optimizer_is_fused
 from aligntok.kernels import gan_loss
 from aligntok.losses.adversarial import LeCam, adaptive_weight, image_gradient, surrogate
 from aligntok.losses.semantic import semantic_loss
+from aligntok.models.batch_norm import synchronise
 from aligntok.models.tokenizer import AlignTok, StoredTokenizer
+from aligntok.training.distributed import is_sharded, replicate, shard
 from aligntok.training.ema import adopt, build_ema
 from aligntok.training.objective import Phase, Schedule, Values, parameter_group
+from aligntok.world import Place
 
 
 @dataclass
@@ -57,26 +61,41 @@ class AutoencoderObjective:
         losses: LossConfig,
         stage: StageConfig | RivalStageConfig,
         precision: Precision,
+        training: TrainingConfig,
         betas: tuple[float, float] = (0.5, 0.9),
     ) -> None:
         self.tokenizer, self.discriminator, self.perceptual = tokenizer, discriminator, perceptual
-        self.losses, self.stage, self.precision = losses, stage, precision
+        self.losses, self.stage, self.precision, self.training = losses, stage, precision, training
         self.steps, self.discriminator_start = stage.steps, stage.gan_start
         self.schedule = Schedule(stage.steps, stage.warmup_steps, stage.final_learning_rate)
         self.trained = trained
         tokenizer.eval().requires_grad_(False)
         for part in trained.values():
             part.train().requires_grad_(True)
+        self.together = nn.ModuleDict(trained)
+        self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
+        self._spread_out()
         groups = [parameter_group(part.parameters(), rates[name]) for name, part in trained.items()]
         fused = optimizer_is_fused(precision.device)
         self.autoencoder_optimizer = Adam(groups, betas=betas, fused=fused)
         learning = (p for p in discriminator.parameters() if p.requires_grad)
         group = parameter_group(learning, stage.discriminator_learning_rate)
         self.discriminator_optimizer = Adam([group], betas=betas, fused=fused)
-        self.together = nn.ModuleDict(trained)
-        self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
         self.lecam = LeCam(losses.lecam_decay).to(precision.device) if losses.lecam_weight else None
-        self._fake: Tensor | None = None  # this step's reconstructions, handed from the first phase to the second
+        # This step's reconstructions by their first row, handed from the first phase to the second
+        self._fakes: dict[int, Tensor] = {}
+        self._logits: list[Tensor] = []  # this step's statistics of the discriminator's logits, for LeCam
+
+    def _spread_out(self) -> None:
+        """Over the processes: what is trained by DDP or FSDP2, the small discriminator always by DDP."""
+        synchronise(self.discriminator)
+        self.judge = replicate({"discriminator": self.discriminator})
+        if not is_sharded(self.training.parallel):
+            self.autoencoder = replicate(self.trained)
+            return
+        self.autoencoder = shard(self.trained)
+        if self.ema is not None:
+            shard(dict(self.ema.module.items()))
 
     def modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = dict(self.trained)
@@ -95,13 +114,19 @@ class AutoencoderObjective:
         adversarial = step >= self.stage.gan_start and self.losses.gan_weight > 0
         self.schedule.apply(self.autoencoder_optimizer, step)
         loss = self._adversarial_loss if adversarial else self._reconstruction_loss
-        yield Phase("autoencoder", self.autoencoder_optimizer, loss, self.stage.gradient_clip)
+        accumulate = self.training.accumulate
+        clip = self.stage.gradient_clip
+        yield Phase("autoencoder", self.autoencoder_optimizer, loss, clip, self.autoencoder, accumulate)
         if step >= self.discriminator_start and self.losses.gan_weight > 0:
             self.schedule.apply(self.discriminator_optimizer, step)
-            yield Phase("discriminator", self.discriminator_optimizer, self._discriminator_loss)
-        self._fake = None
+            loss = self._discriminator_loss
+            yield Phase("discriminator", self.discriminator_optimizer, loss, None, self.judge, accumulate)
+        self._fakes.clear()
 
     def after_step(self) -> None:
+        if self.lecam is not None and self._logits:
+            self.lecam.update(torch.stack(self._logits).mean(0))
+        self._logits.clear()
         if self.ema is not None:
             self.ema.update_parameters(self.together)
 
@@ -110,6 +135,15 @@ class AutoencoderObjective:
         if self.ema is not None:
             adopt(self.together, self.ema)
 
+    def _place(self, batch: Batch) -> Place:
+        return Place.from_rows(batch["rows"], self.training.batch_size)
+
+    def _draw(self, batch: Batch, like: Tensor) -> Tensor:
+        """N(0, 1) noise like a tensor [B, ...] of the batch's rows, each row's the same however they are shared out."""
+        place = self._place(batch)
+        shape = (place.batch_size, *like.shape[1:])
+        return place.of(torch.randn(shape, dtype=like.dtype, device=like.device))
+
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         """(reconstruction [B, 3, H, W] float32, weighted sum of the losses that are not on images, values)."""
         raise NotImplementedError
@@ -117,57 +151,60 @@ class AutoencoderObjective:
     def _last_weight(self) -> Tensor:
         return self.tokenizer.decoder.conv_out.weight
 
-    def _reconstruction(self, output: Tensor, images: Tensor) -> tuple[Tensor, Values]:
-        """L1 + w_p LPIPS, float32."""
+    def _reconstruction(self, output: Tensor, batch: Batch) -> tuple[Tensor, Values]:
+        """L1 + w_p LPIPS, float32; LPIPS of a share of the batch, of which every process has about as many rows."""
+        images, place = batch["images"], self._place(batch)
         l1 = (output - images).abs().mean()
         if self.perceptual is None:
             return l1, {"l1": l1.detach()}
-        seen = max(1, round(self.losses.perceptual_share * len(images)))  # batches are shuffled: the first ones will do
+        seen, wanted = place.chosen(self.losses.perceptual_share)
+        if len(seen) < place.count:
+            output, images = output[seen], images[seen]
         with self.precision.autocast():
-            distance = self.perceptual(output[:seen], images[:seen]).float().mean()
+            distance = self.perceptual(output, images).float().sum() if seen else l1.new_zeros(())
+        distance = distance / (wanted * place.count / place.batch_size)  # the mean over processes is that over `wanted`
         loss = l1 + self.losses.perceptual_weight * distance
         return loss, {"l1": l1.detach(), "perceptual": distance.detach()}
 
     def _reconstruction_loss(self, batch: Batch) -> tuple[Tensor, Values]:
         output, other, values = self._forward(batch)
-        self._fake = output.detach()
-        loss, parts = self._reconstruction(output, batch["images"])
+        self._fakes[self._place(batch).first] = output.detach()
+        loss, parts = self._reconstruction(output, batch)
         return loss + other, values | parts
 
     def _adversarial_loss(self, batch: Batch) -> tuple[Tensor, Values]:
         output, other, values = self._forward(batch)
-        loss, _, parts = self._with_adversary(output, batch["images"])
+        loss, _, parts = self._with_adversary(output, batch)
         return loss + other, values | parts
 
-    def _with_adversary(self, output: Tensor, images: Tensor) -> tuple[Tensor, Tensor, Values]:
+    def _with_adversary(self, output: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         """L_rec, differentiated once down to the image (see aligntok.losses.adversarial).
 
         Returns:
             the loss; the gradient of its first two terms by `output`; values.
         """
         image = output.detach().requires_grad_()
-        reconstruction, parts = self._reconstruction(image, images)
+        reconstruction, parts = self._reconstruction(image, batch)
         with self.precision.autocast():
             logits = self.discriminator(image)
         adversarial, _ = gan_loss.generator_loss(logits, self.losses.gan)
         gradients = image_gradient(reconstruction, image), image_gradient(adversarial, image)
         weight = adaptive_weight(output, self._last_weight(), *gradients, self.losses.gan_weight_max)
         weight = weight * self.losses.gan_weight
-        self._fake = image.detach()
+        self._fakes[self._place(batch).first] = image.detach()
         parts |= {"gan": adversarial.detach(), "gan_weight": weight}
         total = reconstruction + weight * adversarial
         return surrogate(output, gradients[0] + weight * gradients[1], total), gradients[0], parts
 
     def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, Values]:
-        assert self._fake is not None, "the autoencoder phase comes first"
+        fakes = self._fakes[self._place(batch).first]  # of the autoencoder phase
         with self.precision.autocast():
-            real, fake = self.discriminator(batch["images"]), self.discriminator(self._fake)
+            real, fake = self.discriminator(batch["images"]), self.discriminator(fakes)
         lecam = {}
         if self.lecam is not None:
             lecam = {"lecam_means": self.lecam.means, "lecam_weight": self.losses.lecam_weight}
         loss, stats = gan_loss.discriminator_loss(real, fake, self.losses.gan, **lecam)
-        if self.lecam is not None:
-            self.lecam.update(stats)
+        self._logits.append(stats)
         return loss, {"discriminator": loss.detach(), "logits_real": stats[0], "logits_fake": stats[1]}
 
 
@@ -186,6 +223,7 @@ class TokenizerObjective(AutoencoderObjective):
         stage: StageConfig,
         frozen: FrozenInputs,
         precision: Precision,
+        training: TrainingConfig,
         betas: tuple[float, float] = (0.5, 0.9),
     ) -> None:
         self.frozen = frozen
@@ -195,15 +233,17 @@ class TokenizerObjective(AutoencoderObjective):
             "decoder": stage.learning_rate,
         }
         trained = {name: getattr(tokenizer, name) for name in stage.trains}
-        super().__init__(tokenizer, trained, rates, discriminator, perceptual, losses, stage, precision, betas)
+        super().__init__(
+            tokenizer, trained, rates, discriminator, perceptual, losses, stage, precision, training, betas
+        )
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         """(reconstruction, weighted semantic loss, values)."""
         target = None if self.frozen.snapshot is None else self.frozen.snapshot(batch)
         with self.precision.autocast():
             latents, features, distance = self._latents(batch, target)
-            output = self.tokenizer.decoder(self._with_noise(latents)).float()
-        values = {"latent_std": latents.detach().float().std()}
+            output = self.tokenizer.decoder(self._with_noise(batch, latents)).float()
+        values = {"latent_std": deviation(latents)}
         semantic = self.stage.semantic
         if target is None:
             return output, output.new_zeros(()), values
@@ -231,9 +271,16 @@ class TokenizerObjective(AutoencoderObjective):
         latents, distance = self.tokenizer.adapter(features, grid, target)
         return latents, features, distance
 
-    def _with_noise(self, latents: Tensor) -> Tensor:
+    def _with_noise(self, batch: Batch, latents: Tensor) -> Tensor:
         """Latents plus `decoder_noise` standard deviations of noise, in units of the normalised latent."""
         if not self.stage.decoder_noise:
             return latents
-        scale = self.tokenizer.latent_std[:, None, None] if self.tokenizer.has_statistics else latents.detach().std()
-        return latents + self.stage.decoder_noise * scale * torch.randn_like(latents)
+        scale = self.tokenizer.latent_std[:, None, None] if self.tokenizer.has_statistics else deviation(latents)
+        return latents + self.stage.decoder_noise * scale * self._draw(batch, latents)
+
+
+def deviation(latents: Tensor) -> Tensor:
+    """Standard deviation over all elements of all processes' latents, float32, without a gradient."""
+    x = latents.detach().float()
+    mean, square = collectives.mean(torch.stack([x.mean(), x.square().mean()])).unbind()
+    return (square - mean.square()).clamp(min=0).sqrt()

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
+from aligntok.collectives import on_main
 from aligntok.config import LightningDiTConfig, Recipe, SamplerConfig, from_dict
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
 from aligntok.data.images import ImageSet, open_images
@@ -22,6 +24,7 @@ from aligntok.errors import UserError
 from aligntok.files import write_folder
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import load_strictly, load_tokenizer
+from aligntok.training import distributed
 from aligntok.training.checkpoint import Checkpoints, fingerprint
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
@@ -39,10 +42,14 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
     Raises:
         UserError: no tokenizer, one without latent statistics, labels beyond generator.model.classes.
     """
+    with distributed.start(recipe.generator.training.device):
+        return _train(recipe, telemetry or Telemetry(recipe.output, recipe.generator.training.log_every))
+
+
+def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     config, output = recipe.generator, Path(recipe.output)
     training, folder = config.training, output / PART
-    telemetry = telemetry or Telemetry(output, training.log_every)
-    if (folder / "config.json").is_file():
+    if on_main(lambda: (folder / "config.json").is_file()):
         telemetry.say(f"{PART}: already finished, read from {folder}")
         return folder
     precision = choose_precision(training.device, training.precision)
@@ -62,8 +69,10 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
     mark = fingerprint(config, recipe.data, tokenizer.fingerprint(), len(images))
     checkpoints = Checkpoints(output / "checkpoints" / PART, training.keep_checkpoints, mark)
     train(PART, objective, source, training, precision.device, telemetry, checkpoints)
-    save_generator(folder, objective.ema.module, config.sampler, images.classes, tokenizer.fingerprint())
-    checkpoints.remove()
+    weights = distributed.gather(objective.ema.module)
+    belongs = tokenizer.fingerprint()
+    on_main(lambda: save_generator(folder, model, weights, config.sampler, images.classes, belongs))
+    on_main(checkpoints.remove)
     return folder
 
 
@@ -79,7 +88,12 @@ def _check_classes(model: LightningDiTConfig, images: ImageSet) -> None:
 
 
 def save_generator(
-    folder: Path, model: LightningDiT, sampler: SamplerConfig, classes: list[str], tokenizer_fingerprint: str
+    folder: Path,
+    model: LightningDiT,
+    weights: dict[str, Tensor],
+    sampler: SamplerConfig,
+    classes: list[str],
+    tokenizer_fingerprint: str,
 ) -> None:
     """Write a generator folder: config.json, with the sampler's defaults and what it belongs to, and the weights."""
     manifest = {
@@ -92,7 +106,7 @@ def save_generator(
         "classes": classes,
         "tokenizer": tokenizer_fingerprint,
     }
-    write_folder(folder, {"model": model.state_dict()}, {"config": manifest})
+    write_folder(folder, {"model": weights}, {"config": manifest})
 
 
 class Generator:

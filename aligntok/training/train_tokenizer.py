@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from aligntok.collectives import main_first, on_main
 from aligntok.config import DataConfig, PerceptualConfig, Recipe, StageConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, tabulate
 from aligntok.data.images import ImageSet, load_center_crops, open_images
@@ -28,11 +29,13 @@ from aligntok.files import write_folder
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
+from aligntok.training import distributed
 from aligntok.training.checkpoint import Checkpoints, fingerprint
 from aligntok.training.loop import train
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
+from aligntok.world import current
 
 STAGES = ("stage1", "stage2", "stage3")
 
@@ -64,7 +67,7 @@ class TokenizerTraining:
                 tokenizer = self.run_stage(stage, getattr(self.config.stages, stage), tokenizer)
         if tokenizer is None:
             raise UserError("all three stages have 0 steps: nothing to train")
-        tokenizer.save(self.output / "tokenizer")
+        on_main(lambda: tokenizer.save(self.output / "tokenizer"))
         return tokenizer
 
     def run_stage(self, name: str, stage: StageConfig, start: AlignTok | None) -> AlignTok:
@@ -77,14 +80,16 @@ class TokenizerTraining:
         discriminator = self._discriminator(folder)
         frozen = self._frozen_inputs(stage, tokenizer)
         before = tokenizer.fingerprint()
+        sharded = distributed.is_sharded(self.config.training.parallel)
         objective = TokenizerObjective(
-            tokenizer,
+            copy.deepcopy(tokenizer) if sharded else tokenizer,
             discriminator,
             self._perceptual(),
             self.config.losses,
             stage,
             frozen,
             self.precision,
+            self.config.training,
             self.config.betas,
         )
         mark = fingerprint(
@@ -112,12 +117,14 @@ class TokenizerTraining:
             checkpoints,
         )
         objective.adopt_averages()
+        if sharded:
+            tokenizer.load_state_dict(distributed.gather(objective.tokenizer))
         tokenizer.eval().requires_grad_(False)
         if stage.trains != ("decoder",):
             self._compute_statistics(tokenizer)
         elif tokenizer.fingerprint() != before:
             raise AssertionError("decoder-only training changed the encoder, the adapter or the latent statistics")
-        self._finish(folder, tokenizer, discriminator, checkpoints)
+        on_main(lambda: self._finish(folder, tokenizer, discriminator, checkpoints))
         return tokenizer
 
     def prepare(self) -> None:
@@ -126,7 +133,7 @@ class TokenizerTraining:
             assert self.features is not None
 
     def _finished(self, name: str) -> bool:
-        return (self.output / name / "tokenizer" / "config.json").is_file()
+        return on_main(lambda: (self.output / name / "tokenizer" / "config.json").is_file())
 
     @property
     def source(self) -> Source:
@@ -153,7 +160,9 @@ class TokenizerTraining:
     def pretrained(self) -> AlignTok:
         """The pretrained encoder with a new, seeded adapter and decoder: where Stage 1 starts."""
         torch.manual_seed(self.config.training.seed)
-        return AlignTok(self.config.model).to(self.precision.device).eval()
+        with main_first():
+            tokenizer = AlignTok(self.config.model)
+        return tokenizer.to(self.precision.device).eval()
 
     def _frozen_inputs(self, stage: StageConfig, tokenizer: AlignTok) -> FrozenInputs:
         inputs = FrozenInputs()
@@ -207,7 +216,9 @@ def training_perceptual(config: PerceptualConfig, device: torch.device) -> nn.Mo
     """The perceptual loss as training uses it, or None where the configuration has none."""
     if config.kind == "none":
         return None
-    return build_perceptual(config).to(device, memory_format=torch.channels_last)
+    with main_first():
+        perceptual = build_perceptual(config)
+    return perceptual.to(device, memory_format=torch.channels_last)
 
 
 def build_source(
@@ -219,10 +230,10 @@ def build_source(
         with telemetry.bar("reading images") as update:
             pixels, labels = load_center_crops(images, data.image_size, update)
         report_skipped(images, telemetry)
-        return MemorySource(pixels, labels, batch_size, seed, data.flip)
+        return MemorySource(pixels, labels, batch_size, seed, data.flip, current())
     why = "random crops never repeat" if crop == "random" else f"{gib:.1f} GiB exceed data.memory_limit_gib"
     telemetry.say(f"images are decoded as training goes ({why}); frozen networks run in the loop")
-    return StreamSource(images, data, crop, batch_size, seed, telemetry.say)
+    return StreamSource(images, data, crop, batch_size, seed, telemetry.say, current())
 
 
 def report_skipped(images: ImageSet, telemetry: Telemetry) -> None:
@@ -243,7 +254,8 @@ def _check_size(size: int, factor: int) -> None:
 
 def train_tokenizer(recipe: Recipe) -> AlignTok:
     """`aligntok train-tokenizer`: see the module docstring."""
-    training = TokenizerTraining(recipe)
-    tokenizer = training.run()
-    training.telemetry.say(f"tokenizer: {training.output / 'tokenizer'}")
+    with distributed.start(recipe.tokenizer.training.device):
+        training = TokenizerTraining(recipe)
+        tokenizer = training.run()
+        training.telemetry.say(f"tokenizer: {training.output / 'tokenizer'}")
     return tokenizer

@@ -60,7 +60,7 @@ def convert(source: Path, output: Path, *, tokenizer: str | None = None, preset:
     report = fill(model, state, sources, IGNORED, source, WHAT)
     turn(model)
     classes = [str(number) for number in range(model.null_class)]
-    save_generator(output, model, sampler(preset), classes, fingerprint)
+    save_generator(output, model, model.state_dict(), sampler(preset), classes, fingerprint)
     report.notes.append("time direction and velocity sign turned to t = 1 noise; classes are called by their numbers")
     return report
 

@@ -13,7 +13,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from aligntok.config import LossConfig, RivalStageConfig
+from aligntok.config import LossConfig, RivalStageConfig, TrainingConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput
 from aligntok.data.sources import Batch
 from aligntok.devices import Precision
@@ -69,6 +69,7 @@ class MAETokObjective(AutoencoderObjective):
         losses: LossConfig,
         stage: RivalStageConfig,
         precision: Precision,
+        training: TrainingConfig,
         betas: tuple[float, float] = (0.9, 0.95),  # SoftVQ's configuration, the same repository
     ) -> None:
         low, high = config.mask_share
@@ -81,7 +82,9 @@ class MAETokObjective(AutoencoderObjective):
         ).to(precision.device)
         trained = {"encoder": tokenizer.encoder, "decoder": tokenizer.decoder, "auxiliary": self.auxiliary}
         rates = dict.fromkeys(trained, stage.learning_rate)
-        super().__init__(tokenizer, trained, rates, discriminator, perceptual, losses, stage, precision, betas)
+        super().__init__(
+            tokenizer, trained, rates, discriminator, perceptual, losses, stage, precision, training, betas
+        )
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         images = batch["images"]

@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from aligntok import collectives
 from aligntok.config import RivalConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
@@ -22,7 +23,7 @@ from aligntok.kernels import norm_ratio
 from aligntok.losses.adversarial import DELTA, image_gradient, surrogate
 from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.training.objective import Values
-from aligntok.training.tokenizer_objective import AutoencoderObjective
+from aligntok.training.tokenizer_objective import AutoencoderObjective, deviation
 from aligntok.zoo.rae import RAE
 from aligntok.zoo.va_vae import alignment_loss
 from aligntok.zoo.vae import VAE
@@ -42,7 +43,16 @@ class RivalObjective(AutoencoderObjective):
     ) -> None:
         rates = dict.fromkeys(trained, config.stage.learning_rate)
         super().__init__(
-            tokenizer, trained, rates, discriminator, perceptual, config.losses, config.stage, precision, config.betas
+            tokenizer,
+            trained,
+            rates,
+            discriminator,
+            perceptual,
+            config.losses,
+            config.stage,
+            precision,
+            config.training,
+            config.betas,
         )
         self.config = config
         if config.stage.discriminator_start is not None:
@@ -75,10 +85,10 @@ class VAEObjective(RivalObjective):
         images = batch["images"]
         with self.precision.autocast():
             posterior = self.tokenizer.posterior(images)
-            latents = posterior.sample()
+            latents = posterior.sample(self._draw(batch, posterior.mean))
             output = self.tokenizer.reconstruct(latents).float()
         kl = posterior.kl().mean()
-        values = {"latent_std": posterior.mean.detach().std(), "kl": kl.detach()}
+        values = {"latent_std": deviation(posterior.mean), "kl": kl.detach()}
         return latents, output, self.config.kl_weight * kl / images[0].numel(), values
 
 
@@ -107,15 +117,15 @@ class VAVAEObjective(VAEObjective):
     def _reconstruction_loss(self, batch: Batch) -> tuple[Tensor, Values]:
         latents, output, kl, values = self._pass(batch)
         image = output.detach().requires_grad_()
-        reconstruction, parts = self._reconstruction(image, batch["images"])
+        reconstruction, parts = self._reconstruction(image, batch)
         gradient = image_gradient(reconstruction, image)
-        self._fake = image.detach()
+        self._fakes[self._place(batch).first] = image.detach()
         alignment, more = self._alignment(batch, latents, output, gradient)
         return surrogate(output, gradient, reconstruction) + kl + alignment, values | parts | more
 
     def _adversarial_loss(self, batch: Batch) -> tuple[Tensor, Values]:
         latents, output, kl, values = self._pass(batch)
-        loss, gradient, parts = self._with_adversary(output, batch["images"])
+        loss, gradient, parts = self._with_adversary(output, batch)
         alignment, more = self._alignment(batch, latents, output, gradient)
         return loss + kl + alignment, values | parts | more
 
@@ -126,9 +136,10 @@ class VAVAEObjective(VAEObjective):
             projected = self.projection(latents)
         loss = alignment_loss(projected, self.features(batch), settings.cosine_margin, settings.distance_margin)
         at = self.tokenizer.encoder.last_weight
-        reconstruction = torch.autograd.grad(output, at, gradient, retain_graph=True)
-        alignment = torch.autograd.grad(loss, at, retain_graph=True)
-        weight = settings.weight * norm_ratio(reconstruction, alignment, delta=DELTA, limit=settings.weight_max)
+        (reconstruction,) = torch.autograd.grad(output, at, gradient, retain_graph=True)
+        (alignment,) = torch.autograd.grad(loss, at, retain_graph=True)
+        a, b = collectives.mean(torch.stack([reconstruction, alignment]))  # of all processes
+        weight = settings.weight * norm_ratio([a], [b], delta=DELTA, limit=settings.weight_max)
         return weight * loss, {"alignment": loss.detach(), "alignment_weight": weight}
 
 
@@ -154,9 +165,10 @@ class RAEObjective(RivalObjective):
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         latents = self.latents(batch)
-        values = {"latent_std": latents.std()}
-        sigma = self.config.rae.noise * torch.rand(len(latents), 1, 1, 1, device=latents.device)
-        latents = latents + sigma * torch.randn_like(latents)
+        values = {"latent_std": deviation(latents)}
+        place = self._place(batch)
+        sigma = self.config.rae.noise * place.of(torch.rand(place.batch_size, 1, 1, 1, device=latents.device))
+        latents = latents + sigma * self._draw(batch, latents)
         with self.precision.autocast():
             output = self.tokenizer.reconstruct(latents).float()
         return output, output.new_zeros(()), values

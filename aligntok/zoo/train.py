@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from aligntok.collectives import main_first, on_main
 from aligntok.config import Recipe, RivalConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
 from aligntok.data.images import open_images
@@ -20,6 +21,7 @@ from aligntok.errors import UserError
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.encoder import Encoder
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
+from aligntok.training import distributed
 from aligntok.training.checkpoint import Checkpoints, fingerprint
 from aligntok.training.loop import train
 from aligntok.training.statistics import latent_statistics
@@ -39,14 +41,22 @@ def train_rival(recipe: Recipe, telemetry: Telemetry | None = None) -> StoredTok
     Raises:
         UserError: images of a size that the rival cannot take; an encoder without weights; and what the loop raises.
     """
+    with distributed.start(recipe.rival.training.device):
+        return _train(recipe, telemetry or Telemetry(recipe.output, recipe.rival.training.log_every))
+
+
+def _train(recipe: Recipe, telemetry: Telemetry) -> StoredTokenizer:
     config, output = recipe.rival, Path(recipe.output)
     training, folder = config.training, output / "tokenizer"
-    telemetry = telemetry or Telemetry(output, training.log_every)
+    if distributed.is_sharded(training.parallel):
+        raise UserError("rivals train with all weights in every process: set rival.training.parallel to ddp")
     precision = choose_precision(training.device, training.precision)
-    if (folder / "config.json").is_file():
+    if on_main(lambda: (folder / "config.json").is_file()):
         telemetry.say(f"{config.kind}: already finished, read from {folder}")
         return load_tokenizer(folder).to(precision.device)
-    tokenizer = build_rival(config).to(precision.device).eval()
+    with main_first():
+        tokenizer = build_rival(config)
+    tokenizer = tokenizer.to(precision.device).eval()
     _check_size(recipe.data.image_size, tokenizer)
     images, _ = open_images(recipe.data.path, recipe.data.max_images).split(recipe.data.held_out)
     source = build_source(images, recipe.data, config.crop, training.batch_size, training.seed, telemetry)
@@ -59,8 +69,8 @@ def train_rival(recipe: Recipe, telemetry: Telemetry | None = None) -> StoredTok
     with telemetry.bar("latent statistics") as update:
         wanted = min(config.statistics_images, len(images))
         tokenizer.set_statistics(*latent_statistics(tokenizer, source, wanted, precision, update))
-    tokenizer.save(folder)
-    checkpoints.remove()
+    on_main(lambda: tokenizer.save(folder))
+    on_main(checkpoints.remove)
     telemetry.say(f"tokenizer: {folder}")
     return tokenizer
 
@@ -87,7 +97,8 @@ def _objective(
 ) -> RivalObjective:
     torch.manual_seed(config.training.seed + 1)
     dino = config.discriminator == "dino"
-    discriminator = DinoDiscriminator(config.dino) if dino else PatchDiscriminator(config.losses.discriminator)
+    with main_first():
+        discriminator = DinoDiscriminator(config.dino) if dino else PatchDiscriminator(config.losses.discriminator)
     perceptual = training_perceptual(config.losses.perceptual, precision.device)
     common = (tokenizer, discriminator.to(precision.device), perceptual, config, precision)
     if config.kind == "vae":
@@ -95,7 +106,9 @@ def _objective(
     if config.kind == "rae":
         latents = _frozen(tokenizer.raw_latents, source, precision, telemetry)
         return RAEObjective(*common, latents)
-    encoder = Encoder(config.alignment.encoder).to(precision.device).eval().requires_grad_(False)
+    with main_first():
+        encoder = Encoder(config.alignment.encoder)
+    encoder = encoder.to(precision.device).eval().requires_grad_(False)
     if encoder.downsample != tokenizer.downsample:
         raise UserError(
             f"rival.alignment.encoder.downsample is {encoder.downsample}, "

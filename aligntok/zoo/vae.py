@@ -35,8 +35,10 @@ class Posterior:
     mean: Tensor
     logvar: Tensor
 
-    def sample(self) -> Tensor:
-        return self.mean + (0.5 * self.logvar).exp() * torch.randn_like(self.mean)
+    def sample(self, noise: Tensor | None = None) -> Tensor:
+        """A draw [B, d, h, w], from given N(0, 1) noise of that shape if there is any."""
+        noise = torch.randn_like(self.mean) if noise is None else noise
+        return self.mean + (0.5 * self.logvar).exp() * noise
 
     def kl(self) -> Tensor:
         """KL divergence to N(0, I), summed over each latent: [B]."""

@@ -13,8 +13,8 @@ from aligntok.kernels.flow_interpolate import flow_interpolate, flow_interpolate
 SMALL = {"flow_interpolate": {"TILE": 64, "num_warps": 1, "num_stages": 1}}
 
 
-def triton(data, t, key, dtype=None):
-    return flow_interpolate(data, t, key, dtype=dtype, implementation="triton")
+def triton(data, t, key, dtype=None, **options):
+    return flow_interpolate(data, t, key, dtype=dtype, implementation="triton", **options)
 
 
 def key(seed=0):
@@ -74,8 +74,16 @@ def test_pinned_configuration_and_output_dtype():
     assert relative_error(found, flow_interpolate_reference(data, t, key(4))) < TOLERANCE[torch.float16]
 
 
+@pytest.mark.parametrize("run", [triton, flow_interpolate], ids=["triton", "reference"])
+def test_a_part_of_a_batch_draws_its_part_of_the_noise(run):
+    data, t = normal(5, 6, 3, 2, seed=5), times(5)
+    whole = run(data, t, key(5))
+    for first in (1, 3):
+        assert torch.equal(run(data[first:], t[first:], key(5), first_image=first), whole[first:])
+
+
 def test_operator_contract():
-    inputs = (normal(2, 5, 3, 2, seed=5), times(2), key(5), torch.float16)
+    inputs = (normal(2, 5, 3, 2, seed=5), times(2), key(5), torch.float16, 3)
     torch.library.opcheck(torch.ops.aligntok.flow_interpolate_triton.default, inputs)
 
 

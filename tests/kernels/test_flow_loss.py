@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, check_kernel, normal, outputs_and_gradients
+from kernel_checks import DEVICE, TOLERANCE, assert_close, check_kernel, normal, outputs_and_gradients
 from torch.nn import functional as F
 
 from aligntok.kernels import explain, flow_noise, noise_key
@@ -111,9 +111,25 @@ def test_only_the_loss_has_a_gradient():
         triton(velocity, data, key(), 1.0)
 
 
+@pytest.mark.parametrize("implementation", ["triton", "reference"])
+def test_the_parts_of_a_batch_have_the_loss_of_the_whole(implementation):
+    velocity, data = normal(6, 5, 3, 2, seed=17).requires_grad_(), normal(6, 5, 3, 2, seed=18)
+
+    def shared_out(velocity, data):
+        pairs = zip(velocity.split(2), data.split(2), (0, 2, 4), strict=True)
+        losses = [flow_loss(v, d, key(17), 1.0, first_image=f, implementation=implementation)[0] for v, d, f in pairs]
+        return sum(losses) / 3
+
+    def whole(velocity, data):
+        return flow_loss(velocity, data, key(17), 1.0, implementation=implementation)[0]
+
+    found, expected = (outputs_and_gradients(run, [velocity, data]) for run in (shared_out, whole))
+    assert_close(found, expected, TOLERANCE[torch.float32])
+
+
 def test_operator_contract():
     velocity, data = normal(2, 5, 3, 2, seed=13).requires_grad_(), normal(2, 5, 3, 2, seed=14)
-    torch.library.opcheck(torch.ops.aligntok.flow_loss_triton.default, (velocity, data, key(), 0.5))
+    torch.library.opcheck(torch.ops.aligntok.flow_loss_triton.default, (velocity, data, key(), 0.5, 3))
     upstream = torch.tensor(2.0, device=DEVICE)
     torch.library.opcheck(torch.ops.aligntok.flow_loss_triton_backward.default, (data, upstream))
 

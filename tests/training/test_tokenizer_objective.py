@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import tiny_tokenizer
 
-from aligntok.config import DiscriminatorConfig, LossConfig, SemanticConfig, StageConfig
+from aligntok.config import DiscriminatorConfig, LossConfig, SemanticConfig, StageConfig, TrainingConfig
 from aligntok.devices import choose_precision
 from aligntok.losses.semantic import semantic_loss
 from aligntok.models import adapter
@@ -21,12 +21,17 @@ def objective(semantic: SemanticConfig) -> tuple[TokenizerObjective, dict, torch
     with torch.no_grad():
         tokenizer.adapter.projection.bias.add_(0.5)
         batch = {"images": torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(3)) * 2 - 1}
+        batch["rows"] = torch.arange(2)
         target = frozen.raw_latents(batch["images"])
     stage = StageConfig(trains=("encoder", "adapter", "decoder"), steps=1, semantic=semantic)
     discriminator = PatchDiscriminator(DiscriminatorConfig(base_channels=8, layers=1))
     inputs = FrozenInputs(snapshot=lambda batch: target)
     precision = choose_precision("cpu", "fp32")
-    return TokenizerObjective(tokenizer, discriminator, None, LossConfig(), stage, inputs, precision), batch, target
+    return (
+        TokenizerObjective(tokenizer, discriminator, None, LossConfig(), stage, inputs, precision, TrainingConfig(2)),
+        batch,
+        target,
+    )
 
 
 @pytest.mark.parametrize("kind", ["l2", "cosine"])

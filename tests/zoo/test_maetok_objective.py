@@ -4,7 +4,7 @@ import pytest
 import torch
 from zoo_helpers import tiny_encoder, tiny_run
 
-from aligntok.config import DiscriminatorConfig, LossConfig, RivalStageConfig
+from aligntok.config import DiscriminatorConfig, LossConfig, RivalStageConfig, TrainingConfig
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
 from aligntok.models.discriminator import PatchDiscriminator
@@ -20,6 +20,7 @@ from aligntok.zoo.maetok_objective import (
 )
 
 PRECISION = choose_precision("cpu", "fp32")
+TRAINING = TrainingConfig(batch_size=4)
 CONFIG = MAETokConfig(image_size=32, patch_size=16, latent_tokens=6, latent_channels=5, width=32, depth=1, heads=2)
 SHALLOW = MAETokLossConfig(auxiliary_width=16, auxiliary_depth=1, auxiliary_heads=1)
 
@@ -30,11 +31,14 @@ def objective(targets: dict[str, FeatureTarget] | None = None, config: MAETokLos
         targets = {"hog": hog_target(CONFIG), "vit": encoder_target(tiny_encoder(), PRECISION)}
     stage = RivalStageConfig(steps=3, learning_rate=1e-3, gan_start=1, ema_decay=0.9, gradient_clip=1.0)
     discriminator = PatchDiscriminator(DiscriminatorConfig(base_channels=8, layers=1))
-    return MAETokObjective(MAETok(CONFIG), targets, config, discriminator, None, LossConfig(), stage, PRECISION)
+    return MAETokObjective(
+        MAETok(CONFIG), targets, config, discriminator, None, LossConfig(), stage, PRECISION, TRAINING
+    )
 
 
 def pictures() -> dict[str, torch.Tensor]:
-    return {"images": torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1}
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return {"images": images, "rows": torch.arange(3)}
 
 
 def test_feature_losses_are_those_of_hidden_patches(monkeypatch):

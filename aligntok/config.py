@@ -61,13 +61,18 @@ class TokenizerConfig:
 class DataConfig:
     """Where images come from and how they are cut."""
 
-    path: str = "embedded"  # folder (class sub-folders or flat), WebDataset .tar, or "embedded" (Fluent emoji)
+    path: str = (
+        "embedded"  # folder (class sub-folders or flat), .tar, folder of .tar, "s-{000..127}.tar", or "embedded"
+    )
     image_size: int = 256
     flip: bool = True  # horizontal flips; VA-VAE uses none for its tokenizer, LightningDiT caches both
     held_out: float = 0.0  # share of images kept for evaluation, chosen by a seeded shuffle
     workers: int = 8
     memory_limit_gib: float = 2.0  # centre-cropped sets below this size are decoded once and kept in memory
     max_images: int | None = None
+    # what decodes streamed images; auto = DALI where it can be had and most images are JPEG, else Pillow in workers
+    loader: Literal["auto", "dali", "torchvision"] = "auto"
+    stall_timeout: float = 300.0  # seconds without a batch that end a run; 0 = never
 
 
 @dataclass
@@ -158,6 +163,16 @@ class StagesConfig:
 
 
 @dataclass
+class SpikeConfig:
+    """When a loss counts as a spike, and what follows."""
+
+    factor: float = 4.0  # spreads above the median; spread = 1.48 MAD, at least 5 % of the median (training/spikes.py)
+    window: int = 128  # losses behind the median; nothing is judged before as many have been seen
+    rewind: bool = False  # go back to the last checkpoint and leave out the batches since (PaLM, section 5.1)
+    max_rewinds: int = 3  # from one and the same checkpoint, before the run stops
+
+
+@dataclass
 class TrainingConfig:
     """What the loop and its services need, whatever the objective."""
 
@@ -171,6 +186,11 @@ class TrainingConfig:
     nonfinite_limit: int = 20  # skipped steps in a row after which the run stops
     parallel: Literal["ddp", "fsdp"] = "ddp"  # under torchrun: every process with all weights, or with a share of them
     accumulate: int = 1  # micro-batches per step; batch_size stays that of the step
+    keep_best: str | None = None  # logged value, e.g. "loss": the checkpoint after its lowest mean stays as best-STEP
+    spike: SpikeConfig | None = None  # None = losses are not watched for spikes
+    preview_every: int = 5_000  # steps between two pictures in OUTPUT/previews, and one at the end; 0 = none
+    profile: int = 0  # steps to trace into OUTPUT/profile, after five others; 0 = none
+    wandb_project: str | None = None  # also record to this Weights & Biases project (pip install 'aligntok[wandb]')
 
 
 @dataclass

@@ -12,9 +12,12 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from importlib import metadata
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from aligntok import _cuda_toolkit as cuda_toolkit
+
+if TYPE_CHECKING:
+    import torch
 
 # Import names that differ from the distribution's name by more than a dash.
 _MODULES = {
@@ -140,6 +143,18 @@ def _devices() -> Iterator[Row]:
         yield Row(section, f"cuda:{index}", card.name, memory)
 
 
+def device_line(device: "torch.device") -> str:
+    """What is known of the device that a run uses, as in the section "Devices": "cpu: NAME (2 threads, AVX512)"."""
+    import torch
+
+    index = torch.cuda.current_device() if device.type == "cuda" and device.index is None else device.index
+    name = device.type if index is None else f"{device.type}:{index}"
+    for row in _devices():
+        if row.name == name:
+            return f"{name}: {row.value} ({row.note})"
+    return name
+
+
 def _toolkit() -> Iterator[Row]:
     section = "CUDA toolkit"
     toolkit, reason = cuda_toolkit.find_toolkit()
@@ -198,6 +213,14 @@ def _attention() -> Iterator[Row]:
             yield Row(section, f"{backend} on {device}", "unavailable" if reason else "available", reason or "")
 
 
+def _loader() -> Iterator[Row]:
+    from aligntok.data.dali_graph import refusal
+
+    section, reason = "Image loader", refusal()
+    yield Row(section, "DALI", "unavailable" if reason else "available", reason or "auto takes it where most are JPEG")
+    yield Row(section, "torchvision", "available", "data.loader chooses")
+
+
 _SECTIONS: tuple[tuple[str, Callable[[], Iterator[Row]]], ...] = (
     ("System", _system),
     ("Packages", _packages),
@@ -206,6 +229,7 @@ _SECTIONS: tuple[tuple[str, Callable[[], Iterator[Row]]], ...] = (
     ("Extension", _extension),
     ("Operators", _operators),
     ("Attention", _attention),
+    ("Image loader", _loader),
 )
 
 

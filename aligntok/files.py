@@ -1,14 +1,19 @@
 """Atomic writing: a file or folder is either the old one or the new one, whatever interrupts.
 
 Everything is written beside its destination, flushed to disk and renamed; a failure (full disk, missing permission)
-removes the unfinished copy, leaves the previous one as it was and says so.
+removes the unfinished copy, leaves the previous one as it was and says so. A killed process leaves hidden copies
+behind, `.NAME.XXXXXXXX.tmp` and `.NAME.XXXXXXXX.old`; `remove_unfinished` clears them up.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
+import re
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
@@ -18,21 +23,22 @@ from aligntok.errors import UserError
 if TYPE_CHECKING:
     from torch import Tensor
 
+_LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>tmp|old)")
+
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write one file atomically, making its folder where needed; raises UserError when the disk refuses."""
     path = Path(path)
-    unfinished = path.with_name(f".{path.name}.{uuid4().hex[:8]}.tmp")
+    unfinished = _beside(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished.write_bytes(data)
         _flush(unfinished)
         os.replace(unfinished, path)
     except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        raise UserError(
-            f"could not write {path}: {error.strerror or error}; what was there before is untouched"
-        ) from error
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise _refused(path, error) from error
 
 
 def write_folder(
@@ -41,41 +47,89 @@ def write_folder(
     """Write `NAME.safetensors` and `NAME.json` files as one atomic folder; raises UserError when the disk refuses."""
     from safetensors.torch import save
 
-    files = {}
-    for name, state in tensors.items():
-        files[f"{name}.safetensors"] = save({k: v.detach().cpu().contiguous() for k, v in state.items()})
-    for name, document in documents.items():
-        files[f"{name}.json"] = json.dumps(document, indent=1).encode()
-    write_folder_bytes(folder, files)
+    with unfinished_folder(folder) as unfinished:
+        for name, state in tensors.items():
+            data = save({k: v.detach().cpu().contiguous() for k, v in state.items()})
+            (unfinished / f"{name}.safetensors").write_bytes(data)
+        for name, document in documents.items():
+            (unfinished / f"{name}.json").write_bytes(json.dumps(document, indent=1).encode())
 
 
-def write_folder_bytes(folder: str | Path, files: dict[str, bytes]) -> None:
-    """Write a folder of files atomically; an older folder of that name is replaced only at the end.
+@contextmanager
+def unfinished_folder(folder: str | Path) -> Iterator[Path]:
+    """A hidden folder to fill, which takes the place of `folder` when the block ends well.
 
     Raises:
-        UserError: the disk is full or not writable; the older folder is untouched.
+        UserError: the disk is full or not writable; an older `folder` is untouched.
     """
     folder = Path(folder)
-    unfinished = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.tmp")
-    retired = folder.with_name(f".{folder.name}.{uuid4().hex[:8]}.old")
+    unfinished, retired = _beside(folder, "tmp"), _beside(folder, "old")
     try:
         unfinished.mkdir(parents=True)
-        for name, data in files.items():
-            (unfinished / name).write_bytes(data)
-            _flush(unfinished / name)
+        yield unfinished
+        for file in unfinished.iterdir():
+            _flush(file)
         if folder.exists():
             os.replace(folder, retired)
         os.replace(unfinished, folder)
+        _flush_names(folder.parent)
     except OSError as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
         if retired.exists() and not folder.exists():
             os.replace(retired, folder)
-        raise UserError(
-            f"could not write {folder}: {error.strerror or error}; what was there before is untouched"
-        ) from error
-    shutil.rmtree(retired, ignore_errors=True)
+        raise _refused(folder, error) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(retired, ignore_errors=True)
+
+
+def remove_unfinished(folder: str | Path, wanted: Callable[[str], bool]) -> None:
+    """Clear away what killed writers have left in `folder` for names that are `wanted`.
+
+    A folder that was moved aside and never replaced is put back: it is the last good one.
+    """
+    folder = Path(folder)
+    for path in folder.iterdir() if folder.is_dir() else ():
+        found = _LEFT_BEHIND.fullmatch(path.name)
+        if found is None or not wanted(found["name"]):
+            continue
+        if found["kind"] == "old" and not (folder / found["name"]).exists():
+            with suppress(FileNotFoundError):  # another process of this run was faster
+                os.replace(path, folder / found["name"])
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def digest(path: str | Path) -> str:
+    """SHA-256 of a file, read in pieces."""
+    value = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 22):
+            value.update(piece)
+    return value.hexdigest()
+
+
+def _beside(path: Path, kind: str) -> Path:
+    return path.with_name(f".{path.name}.{uuid4().hex[:8]}.{kind}")
+
+
+def _refused(path: Path, error: OSError) -> UserError:
+    return UserError(f"could not write {path}: {error.strerror or error}; what was there before is untouched")
 
 
 def _flush(path: Path) -> None:
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
+
+
+def _flush_names(folder: Path) -> None:
+    """Make a rename durable: names live in their folder, which is flushed on its own (Windows does not allow it)."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

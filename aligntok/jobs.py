@@ -16,6 +16,7 @@ from torch import Tensor
 from aligntok.config import DataConfig, PerceptualConfig
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import ImageSet, load_center_crops, open_images
+from aligntok.data.loading import report_skipped
 from aligntok.data.sources import MemorySource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
@@ -35,7 +36,6 @@ from aligntok.report import pictures
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.train_generator import Generator
-from aligntok.training.train_tokenizer import report_skipped
 
 STATISTICS_BATCH = 64
 
@@ -170,7 +170,7 @@ def _load(images: ImageSet, size: int, tokenizer: StoredTokenizer) -> tuple[Tens
     telemetry = Telemetry(".", log_every=1)
     with telemetry.bar("reading images") as update:
         pixels, labels = load_center_crops(images, size, update)
-    report_skipped(images, telemetry)
+    report_skipped(images, telemetry.say)
     return pixels, labels
 
 

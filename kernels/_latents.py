@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from . import _triton
+from ._dtypes import DTYPES, check_dtype
 from ._triton import Configuration, triton
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 LIMIT = 4096  # channels of one tile: 32 numbers a thread at 4 warps with a single pixel, the most that fits registers
 
 
@@ -45,9 +45,7 @@ def tiling(config: Configuration, x: Tensor) -> tuple[tuple[int], dict[str, int]
 
 def check(name: str, x: Tensor, shape: torch.Size | None = None, dtypes: tuple[torch.dtype, ...] = DTYPES) -> None:
     """Raise ValueError unless x is [B, d, h, w] without a zero, of the given shape and of an accepted dtype."""
-    if x.dtype not in dtypes:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise ValueError(f"{name}: expected dtype {accepted}, got {x.dtype}")
+    check_dtype(name, x.dtype, dtypes)
     if x.ndim != 4 or x.numel() == 0:
         raise ValueError(f"{name}: expected shape [B, d, h, w] without a zero, got {list(x.shape)}")
     if shape is not None and x.shape != shape:

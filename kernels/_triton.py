@@ -64,6 +64,7 @@ class Launch:
 
 
 _recorder: ContextVar[tuple[int, list[Launch]] | None] = ContextVar("aligntok_recorder", default=None)
+_asked: ContextVar[dict[str, Configuration] | None] = ContextVar("aligntok_asked_configurations", default=None)
 _overrides: ContextVar[Mapping[str, Configuration] | None] = ContextVar("aligntok_configurations", default=None)
 
 
@@ -136,7 +137,22 @@ def architecture(device: torch.device) -> int:
 def configuration(kernel: str, table: Mapping[int, Configuration], device: torch.device) -> Configuration:
     """The pinned block sizes and options of a kernel on a device, unless `use_configurations` says otherwise."""
     overrides = _overrides.get() or {}
-    return dict(overrides.get(kernel, table[architecture(device)]))
+    chosen = dict(overrides.get(kernel, table[architecture(device)]))
+    asked = _asked.get()
+    if asked is not None:
+        asked[kernel] = chosen
+    return chosen
+
+
+@contextmanager
+def record_configurations() -> Iterator[dict[str, Configuration]]:
+    """Collect the configurations that operators ask for inside the block, by the names of their kernels."""
+    asked: dict[str, Configuration] = {}
+    token = _asked.set(asked)
+    try:
+        yield asked
+    finally:
+        _asked.reset(token)
 
 
 @contextmanager

@@ -26,9 +26,9 @@ from torch.library import wrap_triton
 
 from . import _extension, _triton
 from ._dispatch import Unfit, register, select
+from ._dtypes import DTYPES, check_dtype
 from ._triton import Configuration, configuration, launch, operator, tl, triton
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # BLOCK_D -> block sizes. A thread holds 8 neighbouring columns (one 16-byte load in bf16, two in fp32), so that a row
 # takes BLOCK_D / 256 warps. Forward: ROWS rows at once keep enough loads in flight and share one read of the
 # modulation. Backward: rows one after another, because the sums over them fill the registers; a program covers CHUNK
@@ -292,9 +292,7 @@ register("adaln", triton=_triton.refusal, cpp=_extension.cpu_refusal)
 def _check_tensor(name: str, tensor: Tensor | None, shape: list[int], x: Tensor) -> None:
     if tensor is None:
         return
-    if tensor.dtype not in DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"{name}: expected dtype {accepted}, got {tensor.dtype}")
+    check_dtype(name, tensor.dtype)
     if list(tensor.shape) != shape:
         raise ValueError(f"{name}: expected shape {shape} for x {list(x.shape)}, got {list(tensor.shape)}")
     if tensor.device != x.device:

@@ -22,9 +22,9 @@ from torch.library import wrap_triton
 
 from . import _triton
 from ._dispatch import Unfit, register, select
+from ._dtypes import check_dtype
 from ._triton import configuration, dot_precision, launch, operator, tl, triton
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 ACTIVATIONS = ("gelu", "none")
 LARGEST_D = 128  # dz's tile and dW's accumulator hold all d channels; wider ones would not stay in registers
 # Chosen from the machine code (benchmarks.aot), not from timings: no spills. 128 rows share each read of W; sm_80 takes
@@ -336,9 +336,7 @@ def _check(p: Tensor, weight: Tensor, bias: Tensor, activation: str, snapshot: T
         raise ValueError(f"activation: expected {' or '.join(map(repr, ACTIVATIONS))}, got {activation!r}")
     tensors = {"p": p, "weight": weight, "bias": bias} | ({} if snapshot is None else {"snapshot": snapshot})
     for name, tensor in tensors.items():
-        if tensor.dtype not in DTYPES:
-            accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-            raise ValueError(f"{name}: expected dtype {accepted}, got {tensor.dtype}")
+        check_dtype(name, tensor.dtype)
         if tensor.device != p.device:
             raise ValueError(f"{name}: expected on {p.device} like p, got {tensor.device}")
     if p.ndim < 1 or p.numel() == 0:

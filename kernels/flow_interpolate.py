@@ -15,7 +15,8 @@ from torch.library import wrap_triton
 
 from . import _latents, _triton
 from ._dispatch import register, select
-from ._latents import DTYPES, planes, strides, tiling
+from ._dtypes import DTYPES
+from ._latents import planes, strides, tiling
 from ._philox import check_key, flow_noise, noise_tile
 from ._triton import configuration, launch, operator, tl, triton
 

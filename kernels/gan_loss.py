@@ -34,9 +34,9 @@ from torch import Tensor
 
 from . import _extension, _extension_cuda
 from ._dispatch import register, select
+from ._dtypes import check_dtype
 
 KINDS = ("hinge", "non_saturating")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def _accumulated(logits: Tensor) -> Tensor:
@@ -85,9 +85,7 @@ register("gan_loss", cpp=_cpp_refusal)
 def _check_logits(name: str, logits: Tensor, kind: str) -> None:
     if kind not in KINDS:
         raise ValueError(f"kind: expected one of {', '.join(KINDS)}, got {kind!r}")
-    if logits.dtype not in DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"{name} logits: expected dtype {accepted}, got {logits.dtype}")
+    check_dtype(f"{name} logits", logits.dtype)
     if logits.numel() == 0:
         raise ValueError(f"{name} logits: shape {tuple(logits.shape)} has no element, so there is no mean")
 

@@ -28,6 +28,7 @@ from torch.library import wrap_triton
 
 from . import _extension, _triton
 from ._dispatch import register, select
+from ._dtypes import check_dtype, short
 from ._group_norm_silu_kernels import (
     apply_kernel,
     dx_kernel,
@@ -40,7 +41,6 @@ from ._group_norm_silu_kernels import (
 )
 from ._triton import configuration, launch, operator, triton
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A program holds a group of up to LARGEST values, here 16 channels of 32x32 pixels; four times as many exceed the
 # register file. WARP values per warp are 16 a thread; backward, with x and dy to hold, spills with 32 warps: 16.
 WHOLE = {arch: {"LARGEST": 16384, "WARP": 512, "WARPS": 32, "num_stages": 1} for arch in _triton.ARCHITECTURES}
@@ -168,9 +168,7 @@ register("group_norm_silu", triton=_triton.refusal, cpp=_extension.cpu_refusal)
 
 
 def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> None:
-    if x.dtype not in DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"x: expected dtype {accepted}, got {x.dtype}")
+    check_dtype("x", x.dtype)
     if x.ndim != 4 or 0 in x.shape:
         raise ValueError(f"x: expected shape [B, C, H, W] without a zero, got {tuple(x.shape)}")
     if groups < 1 or x.shape[1] % groups:
@@ -182,7 +180,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> 
         if parameter.shape != x.shape[1:2]:
             raise ValueError(f"{name}: expected shape [{x.shape[1]}], got {list(parameter.shape)}")
         if parameter.dtype not in parameter_dtypes or parameter.dtype != weight.dtype:
-            accepted = " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in parameter_dtypes))
+            accepted = " or ".join(sorted(map(short, parameter_dtypes)))
             raise ValueError(
                 f"{name}: expected dtype {accepted} for {x.dtype} x, the same for weight and bias, "
                 f"got {parameter.dtype}"

@@ -17,9 +17,9 @@ from torch.library import wrap_triton
 
 from . import _triton
 from ._dispatch import register, select
+from ._dtypes import DTYPES, short
 from ._triton import configuration, launch, operator, tl, triton
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 EPSILON = 1e-10  # added to the norm, as in the `lpips` package (normalize_tensor)
 # Whole pixels per program, TILE values of each map: 32 a thread, four 16-byte loads from each map in bf16. One pixel
 # has to fit, so more channels than TILE make the tile larger.
@@ -141,7 +141,7 @@ register("lpips_distance", triton=_triton.refusal)
 
 def _check(fx: Tensor, fy: Tensor, head: Tensor) -> None:
     if fx.dtype not in DTYPES or fy.dtype != fx.dtype:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        accepted = ", ".join(map(short, DTYPES))
         raise ValueError(f"fx, fy: expected one dtype of {accepted}, got {fx.dtype} and {fy.dtype}")
     if fx.ndim != 4 or fy.shape != fx.shape or fx.numel() == 0:
         shapes = f"{list(fx.shape)} and {list(fy.shape)}"

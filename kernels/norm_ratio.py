@@ -14,8 +14,8 @@ from torch import Tensor
 
 from . import _extension, _extension_cuda
 from ._dispatch import register, select
+from ._dtypes import check_dtype
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 MAX_TENSORS_CUDA = 128  # of both lists: their addresses travel in the launch's 4 KiB of parameters
 
 
@@ -41,9 +41,7 @@ def _check(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
     if not a or not b:
         raise ValueError(f"a and b: expected at least one tensor each, got {len(a)} and {len(b)}")
     dtype, device = a[0].dtype, a[0].device
-    if dtype not in DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"a and b: expected dtype {accepted}, got {dtype}")
+    check_dtype("a and b", dtype)
     for tensor in (*a, *b):
         if tensor.dtype != dtype or tensor.device != device:
             raise ValueError(

@@ -31,6 +31,7 @@ from torch.library import wrap_triton
 
 from . import _triton
 from ._dispatch import register, select
+from ._dtypes import check_dtype
 from ._qknorm_attention_kernels import (
     _dkv_kernel,
     _dq_kernel,
@@ -40,7 +41,6 @@ from ._qknorm_attention_kernels import (
 )
 from ._triton import Configuration, configuration, dot_precision, launch, operator, triton
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HEAD_WIDTHS = (32, 48, 64, 72, 96, 128)  # of the kernels; any even width works in the reference
 SHORT = 256  # tokens up to which a program owns a whole (batch, head)
 ON_CHIP = 80 * 1024  # bytes: k' and v of 256 tokens of 64 + 16 columns; tiles and scratch come on top of it
@@ -310,9 +310,7 @@ def _unfit(dtype: torch.dtype, D: int) -> tuple[tuple[str, str], ...]:
 def _check(
     qkv: Tensor, q_weight: Tensor | None, k_weight: Tensor | None, cos: Tensor | None, sin: Tensor | None
 ) -> None:
-    if qkv.dtype not in DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"qkv: expected dtype {accepted}, got {qkv.dtype}")
+    check_dtype("qkv", qkv.dtype)
     if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.numel() == 0:
         raise ValueError(f"qkv: expected shape [B, N, 3, H, D] without a zero, got {list(qkv.shape)}")
     N, D = qkv.shape[1], qkv.shape[4]

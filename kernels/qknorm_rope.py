@@ -27,9 +27,9 @@ from torch.library import wrap_triton
 
 from . import _extension, _triton
 from ._dispatch import Unfit, register, select
+from ._dtypes import DTYPES, check_dtype
 from ._triton import Configuration, configuration, launch, operator, tl, triton
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # A program holds a tile of TILE values (tokens x heads x columns, powers of two) of each of q, k and v: at 8 warps one
 # 16-byte load a thread in bf16. It keeps the tables and the weights in registers and goes through IMAGES images, so
 # that they are read once for all of these; more images would leave too few programs at small batches.
@@ -357,9 +357,7 @@ def qknorm_rope(
         ValueError: a shape, dtype or device does not fit; one of a pair is missing; an odd D with tables;
             `implementation` is unknown or cannot run here.
     """
-    if qkv.dtype not in DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"qkv: expected dtype {accepted}, got {qkv.dtype}")
+    check_dtype("qkv", qkv.dtype)
     if qkv.ndim != 5 or qkv.shape[2] != 3 or qkv.numel() == 0:
         raise ValueError(f"qkv: expected shape [B, N, 3, H, D] without a zero, got {list(qkv.shape)}")
     N, D = qkv.shape[1], qkv.shape[4]

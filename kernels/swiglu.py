@@ -18,9 +18,9 @@ from torch.library import wrap_triton
 
 from . import _extension, _triton
 from ._dispatch import register, select
+from ._dtypes import check_dtype
 from ._triton import configuration, launch, operator, tl, triton
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # One row's block of columns per program: 1024 values are 8 a thread at 4 warps, one 16-byte load each in bf16.
 CONFIGURATIONS = {arch: {"BLOCK": 1024, "num_warps": 4, "num_stages": 1} for arch in _triton.ARCHITECTURES}
 
@@ -109,9 +109,7 @@ def swiglu(packed: Tensor, *, implementation: str | None = None) -> Tensor:
         ValueError: an odd last dimension or an empty tensor; an unsupported dtype; `implementation` is unknown or
             cannot run here.
     """
-    if packed.dtype not in DTYPES:
-        accepted = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
-        raise ValueError(f"packed: expected dtype {accepted}, got {packed.dtype}")
+    check_dtype("packed", packed.dtype)
     if packed.ndim < 1 or packed.shape[-1] % 2 or packed.numel() == 0:
         raise ValueError(f"packed: expected shape [..., 2H] without a zero, got {list(packed.shape)}")
     unfit = (("triton", "fp64 is for the reference"),) if packed.dtype == torch.float64 else ()

@@ -1,8 +1,10 @@
 """The command line: fast, typed, and one line for every mistake."""
 
+import os
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,30 @@ def test_help_needs_neither_torch_nor_half_a_second():
         times.append(time.monotonic() - began)
     assert done.stdout == OVERVIEW
     assert min(times) < 0.5
+
+
+PAGE_FAULTS = """
+import resource
+from aligntok.cli import main
+main(["--version"])
+import torch
+def faults():
+    torch.ones(1 << 24)  # 64 MiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+first = faults()
+print(faults() - first)
+"""
+
+
+def test_large_cpu_tensors_lie_in_huge_pages_unless_the_user_says_otherwise():
+    """64 MiB are 16,384 pages of 4 KiB, or 32 huge ones where the kernel grants them ("never" is its third mode)."""
+    modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    granted = modes.is_file() and "[never]" not in modes.read_text()
+    for value, huge in ((None, granted), ("0", granted and "[always]" in modes.read_text())):
+        own = {k: v for k, v in os.environ.items() if k != "THP_MEM_ALLOC_ENABLE"}
+        own |= {} if value is None else {"THP_MEM_ALLOC_ENABLE": value}
+        done = subprocess.run([sys.executable, "-c", PAGE_FAULTS], env=own, capture_output=True, text=True, check=True)
+        assert (int(done.stdout.split()[-1]) < 5000) == huge
 
 
 def test_overview_names_every_command():

@@ -30,6 +30,6 @@ def tiny_run(
     source = MemorySource(images, labels, batch_size=4, seed=0, flip=True)
     training = TrainingConfig(batch_size=4, precision="fp32", log_every=1, checkpoint_every=checkpoint_every)
     telemetry = Telemetry(folder, training.log_every)
-    checkpoints = Checkpoints(folder / "checkpoints", 2, "tiny")
+    checkpoints = Checkpoints(folder / "checkpoints", training, {"part": "tiny"})
     train("tiny", objective, source, training, torch.device("cpu"), telemetry, checkpoints)
     return telemetry.records()[-1]

@@ -3,9 +3,13 @@
 center_crop: ADM's (guided-diffusion image_datasets.py): halve by box filter while the short side is at least twice the
              target, bicubic to the target, cut the middle. Latents, evaluation and generators use it.
 random_crop: short side to the target (bicubic), random position. Tokenizer training uses it (taming data/base.py).
+
+Both are a `Window`, a few numbers that a loader can hand to whatever resizes for it.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -13,20 +17,54 @@ from PIL import Image
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class Window:
+    """A crop: halve by box filter `halvings` times, resize to (width, height) by bicubic, cut size x size there."""
+
+    halvings: int
+    width: int
+    height: int
+    left: int
+    top: int
+    size: int
+
+
+def center_window(width: int, height: int, size: int) -> Window:
+    """ADM's centre crop of a picture of this width and height."""
+    halvings = 0
+    while min(width, height) >= 2 * size:
+        width, height, halvings = width // 2, height // 2, halvings + 1
+    width, height = _short_side(width, height, size)
+    return Window(halvings, width, height, (width - size) // 2, (height - size) // 2, size)
+
+
+def random_window(width: int, height: int, size: int, u: float, v: float) -> Window:
+    """The crop at the relative position (u, v) in [0, 1), left to right and top to bottom."""
+    width, height = _short_side(width, height, size)
+    return Window(0, width, height, int(u * (width - size + 1)), int(v * (height - size + 1)), size)
+
+
+def window(kind: str, width: int, height: int, size: int, u: float, v: float) -> Window:
+    """The crop named "random" or "center"; (u, v) are for the random one."""
+    return random_window(width, height, size, u, v) if kind == "random" else center_window(width, height, size)
+
+
+def cut(image: Image.Image, place: Window) -> Image.Image:
+    """RGB picture -> its crop."""
+    for _ in range(place.halvings):
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    image = image.resize((place.width, place.height), Image.Resampling.BICUBIC)
+    return image.crop((place.left, place.top, place.left + place.size, place.top + place.size))
+
+
 def center_crop(image: Image.Image, size: int) -> Image.Image:
     """RGB picture -> size x size."""
-    while min(image.size) >= 2 * size:
-        image = image.resize((max(1, image.width // 2), max(1, image.height // 2)), Image.Resampling.BOX)
-    image = _short_side(image, size)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    return cut(image, center_window(*image.size, size))
 
 
 def random_crop(image: Image.Image, size: int, u: float, v: float) -> Image.Image:
     """RGB picture -> size x size at the relative position (u, v) in [0, 1), left to right and top to bottom."""
-    image = _short_side(image, size)
-    left, top = int(u * (image.width - size + 1)), int(v * (image.height - size + 1))
-    return image.crop((left, top, left + size, top + size))
+    return cut(image, random_window(*image.size, size, u, v))
 
 
 def to_tensor(image: Image.Image) -> Tensor:
@@ -39,9 +77,6 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.float().div(127.5).sub(1)
 
 
-def _short_side(image: Image.Image, size: int) -> Image.Image:
-    scale = size / min(image.size)
-    return image.resize(
-        (max(size, round(image.width * scale)), max(size, round(image.height * scale))),
-        Image.Resampling.BICUBIC,
-    )
+def _short_side(width: int, height: int, size: int) -> tuple[int, int]:
+    scale = size / min(width, height)
+    return max(size, round(width * scale)), max(size, round(height * scale))

@@ -1,32 +1,30 @@
-"""Image sets: a folder or a WebDataset tar becomes a list of labelled pictures that can be read in any order.
+"""Image sets: a folder or WebDataset tars become a list of labelled pictures that can be read in any order.
 
-A folder with sub-folders has one class per sub-folder, a flat one has the single class "all". In a tar, `KEY.cls` is
-the label and an optional JSON file of the same name beside it has the class names. A picture that cannot be read
-never stops a run: it is left out, counted and named.
+A folder with sub-folders has one class per sub-folder, a flat one has the single class "all". For tars see
+aligntok.data.shards. A picture that cannot be read never stops a run: it is left out, counted and named.
 """
 
 from __future__ import annotations
 
 import io
-import json
-import tarfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from aligntok.data.geometry import center_crop, to_tensor
+from aligntok.data.shards import EXTENSIONS, Progress, expand_shards, scan_shards
 from aligntok.errors import UserError
 
-EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 EMBEDDED = Path(__file__).parent / "fluent-emoji-128.tar"
+UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for broken files
 
 
-@dataclass
+@dataclass(slots=True)
 class Entry:
     """Where one picture lies: a file, or a byte range of a tar."""
 
@@ -72,10 +70,22 @@ class ImageSet:
         """The picture as RGB, or None where it is unreadable (then it is recorded in `skipped`)."""
         entry = self.entries[index]
         try:
-            return to_rgb(Image.open(io.BytesIO(entry.read_bytes())))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            self.skipped[entry.name] = str(error) or type(error).__name__
+            return decode(entry.read_bytes())
+        except UNREADABLE as error:
+            self.skipped[entry.name] = unreadable_because(error)
             return None
+
+
+def decode(data: bytes) -> Image.Image:
+    """An encoded picture as RGB; raises one of UNREADABLE."""
+    return to_rgb(Image.open(io.BytesIO(data)))
+
+
+def unreadable_because(error: BaseException) -> str:
+    """The reason in one line, the same in every run."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image that Pillow knows"  # its own words hold a memory address
+    return str(error) or type(error).__name__
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -96,30 +106,52 @@ def _stretch(image: Image.Image) -> Image.Image:
     return image.convert("F").point(lambda v: (v - low) * (255.0 / max(high - low, 1e-9)) + 0).convert("L")
 
 
-def open_images(path: str, max_images: int | None = None) -> ImageSet:
-    """The pictures of "embedded", a folder or a .tar file.
+def open_images(path: str, max_images: int | None = None, progress: Progress | None = None) -> ImageSet:
+    """The pictures of "embedded", a folder, a .tar file, a folder of .tar files, or "shards-{000..127}.tar".
+
+    Args:
+        path: where they are.
+        max_images: take so many of them, chosen by a fixed shuffle.
+        progress: called with (done, total) while tars without an index are scanned.
 
     Raises:
         UserError: nothing there, or no pictures in it.
     """
-    source = EMBEDDED if path == "embedded" else Path(path).expanduser()
-    if not source.exists():
-        raise UserError(f"no images at {path}: the path does not exist; give a folder, a .tar file, or 'embedded'")
-    if source.is_dir():
-        entries, classes = _scan_folder(source)
-    elif source.suffix == ".tar":
-        entries, classes = _scan_tar(source)
+    if path == "embedded":
+        entries, classes = _entries(*scan_shards([EMBEDDED], remember=False))
+    elif "{" in path and not Path(path).expanduser().exists():
+        entries, classes = _entries(*scan_shards(expand_shards(path), progress))
     else:
-        raise UserError(
-            f"{path} is a {source.suffix or 'plain'} file, expected a folder of images or a WebDataset .tar"
-        )
+        entries, classes = _open_path(path, Path(path).expanduser(), progress)
     if not entries:
         raise UserError(f"no images in {path}: expected files ending in {', '.join(sorted(EXTENSIONS))}")
     if max_images is not None and max_images < len(entries):
         keep = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))[:max_images]
         entries = [entries[i] for i in sorted(keep.tolist())]
-    name = "Fluent emoji" if path == "embedded" else source.name
-    return ImageSet(name, entries, classes)
+    return ImageSet("Fluent emoji" if path == "embedded" else Path(path).name, entries, classes)
+
+
+def _open_path(given: str, path: Path, progress: Progress | None) -> tuple[list[Entry], list[str]]:
+    if not path.exists():
+        raise UserError(
+            f"no images at {given}: the path does not exist; give a folder, .tar files (a folder of them, or "
+            f"a pattern like 'shards-{{000..127}}.tar'), or 'embedded'"
+        )
+    if path.is_file() and path.suffix == ".tar":
+        return _entries(*scan_shards([path], progress))
+    if not path.is_dir():
+        raise UserError(f"{given} is a {path.suffix or 'plain'} file, expected a folder of images or a WebDataset .tar")
+    shards, (entries, classes) = sorted(path.glob("*.tar")), _scan_folder(path)
+    if shards and entries:
+        raise UserError(
+            f"{given} holds {len(shards)} .tar files and {len(entries)} images, and only one kind can be used: "
+            f"name the tars by a pattern like '{given}/*-{{000..127}}.tar', or move one kind elsewhere"
+        )
+    return _entries(*scan_shards(shards, progress)) if shards else (entries, classes)
+
+
+def _entries(rows: list[tuple], classes: list[str]) -> tuple[list[Entry], list[str]]:
+    return [Entry(*row) for row in rows], classes
 
 
 def _scan_folder(folder: Path) -> tuple[list[Entry], list[str]]:
@@ -130,32 +162,6 @@ def _scan_folder(folder: Path) -> tuple[list[Entry], list[str]]:
         classes, tops = ["all"], ["all"] * len(files)
     number = {name: i for i, name in enumerate(classes)}
     return [Entry(str(p.relative_to(folder)), p, number[t]) for p, t in zip(files, tops, strict=True)], classes
-
-
-def _scan_tar(path: Path) -> tuple[list[Entry], list[str]]:
-    pictures: dict[str, tuple[str, int, int]] = {}
-    labels: dict[str, int] = {}
-    try:
-        with tarfile.open(path) as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                if "." + extension.lower() in EXTENSIONS:
-                    pictures[key] = (member.name, member.offset_data, member.size)
-                elif extension == "cls":
-                    labels[key] = int(tar.extractfile(member).read())
-    except (tarfile.TarError, ValueError) as error:
-        raise UserError(f"{path} is not a WebDataset tar that can be read: {error}") from error
-    entries = [Entry(n, path, labels.get(key, 0), offset, size) for key, (n, offset, size) in pictures.items()]
-    return entries, _class_names(path, max(labels.values(), default=0) + 1)
-
-
-def _class_names(path: Path, count: int) -> list[str]:
-    listing = path.with_suffix(".json")
-    if listing.is_file():
-        names = json.loads(listing.read_text()).get("classes", [])
-        if len(names) >= count:
-            return names
-    return ["all"] if count == 1 else [f"class {i}" for i in range(count)]
 
 
 def load_center_crops(

@@ -8,21 +8,28 @@ flip [B], and rows [B], the numbers of its rows in the batch of all processes (a
 from __future__ import annotations
 
 import warnings
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotInTime
+from functools import partial
+from threading import Thread
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from aligntok.config import DataConfig
-from aligntok.data.geometry import center_crop, random_crop, to_tensor, to_unit_range
+from aligntok.data.geometry import cut, to_tensor, to_unit_range, window
 from aligntok.data.images import ImageSet
 from aligntok.errors import UserError
 from aligntok.world import World
 
 Batch = dict[str, Tensor]
+Request = tuple[int, bool, float, float]
+_SHOWN = 5  # file names in a message
 
 
 class Source(Protocol):
@@ -80,6 +87,9 @@ class MemorySource:
         self.images, self.labels, self.flip = images, labels, flip
         self.order = Order(len(images), batch_size, seed, world)
 
+    def __str__(self) -> str:
+        return "decoded once and kept in memory (centre crops within data.memory_limit_gib)"
+
     def batch(self, step: int) -> Batch:
         index = self.order.indices(step)
         flip = (self.order.uniforms(step)[:, 0] < 0.5) & self.flip
@@ -93,9 +103,10 @@ class MemorySource:
 
 
 class StreamSource:
-    """Pictures decoded by worker processes as training goes; random or centre crops.
+    """Pictures decoded by worker processes (Pillow) as training goes; random or centre crops.
 
-    An unreadable picture is replaced by another one of its batch, recorded in `images.skipped` and named once to `say`.
+    An unreadable picture is replaced by the next readable one of its batch, recorded in `images.skipped` and named once
+    to `say`.
     """
 
     def __init__(
@@ -108,27 +119,28 @@ class StreamSource:
         say: Callable[[str], None] = warnings.warn,
         world: World | None = None,
     ) -> None:
-        self.images, self.say = images, say
-        self.dataset = _Crops(images, data.image_size, crop)
+        self.images, self.data = images, data
         self.order = Order(len(images), batch_size, seed, world)
-        self.data = data
-        self._batches: Iterator[Batch] | None = None
+        self.skips = Skips(images, say)
+        # what each worker is reading now, -1 for nothing: a stalled one can then be asked for its file
+        self.reading = torch.full((max(1, data.workers),), -1).share_memory_()
+        self.dataset = _Crops(images, data.image_size, crop, self.reading)
+        self._batches: Iterator[dict[str, Any]] | None = None
         self._next_step = -1
-        self._named: set[str] = set()
+
+    def __str__(self) -> str:
+        return f"decoded as training goes by {self.data.workers} torchvision workers"
 
     def batch(self, step: int) -> Batch:
         if self._batches is None or step != self._next_step:
             self._batches = self._start(step)
         self._next_step = step + 1
-        batch = next(self._batches) | {"rows": self.order.rows}
-        for name, reason in batch.pop("skipped", []):
-            if name not in self._named:
-                self._named.add(name)
-                self.images.skipped[name] = reason
-                self.say(f"skipped {name}: {reason} ({len(self._named)} unreadable so far)")
+        batch = self._fetch(step) | {"rows": self.order.rows}
+        self.skips.add(batch.pop("skipped"))
         return batch
 
-    def _start(self, step: int) -> Iterator[Batch]:
+    def _start(self, step: int) -> Iterator[dict[str, Any]]:
+        self.reading.fill_(-1)
         loader = DataLoader(
             self.dataset,
             batch_sampler=_Requests(self.order, step, self.data.flip),
@@ -138,6 +150,63 @@ class StreamSource:
         )
         return iter(loader)
 
+    def _fetch(self, step: int) -> dict[str, Any]:
+        limit, fetched = self.data.stall_timeout, Future()
+        if not limit:
+            return next(self._batches)
+        Thread(target=_run_into, args=(fetched, partial(next, self._batches)), daemon=True).start()
+        try:
+            return fetched.result(limit)
+        except NotInTime as error:
+            if fetched.done():  # the dataset's own
+                raise
+            names = [self.images.entries[i].name for i in self.reading.tolist() if i >= 0]
+            raise stalled("torchvision workers", limit, step, names) from error
+
+
+def _run_into(future: Future, work: Callable[[], Any]) -> None:
+    try:
+        future.set_result(work())
+    except BaseException as error:
+        future.set_exception(error)
+
+
+def stalled(loader: str, seconds: float, step: int, names: list[str]) -> UserError:
+    """What to raise when a loader has delivered nothing for too long; `names` are the files that it waits for."""
+    shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return UserError(
+        f"{loader} delivered no images for step {step} within {seconds:g} s, waiting for {shown or 'no file'}: "
+        f"check the disk or network behind data.path, or raise data.stall_timeout (0 = wait for ever)"
+    )
+
+
+class Skips:
+    """Unreadable pictures of a stream: recorded in the image set and named once each."""
+
+    def __init__(self, images: ImageSet, say: Callable[[str], None]) -> None:
+        self.images, self.say = images, say
+        self._named: set[str] = set()
+
+    def add(self, skipped: list[tuple[str, str]]) -> None:
+        """Take in (name, reason) of the pictures that a batch lacks."""
+        for name, reason in skipped:
+            if name not in self._named:
+                self._named.add(name)
+                self.images.skipped[name] = reason
+                self.say(f"skipped {name}: {reason} ({len(self._named)} unreadable so far)")
+
+
+def stand_ins(readable: list[bool]) -> list[int]:
+    """For every row of a batch the row whose picture it shows: its own, or the next readable one, round the end."""
+    good = [row for row, fine in enumerate(readable) if fine]
+    return [good[bisect_left(good, row) % len(good)] for row in range(len(readable))]
+
+
+def whole_batch_unreadable(skipped: list[tuple[str, str]]) -> UserError:
+    """There is nothing to put in the place of unreadable pictures."""
+    name, reason = skipped[0]
+    return UserError(f"a whole batch of images could not be read; the first, {name}: {reason}")
+
 
 class _Requests:
     """Endless batches of (index, flip, u, v), one list per step, for DataLoader's batch_sampler."""
@@ -145,30 +214,36 @@ class _Requests:
     def __init__(self, order: Order, step: int, flip: bool) -> None:
         self.order, self.step, self.flip = order, step, flip
 
-    def __iter__(self) -> Iterator[list[tuple[int, bool, float, float]]]:
+    def __iter__(self) -> Iterator[list[Request]]:
         step = self.step
         while True:
-            numbers = self.order.uniforms(step).tolist()
-            indices = self.order.indices(step).tolist()
-            yield [(i, f < 0.5 and self.flip, u, v) for i, (f, u, v) in zip(indices, numbers, strict=True)]
+            yield requests(self.order, step, self.flip)
             step += 1
 
 
+def requests(order: Order, step: int, flip: bool) -> list[Request]:
+    """(picture, mirrored, u, v) for every row of this process in a step."""
+    numbers, indices = order.uniforms(step).tolist(), order.indices(step).tolist()
+    return [(i, f < 0.5 and flip, u, v) for i, (f, u, v) in zip(indices, numbers, strict=True)]
+
+
 class _Crops(Dataset):
-    def __init__(self, images: ImageSet, size: int, crop: str) -> None:
-        self.images, self.size, self.crop = images, size, crop
+    def __init__(self, images: ImageSet, size: int, crop: str, reading: Tensor) -> None:
+        self.images, self.size, self.crop, self.reading = images, size, crop, reading
 
     def __len__(self) -> int:
         return len(self.images)
 
-    def __getitem__(self, request: tuple[int, bool, float, float]) -> Batch | tuple[str, str]:
+    def __getitem__(self, request: Request) -> Batch | tuple[str, str]:
         index, flip, u, v = request
+        worker = get_worker_info()
+        self.reading[worker.id if worker else 0] = index
         picture = self.images.open(index)
+        self.reading[worker.id if worker else 0] = -1
         if picture is None:
             name = self.images.entries[index].name
             return name, self.images.skipped[name]
-        cut = random_crop(picture, self.size, u, v) if self.crop == "random" else center_crop(picture, self.size)
-        image = to_tensor(cut)
+        image = to_tensor(cut(picture, window(self.crop, *picture.size, self.size, u, v)))
         return {
             "images": image.flip(-1) if flip else image,
             "labels": torch.tensor(self.images.entries[index].label),
@@ -177,18 +252,14 @@ class _Crops(Dataset):
         }
 
 
-def _collate(items: list[Batch | tuple[str, str]]) -> Batch:
-    good = [item for item in items if isinstance(item, dict)]
-    bad = [item for item in items if not isinstance(item, dict)]
-    if not good:
-        raise UserError(f"a whole batch of images could not be read; the first, {bad[0][0]}: {bad[0][1]}")
-    good += good[: len(bad)] if len(good) >= len(bad) else good * len(bad)
-    good = good[: len(items)]
-    batch = {key: torch.stack([item[key] for item in good]) for key in good[0]}
+def _collate(items: list[Batch | tuple[str, str]]) -> dict[str, Any]:
+    skipped = [item for item in items if not isinstance(item, dict)]
+    if len(skipped) == len(items):
+        raise whole_batch_unreadable(skipped)
+    items = [items[row] for row in stand_ins([isinstance(item, dict) for item in items])]
+    batch: dict[str, Any] = {key: torch.stack([item[key] for item in items]) for key in items[0]}
     batch["images"] = to_unit_range(batch["images"])
-    if bad:
-        batch["skipped"] = bad
-    return batch
+    return batch | {"skipped": skipped}
 
 
 def flip_images(images: Tensor, flip: Tensor) -> Tensor:

@@ -11,35 +11,46 @@ and the linear heads: nothing else is needed.
 from __future__ import annotations
 
 import re
+from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aligntok import assets
 
+ROW = torch.tensor([1.0, 2.0, 1.0]) / 4
 _VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16's five groups
 
 
 class BlurPool(nn.Module):
     """[B, C, H, W] -> [B, C, ceil((H+2)/2), ceil((W+2)/2)]: reflect by 2, [1 2 1] blur, stride 2. H and W
-    at least 3."""
+    at least 3.
+
+    Padding, blur and stride are one banded matrix per direction; two matrix products replace the padded copy and a
+    depthwise convolution, which a CPU does badly in bfloat16 (backwards ten times as slow as in float32).
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
-        row = torch.tensor([1.0, 2.0, 1.0]) / 4
-        self.register_buffer("filt", torch.outer(row, row).expand(channels, 1, 3, 3).clone())
+        self.register_buffer("filt", torch.outer(ROW, ROW).expand(channels, 1, 3, 3).clone())  # as the weights have it
 
     def forward(self, maps: Tensor) -> Tensor:
-        padded = F.pad(maps, (2, 2, 2, 2), mode="reflect")
-        if maps.device.type != "cpu":
-            return F.conv2d(padded, self.filt, stride=2, groups=maps.shape[1])
-        # On a CPU the backward pass of a depthwise bfloat16 convolution takes about ten times as long as in
-        # float32
-        with torch.autocast("cpu", enabled=False):
-            blurred = F.conv2d(padded.float(), self.filt.float(), stride=2, groups=maps.shape[1])
-        return blurred.to(maps.dtype)
+        batch, channels, height, width = maps.shape
+        rows = blur_matrix(height).to(maps) @ maps.permute(0, 2, 3, 1).reshape(batch, height, -1)
+        both = blur_matrix(width).to(maps) @ rows.reshape(-1, width, channels)
+        return both.view(batch, rows.shape[1], -1, channels).permute(0, 3, 1, 2)
+
+
+@cache
+def blur_matrix(size: int) -> Tensor:
+    """[ceil((size+2)/2), size]: reflect by 2, [1 2 1] / 4, stride 2, along one direction; exact in bfloat16."""
+    if size < 3:
+        raise RuntimeError(f"a map of {size} values is too short to be reflected by two: at least 3 are needed")
+    outputs = (size + 3) // 2
+    places = (2 * torch.arange(outputs)[:, None] + torch.arange(3) - 2).abs()  # [outputs, 3]
+    places = torch.where(places < size, places, 2 * (size - 1) - places)
+    return torch.zeros(outputs, size).scatter_add_(1, places, ROW.expand(outputs, 3))
 
 
 def _conv(inputs: int, outputs: int, kernel: int, padding: int) -> nn.Conv2d:

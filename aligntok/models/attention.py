@@ -85,9 +85,14 @@ def choose(backend: str, device: str, dtype: torch.dtype, head_width: int) -> st
     return backend
 
 
+def sequence_is_short(device: str, tokens: int) -> bool:
+    """Whether attention over so many tokens is written out as plain products instead of PyTorch's fused one."""
+    return device == "cpu" and tokens <= SHORT_SEQUENCE
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k^T / sqrt(D)) v for q, k, v [B, H, N, D]; written out for short sequences on a CPU."""
-    if q.device.type == "cpu" and q.shape[-2] <= SHORT_SEQUENCE:
+    if sequence_is_short(q.device.type, q.shape[-2]):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, N]
         return scores.softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)

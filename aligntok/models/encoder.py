@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from aligntok.config import EncoderConfig
 from aligntok.errors import UserError
-from aligntok.models.attention import SHORT_SEQUENCE
+from aligntok.models.attention import sequence_is_short
 from aligntok.models.encoder_weights import EMBEDDED_NAME, load_state, read_weights
 
 _SUPPORTED = (
@@ -108,7 +108,7 @@ class Encoder(nn.Module):
     def _choose_attention(self, device: torch.device, tokens: int) -> None:
         """timm's plain attention for short sequences on a CPU, the fused one elsewhere, as in models/attention.py."""
         for block in self.blocks:
-            block.attn.fused_attn = device.type != "cpu" or tokens > SHORT_SEQUENCE
+            block.attn.fused_attn = not sequence_is_short(device.type, tokens)
 
 
 def build_encoder(config: EncoderConfig) -> Encoder:

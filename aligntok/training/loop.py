@@ -1,9 +1,9 @@
 """The training loop. It knows nothing of images, stages or networks.
 
-For every step: seed the random numbers by (seed, step), fetch the step's batch, and for each phase of the objective
-take loss, gradient, clip, guard and optimizer step; then moving averages, telemetry and, when due, a checkpoint.
+For every step: fetch the step's batch, seed the random numbers by (seed, step), and for each phase of the objective
+take loss, gradient, guard, clip and optimizer step; then moving averages, telemetry and, when due, a checkpoint.
 Because randomness and data are functions of (seed, step), a resumed run continues to the bit where the interrupted
-one would have gone.
+one would have gone. (The batch comes first: a loader that starts draws random numbers of its own.)
 """
 
 from __future__ import annotations
@@ -19,9 +19,10 @@ from aligntok.config import TrainingConfig
 from aligntok.data.sources import Batch, Source
 from aligntok.training.checkpoint import Checkpoints
 from aligntok.training.distributed import complete, gradients
-from aligntok.training.guard import Interrupted, NonFiniteGuard, StopSignals
+from aligntok.training.guard import Guard, Interrupted, StopSignals
 from aligntok.training.objective import Objective, Phase, Values
-from aligntok.training.telemetry import Telemetry
+from aligntok.training.spikes import Spike
+from aligntok.training.telemetry import PartLog, Telemetry
 
 
 def train(
@@ -37,41 +38,76 @@ def train(
 
     Raises:
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written.
-        UserError: too many non-finite steps, or a checkpoint of another run.
+        UserError: too many non-finite steps, a checkpoint of another run, or one that could not be written.
     """
-    start = checkpoints.restore(objective)
-    guard = NonFiniteGuard(config.nonfinite_limit)
-    with StopSignals() as signals, telemetry.part(part, start, objective.steps) as log:
-        for step in range(start, objective.steps):
-            torch.manual_seed(step_seed(config.seed, step))
-            batch = move(log.waiting_for(partial(source.batch, step)), device)
-            values: Values = {}
-            for phase in objective.phases(step):
-                values |= run_phase(objective, phase, batch, guard, log.warn)
-            objective.after_step()
-            done = step + 1
-            log.step(done, values, config.batch_size)
-            stop = collectives.largest(signals.received or 0)  # one process is signalled, all stop after this step
-            if stop or (done % config.checkpoint_every == 0 and done < objective.steps):
-                checkpoints.save(done, objective)
-            if stop:
-                raise Interrupted(stop, done)
+    guard = Guard(part, config, objective, source, telemetry.folder)
+    with StopSignals() as signals, checkpoints:
+        start, counters = checkpoints.restore(objective)
+        guard.load_state(counters)
+        if guard.can_rewind and start == 0:
+            checkpoints.save(0, objective, guard.state(), regular=False)
+        while True:
+            try:
+                with telemetry.part(part, start, objective.steps) as log:
+                    for step in range(start, objective.steps):
+                        take_step(objective, source, config, device, guard, log, step, checkpoints.observe)
+                        done, regular = step + 1, (step + 1) % config.checkpoint_every == 0
+                        stop = collectives.largest(signals.received or 0)  # one process is signalled, all stop here
+                        if stop or (regular and done < objective.steps):
+                            checkpoints.save(done, objective, guard.state(), regular)
+                        if stop:
+                            checkpoints.wait()
+                            raise Interrupted(stop, done)
+                        checkpoints.check()
+                return
+            except Spike as spike:
+                start, counters = checkpoints.restore(objective)
+                guard.rewind(spike, start, counters)
+                telemetry.say(f"{part}: {spike}; back to step {start}, leaving out the batches since")
+                checkpoints.save(start, objective, guard.state(), regular=False)
 
 
-def run_phase(
-    objective: Objective, phase: Phase, batch: Batch, guard: NonFiniteGuard, warn: Callable[[str], None]
-) -> Values:
+def take_step(
+    objective: Objective,
+    source: Source,
+    config: TrainingConfig,
+    device: torch.device,
+    guard: Guard,
+    log: PartLog,
+    step: int,
+    observe: Callable[[Values], None],
+) -> None:
+    """All phases of one step, with the data and the random numbers of its position."""
+    position = step + guard.offset
+    batch = move(log.waiting_for(partial(source.batch, position)), device)
+    torch.manual_seed(step_seed(config.seed, position))
+    guard.begin(step)
+    values: Values = {}
+    for phase in objective.phases(step):
+        values = run_phase(objective, phase, batch, guard, log.warn) | values  # "loss" is the first phase's
+    if not guard.step_is_lost:
+        objective.after_step()
+    guard.finish()
+    observe(values)
+    log.step(step + 1, values, len(batch["labels"]))
+
+
+def run_phase(objective: Objective, phase: Phase, batch: Batch, guard: Guard, warn: Callable[[str], None]) -> Values:
     """One optimizer step of one phase; skipped, with a warning, where loss or gradient is not finite."""
+    torch.manual_seed(torch.initial_seed())  # every phase draws from the step's random state
+    if not guard.enter():
+        return {}
     phase.optimizer.zero_grad(set_to_none=True)
     loss, values = gradients(phase, batch)
-    norm = complete(nn.utils.clip_grad_norm_(phase.parameters, phase.gradient_clip or float("inf")))
-    problem = guard.passes(objective, phase, loss, norm)  # of all processes, so that all decide alike
-    if problem is not None:
+    norm = nn.utils.get_total_norm([p.grad for p in phase.parameters if p.grad is not None])
+    whole = complete(norm)  # of all processes, as the loss is, so that all decide alike
+    if not guard.passes(phase, batch, loss, whole, values, warn):
         phase.optimizer.zero_grad(set_to_none=True)
-        warn(problem)
         return {}
+    if phase.gradient_clip:
+        nn.utils.clip_grads_with_norm_(phase.parameters, phase.gradient_clip, norm)
     phase.optimizer.step()
-    return values | {f"grad_norm_{phase.name}": norm}
+    return {"loss": loss} | values | {f"grad_norm_{phase.name}": whole}
 
 
 def step_seed(seed: int, step: int) -> int:

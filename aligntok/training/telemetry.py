@@ -1,173 +1,176 @@
-"""What a run says of itself: a progress bar with the step line, `metrics.jsonl`, TensorBoard.
+"""What a run says of itself: the step line, `metrics.jsonl`, trackers, previews, a profile.
 
-`metrics.jsonl` has one line per logged step: part, step, seconds since the part began, values. A resumed part first
-drops the lines of steps that it will take again, so the file reads as if nothing had happened.
+`metrics.jsonl` has one line per record: part, step, seconds since the part began, images per second, memory in GiB,
+share of the time that went into waiting for data, MFU, and the means of the values since the last record. A resumed
+part first drops the lines of steps that it will take again, so the file reads as if nothing had happened.
+
+With several processes only the first one speaks and writes. A disk or a service that refuses costs records, with a
+warning, and never the training.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from aligntok import collectives
+from aligntok.config import TrainingConfig
+from aligntok.devices import Precision
 from aligntok.files import write_bytes
-from aligntok.training.objective import Values
-from aligntok.world import current
-
-SHOWN = (
-    "loss",
-    "l1",
-    "perceptual",
-    "gan",
-    "discriminator",
-    "semantic",
-    "mse",
-    "direction",
-)  # on the step line, in order
+from aligntok.training.part_log import PartLog, Preview, Watch
+from aligntok.training.progress import Update, moving_bar, plain_lines
+from aligntok.training.throughput import Peak, peak
+from aligntok.training.trackers import TensorBoard, Tracker, WeightsAndBiases, require_wandb
+from aligntok.world import World, current
 
 
 class Telemetry:
-    """Records of a whole run; `part` opens the log of one training part. Only the first process speaks and writes.
+    """Records of a whole run; `part` opens the log of one training part.
 
     Args:
-        folder: where metrics.jsonl and the TensorBoard events go.
-        log_every: steps between two records.
+        folder: where metrics.jsonl and everything else goes.
+        log_every: steps between two records of a part that `watch` was not called for.
         console: None = standard error.
+        world: the processes of the run; None = those of torch.distributed.
     """
 
-    def __init__(self, folder: str | Path, log_every: int, console: Console | None = None) -> None:
-        self.folder, self.log_every = Path(folder), log_every
-        self.main = current().main
-        self.console = console or Console(stderr=True, quiet=not self.main)
+    def __init__(
+        self, folder: str | Path, log_every: int, console: Console | None = None, world: World | None = None
+    ) -> None:
+        self.folder, self.log_every, self.world = Path(folder), log_every, world or current()
+        self.console = console or Console(stderr=True)
         self.file = self.folder / "metrics.jsonl"
-        self._writer: Any = None
+        self.began = time.monotonic()
+        self._watches: dict[str, Watch] = {}
+        self._trackers: list[Tracker] = [TensorBoard(self.folder / "tensorboard")] if self.world.main else []
+        self._announced: set[str] = set()
+        self._refused = False  # the last record could not be written
 
     def say(self, message: str) -> None:
         """One line for the user."""
-        self.console.print(message, markup=False, highlight=False)
+        if self.world.main:
+            self.console.print(message, markup=False, highlight=False, soft_wrap=True)
 
-    @contextmanager
-    def bar(self, description: str, unit: str = "") -> Iterator[Callable[..., None]]:
-        """A progress bar; call the yielded function with (done, total) and optionally a text."""
-        columns = [
-            TextColumn("{task.description:<22}"),
-            BarColumn(bar_width=24),
-            MofNCompleteColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
-        ]
-        with Progress(*columns, console=self.console) as progress:
-            task = progress.add_task(description, total=None, text="")
+    def announce(self, header: str, lines: Iterable[str]) -> None:
+        """The banner of a part; the header that all parts share is said once."""
+        if header not in self._announced:
+            self._announced.add(header)
+            self.say(header)
+        for line in lines:
+            self.say(line)
 
-            def update(done: int, total: int, text: str = "") -> None:
-                progress.update(task, completed=done, total=total, text=text)
+    def bar(self, description: str) -> AbstractContextManager[Update]:
+        """Progress of something; call the yielded function with (done, total) and optionally a text."""
+        if not self.world.main:
+            return nullcontext(lambda done, total, text="": None)
+        if self.console.is_terminal:
+            return moving_bar(self.console, description)
+        return plain_lines(self.console, description, self.began)
 
-            yield update
+    def watch(
+        self, part: str, training: TrainingConfig, precision: Precision, settings: Any, preview: Preview | None
+    ) -> Peak | None:
+        """Prepare the observation of a part; returns what MFU is measured against (None where nobody listens).
+
+        Args:
+            part: its name, as given to `part` later.
+            training: intervals, profile and W&B project.
+            precision: device and precision of the run.
+            settings: configuration dataclass of the part, for W&B.
+            preview: makes a PNG of the current state; None = no previews.
+
+        Raises:
+            UserError: a W&B project is given, but wandb is absent or refuses.
+        """
+        if training.wandb_project is not None:
+            require_wandb()
+            if self.world.main and not any(isinstance(t, WeightsAndBiases) for t in self._trackers):
+                self._trackers.append(WeightsAndBiases(self.folder, training.wandb_project))
+        found = peak(precision) if self.world.main else None
+        self._watches[part] = Watch(
+            training.log_every,
+            precision.device,
+            found,
+            training.preview_every,
+            preview,
+            training.profile if self.world.main else 0,
+            dataclasses.asdict(settings),
+        )
+        return found
 
     @contextmanager
     def part(self, name: str, start: int, steps: int) -> Iterator[PartLog]:
         """The log of one part from step `start` on."""
-        self._drop_later_records(name, start)
+        watch = self._watches.get(name, Watch(self.log_every))
+        if self.world.main:
+            self._drop_later_records(name, start)
         if start:
             self.say(f"{name}: resumed at step {start} of {steps}")
+        self._track("begin", name, start, watch.settings)
         with self.bar(name) as update:
-            log = PartLog(self, name, start, steps, update)
+            log = PartLog(self, name, start, steps, update, watch)
             update(start, steps)
-            yield log
+            try:
+                yield log
+            finally:
+                log.close()
+                self._track("end")
         if log.waited > 0.02 * log.elapsed and log.elapsed > 10:
             self.say(
                 f"{name}: {log.waited / log.elapsed:.0%} of the time went into waiting for images; raise data.workers"
             )
 
     def records(self) -> list[dict[str, Any]]:
-        """All records so far."""
-        if not self.file.is_file():
-            return []
-        return [json.loads(line) for line in self.file.read_text().splitlines() if line]
+        """All records so far; a line that a full disk or a kill cut short is left out."""
+        return self._lines()[0]
 
     def write(self, record: dict[str, Any]) -> None:
-        if not self.main:
-            return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter
+        """Append a record and hand it to the trackers."""
+        line = ("\n" if self._refused else "") + json.dumps(record) + "\n"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with self.file.open("a") as file:
+                file.write(line)
+            self._refused = False
+        except OSError as error:
+            if not self._refused:
+                self.say(f"warning: no records in {self.file} ({error.strerror or error}); training goes on")
+            self._refused = True
+        self._track("scalars", record)
 
-            self._writer = SummaryWriter(str(self.folder / "tensorboard"))
-        for key, value in record.items():
-            if key not in ("part", "step"):
-                self._writer.add_scalar(f"{record['part']}/{key}", value, record["step"])
+    def show(self, part: str, step: int, png: bytes) -> None:
+        """Keep a preview: OUTPUT/previews/PART-STEP.png and the trackers."""
+        write_bytes(self.folder / "previews" / f"{part}-{step:08d}.png", png)
+        self._track("picture", part, step, png)
+
+    def _track(self, event: str, *arguments: Any) -> None:
+        for tracker in list(self._trackers):
+            try:
+                getattr(tracker, event)(*arguments)
+            except Exception as error:  # somebody else's code, disk and network: not worth a week of training
+                self._trackers.remove(tracker)
+                self.say(f"warning: {tracker.name} is given up ({type(error).__name__}: {error}); training goes on")
+
+    def _lines(self) -> tuple[list[dict[str, Any]], bool]:
+        """(records, whether the file held anything else)."""
+        if not self.file.is_file():
+            return [], False
+        records, broken = [], False
+        for line in self.file.read_text(errors="replace").splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                broken = True
+        return records, broken
 
     def _drop_later_records(self, part: str, start: int) -> None:
-        records = self.records()
+        records, broken = self._lines()
         kept = [r for r in records if r["part"] != part or r["step"] <= start]
-        if self.main and len(kept) != len(records):
+        if broken or len(kept) != len(records):
             write_bytes(self.file, "".join(json.dumps(r) + "\n" for r in kept).encode())
-
-
-class PartLog:
-    """Step line and records of one part; values stay on their device between two records."""
-
-    def __init__(self, telemetry: Telemetry, name: str, start: int, steps: int, update: Callable[..., None]) -> None:
-        self.telemetry, self.name, self.steps, self.update = telemetry, name, steps, update
-        earlier = [r["seconds"] for r in telemetry.records() if r["part"] == name]
-        self.before = max(earlier, default=0.0)  # seconds of the interrupted run, so that time goes on
-        self.began = self.mark = time.monotonic()
-        self.marked_step, self.images, self.waited = start, 0, 0.0
-        self.sums: dict[str, torch.Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    def waiting_for(self, fetch: Callable[[], Any]) -> Any:
-        """Result of `fetch`, its time counted as waiting for data."""
-        began = time.monotonic()
-        result = fetch()
-        self.waited += time.monotonic() - began
-        return result
-
-    def step(self, done: int, values: Values, images: int) -> None:
-        """Take in the values of a finished step; writes a record of means every `log_every` steps and at the end."""
-        self.images += images
-        for key, value in values.items():
-            value = value.detach().float()
-            self.sums[key] = self.sums[key] + value if key in self.sums else value
-            self.counts[key] = self.counts.get(key, 0) + 1
-        if done % self.telemetry.log_every and done != self.steps:
-            self.update(done, self.steps)
-            return
-        means = _means(self.sums, self.counts)
-        now = time.monotonic()
-        rate = self.images / max(now - self.mark, 1e-9)
-        record = {
-            "part": self.name,
-            "step": done,
-            "seconds": self.before + self.elapsed,
-            "images_per_second": rate,
-        }
-        self.telemetry.write({k: round(v, 6) if isinstance(v, float) else v for k, v in (record | means).items()})
-        shown = " ".join(f"{key} {means[key]:.3f}" for key in SHOWN if key in means)
-        self.update(done, self.steps, f"{shown} | {rate:.0f} img/s")
-        self.mark, self.images, self.sums, self.counts = now, 0, {}, {}
-
-    def warn(self, message: str) -> None:
-        self.telemetry.say(f"{self.name}: {message}")
-
-
-def _means(sums: dict[str, torch.Tensor], counts: dict[str, int]) -> dict[str, float]:
-    """Means over steps and processes; all of them are read from the device at once."""
-    if not sums:
-        return {}
-    total = collectives.mean(torch.stack([sums[key] / counts[key] for key in sums]))
-    return dict(zip(sums, total.tolist(), strict=True))

@@ -18,22 +18,26 @@ from aligntok.collectives import on_main
 from aligntok.config import LightningDiTConfig, Recipe, SamplerConfig, from_dict
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
 from aligntok.data.images import ImageSet, open_images
+from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
-from aligntok.files import write_folder
+from aligntok.files import remove_unfinished, write_folder
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import load_strictly, load_tokenizer
 from aligntok.training import distributed
-from aligntok.training.checkpoint import Checkpoints, fingerprint
+from aligntok.training.banner import PartFacts, generator_kernels, machine_line, part_lines
+from aligntok.training.checkpoint import Checkpoints, course, discard
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
+from aligntok.training.previews import GeneratorPreview
 from aligntok.training.telemetry import Telemetry
-from aligntok.training.train_tokenizer import build_source
+from aligntok.world import current
 from aligntok.zoo import generator_class
 
 FORMAT = "aligntok.generator"
 PART = "generator"
+INDIFFERENT = ("tokenizer", "sampler", "training")  # of the configuration, to the course of training; see `course`
 
 
 def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
@@ -49,14 +53,26 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
 def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     config, output = recipe.generator, Path(recipe.output)
     training, folder = config.training, output / PART
+    on_main(lambda: remove_unfinished(output, PART.__eq__))
     if on_main(lambda: (folder / "config.json").is_file()):
+        on_main(lambda: discard(output / "checkpoints" / PART))  # still there where a kill came between the two
         telemetry.say(f"{PART}: already finished, read from {folder}")
         return folder
     precision = choose_precision(training.device, training.precision)
     tokenizer = load_tokenizer(config.tokenizer or output / "tokenizer").to(precision.device).requires_grad_(False)
     images, _ = open_images(recipe.data.path, recipe.data.max_images).split(recipe.data.held_out)
     _check_classes(config.model, images)
-    source = build_source(images, recipe.data, "center", training.batch_size, training.seed, telemetry)
+    source = build_source(
+        images,
+        recipe.data,
+        "center",
+        training.batch_size,
+        training.seed,
+        telemetry.say,
+        telemetry.bar,
+        current(),
+        device=precision.device,
+    )
     latents: FrozenOutput = FrozenNetwork(tokenizer.encode, precision)
     if isinstance(source, MemorySource):
         with telemetry.bar("latents") as update:
@@ -66,8 +82,23 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     network = generator_class(config.model)
     model = network(config.model, tokenizer.latent_channels, (side, side)).to(precision.device)
     objective = GeneratorObjective(model, latents, config, precision)
-    mark = fingerprint(config, recipe.data, tokenizer.fingerprint(), len(images))
-    checkpoints = Checkpoints(output / "checkpoints" / PART, training.keep_checkpoints, mark)
+    decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
+    mark = course(training, recipe.data, images=len(images), tokenizer=tokenizer.fingerprint(), generator=decisive)
+    checkpoints = Checkpoints(output / "checkpoints" / PART, training, mark)
+    preview = GeneratorPreview(objective, tokenizer, images.classes, precision)
+    peak = telemetry.watch(PART, training, precision, config, preview)
+    facts = PartFacts(
+        PART,
+        objective.steps,
+        training,
+        images,
+        source,
+        {"LightningDiT": model, "tokenizer": tokenizer},
+        generator_kernels(config.model, precision),
+        checkpoints.fingerprint,
+        output,
+    )
+    telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, peak))
     train(PART, objective, source, training, precision.device, telemetry, checkpoints)
     weights = distributed.gather(objective.ema.module)
     belongs = tokenizer.fingerprint()

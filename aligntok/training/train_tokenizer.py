@@ -11,7 +11,6 @@ A finished stage is never run again; delete its folder to repeat it.
 from __future__ import annotations
 
 import copy
-import dataclasses
 from pathlib import Path
 
 import torch
@@ -19,19 +18,22 @@ from safetensors.torch import load_file
 from torch import nn
 
 from aligntok.collectives import main_first, on_main
-from aligntok.config import DataConfig, PerceptualConfig, Recipe, StageConfig
+from aligntok.config import PerceptualConfig, Recipe, StageConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, tabulate
-from aligntok.data.images import ImageSet, load_center_crops, open_images
-from aligntok.data.sources import MemorySource, Source, StreamSource
+from aligntok.data.images import open_images
+from aligntok.data.loading import build_source
+from aligntok.data.sources import MemorySource, Source
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
-from aligntok.files import write_folder
+from aligntok.files import remove_unfinished, write_folder
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
 from aligntok.training import distributed
-from aligntok.training.checkpoint import Checkpoints, fingerprint
+from aligntok.training.banner import PartFacts, machine_line, part_lines, tokenizer_kernels
+from aligntok.training.checkpoint import Checkpoints, course, discard
 from aligntok.training.loop import train
+from aligntok.training.previews import TokenizerPreview
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
@@ -55,13 +57,16 @@ class TokenizerTraining:
         _check_size(self.data.image_size, self.config.model.encoder.downsample)
         self.precision = choose_precision(training.device, training.precision)
         self.telemetry = telemetry or Telemetry(self.output, training.log_every)
-        self.images, self.held_out = open_images(self.data.path, self.data.max_images).split(self.data.held_out)
+        with self.telemetry.bar("image index") as update:
+            everything = open_images(self.data.path, self.data.max_images, update)
+        self.images, self.held_out = everything.split(self.data.held_out)
         self._source: Source | None = None
         self._features: FrozenTable | None = None
 
     def run(self) -> AlignTok:
         """All stages that are not finished yet; returns the tokenizer of the last one, on the training device."""
         tokenizer: AlignTok | None = None
+        on_main(lambda: remove_unfinished(self.output, "tokenizer".__eq__))
         for stage in STAGES:
             if getattr(self.config.stages, stage).steps:
                 tokenizer = self.run_stage(stage, getattr(self.config.stages, stage), tokenizer)
@@ -73,7 +78,9 @@ class TokenizerTraining:
     def run_stage(self, name: str, stage: StageConfig, start: AlignTok | None) -> AlignTok:
         """Train one stage from `start` (None = the pretrained encoder with a new adapter and decoder)."""
         folder = self.output / name
+        on_main(lambda: remove_unfinished(folder, ("tokenizer", "discriminator").__contains__))
         if self._finished(name):
+            on_main(lambda: discard(self.output / "checkpoints" / name))  # a kill came between
             self.telemetry.say(f"{name}: already finished, read from {folder}")
             return load_tokenizer(folder / "tokenizer").to(self.precision.device)
         tokenizer = self._begin(start)
@@ -92,21 +99,22 @@ class TokenizerTraining:
             self.config.training,
             self.config.betas,
         )
-        mark = fingerprint(
-            name,
-            dataclasses.asdict(stage),
-            self.config.losses,
-            self.config.model,
-            self.config.crop,
-            self.data,
-        )
         checkpoints = Checkpoints(
             self.output / "checkpoints" / name,
-            self.config.training.keep_checkpoints,
-            fingerprint(
-                mark, self.config.betas, self.config.training.seed, self.config.training.batch_size, len(self.images)
+            self.config.training,
+            course(
+                self.config.training,
+                self.data,
+                images=len(self.images),
+                crop=self.config.crop,
+                betas=self.config.betas,
+                model=self.config.model,
+                losses=self.config.losses,
+                stage=stage,
+                start=before,
             ),
         )
+        self._announce(name, objective, checkpoints)
         train(
             name,
             objective,
@@ -127,6 +135,33 @@ class TokenizerTraining:
         on_main(lambda: self._finish(folder, tokenizer, discriminator, checkpoints))
         return tokenizer
 
+    def _announce(self, name: str, objective: TokenizerObjective, checkpoints: Checkpoints) -> None:
+        """Say what starts, and prepare its telemetry."""
+        training, size = self.config.training, self.data.image_size
+        shown = self.held_out if len(self.held_out) else self.images
+        preview = TokenizerPreview(objective, shown, size, self.precision)
+        peak = self.telemetry.watch(name, training, self.precision, self.config, preview)
+        networks = dict(objective.tokenizer.named_children())
+        if "discriminator" in objective.modules():
+            networks["discriminator"] = objective.discriminator
+        if objective.perceptual is not None:
+            networks["perceptual"] = objective.perceptual
+        facts = PartFacts(
+            name,
+            objective.steps,
+            training,
+            self.images,
+            self.source,
+            networks,
+            tokenizer_kernels(
+                self.config.losses, objective.stage, objective.tokenizer.encoder, size, self.precision.device
+            ),
+            checkpoints.fingerprint,
+            self.output,
+        )
+        world = self.telemetry.world
+        self.telemetry.announce(machine_line(self.precision, world), part_lines(facts, world, peak))
+
     def prepare(self) -> None:
         """Read the images and compute what the stages look up, before the first of them needs it."""
         if isinstance(self.source, MemorySource) and not self._finished("stage1"):
@@ -141,7 +176,15 @@ class TokenizerTraining:
         if self._source is None:
             training = self.config.training
             self._source = build_source(
-                self.images, self.data, self.config.crop, training.batch_size, training.seed, self.telemetry
+                self.images,
+                self.data,
+                self.config.crop,
+                training.batch_size,
+                training.seed,
+                self.telemetry.say,
+                self.telemetry.bar,
+                current(),
+                device=self.precision.device,
             )
         return self._source
 
@@ -219,29 +262,6 @@ def training_perceptual(config: PerceptualConfig, device: torch.device) -> nn.Mo
     with main_first():
         perceptual = build_perceptual(config)
     return perceptual.to(device, memory_format=torch.channels_last)
-
-
-def build_source(
-    images: ImageSet, data: DataConfig, crop: str, batch_size: int, seed: int, telemetry: Telemetry
-) -> Source:
-    """MemorySource for centre crops within data.memory_limit_gib, StreamSource otherwise."""
-    gib = len(images) * 3 * data.image_size**2 / 2**30
-    if crop == "center" and gib <= data.memory_limit_gib:
-        with telemetry.bar("reading images") as update:
-            pixels, labels = load_center_crops(images, data.image_size, update)
-        report_skipped(images, telemetry)
-        return MemorySource(pixels, labels, batch_size, seed, data.flip, current())
-    why = "random crops never repeat" if crop == "random" else f"{gib:.1f} GiB exceed data.memory_limit_gib"
-    telemetry.say(f"images are decoded as training goes ({why}); frozen networks run in the loop")
-    return StreamSource(images, data, crop, batch_size, seed, telemetry.say, current())
-
-
-def report_skipped(images: ImageSet, telemetry: Telemetry) -> None:
-    """Name the pictures that could not be read."""
-    for name, reason in list(images.skipped.items())[:5]:
-        telemetry.say(f"skipped {name}: {reason}")
-    if len(images.skipped) > 5:
-        telemetry.say(f"... and {len(images.skipped) - 5} more unreadable images")
 
 
 def _check_size(size: int, factor: int) -> None:

@@ -6,6 +6,7 @@ OUTPUT/checkpoints/rival/step-N    while it runs
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -14,25 +15,30 @@ from torch import nn
 from aligntok.collectives import main_first, on_main
 from aligntok.config import Recipe, RivalConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
-from aligntok.data.images import open_images
+from aligntok.data.images import ImageSet, open_images
+from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource, Source
 from aligntok.devices import Precision, choose_precision
 from aligntok.errors import UserError
+from aligntok.files import remove_unfinished
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.encoder import Encoder
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
 from aligntok.training import distributed
-from aligntok.training.checkpoint import Checkpoints, fingerprint
+from aligntok.training.banner import PartFacts, machine_line, part_lines, rival_kernels
+from aligntok.training.checkpoint import Checkpoints, course, discard
 from aligntok.training.loop import train
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.telemetry import Telemetry
-from aligntok.training.train_tokenizer import build_source, training_perceptual
+from aligntok.training.train_tokenizer import training_perceptual
+from aligntok.world import current
 from aligntok.zoo.dino_discriminator import DinoDiscriminator
 from aligntok.zoo.objectives import RAEObjective, RivalObjective, VAEObjective, VAVAEObjective
 from aligntok.zoo.rae import RAE
 from aligntok.zoo.vae import VAE
 
 PART = "rival"
+INDIFFERENT = ("training", "statistics_images")  # of the configuration, to the course of training; see `course`
 
 
 def train_rival(recipe: Recipe, telemetry: Telemetry | None = None) -> StoredTokenizer:
@@ -51,7 +57,9 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> StoredTokenizer:
     if distributed.is_sharded(training.parallel):
         raise UserError("rivals train with all weights in every process: set rival.training.parallel to ddp")
     precision = choose_precision(training.device, training.precision)
+    on_main(lambda: remove_unfinished(output, folder.name.__eq__))
     if on_main(lambda: (folder / "config.json").is_file()):
+        on_main(lambda: discard(output / "checkpoints" / PART))  # still there where a kill came between the two
         telemetry.say(f"{config.kind}: already finished, read from {folder}")
         return load_tokenizer(folder).to(precision.device)
     with main_first():
@@ -59,10 +67,13 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> StoredTokenizer:
     tokenizer = tokenizer.to(precision.device).eval()
     _check_size(recipe.data.image_size, tokenizer)
     images, _ = open_images(recipe.data.path, recipe.data.max_images).split(recipe.data.held_out)
-    source = build_source(images, recipe.data, config.crop, training.batch_size, training.seed, telemetry)
+    services = (telemetry.say, telemetry.bar, current(), precision.device)
+    source = build_source(images, recipe.data, config.crop, training.batch_size, training.seed, *services)
     objective = _objective(tokenizer, config, precision, source, telemetry)
-    mark = fingerprint(config, recipe.data, len(images))
-    checkpoints = Checkpoints(output / "checkpoints" / PART, training.keep_checkpoints, mark)
+    decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
+    mark = course(training, recipe.data, images=len(images), rival=decisive)
+    checkpoints = Checkpoints(output / "checkpoints" / PART, training, mark)
+    _announce(objective, images, source, checkpoints, output, telemetry)
     train(PART, objective, source, training, precision.device, telemetry, checkpoints)
     objective.adopt_averages()
     tokenizer.eval().requires_grad_(False)
@@ -73,6 +84,33 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> StoredTokenizer:
     on_main(checkpoints.remove)
     telemetry.say(f"tokenizer: {folder}")
     return tokenizer
+
+
+def _announce(
+    objective: RivalObjective,
+    images: ImageSet,
+    source: Source,
+    checkpoints: Checkpoints,
+    output: Path,
+    telemetry: Telemetry,
+) -> None:
+    """Say what starts, and prepare its telemetry."""
+    config, precision = objective.config, objective.precision
+    peak = telemetry.watch(PART, config.training, precision, config, None)
+    networks = dict(objective.tokenizer.named_children()) | {"discriminator": objective.discriminator}
+    kernels = rival_kernels(config.losses, config.stage, objective.tokenizer.decoder, precision.device)
+    facts = PartFacts(
+        f"{PART} {config.kind}",
+        objective.steps,
+        config.training,
+        images,
+        source,
+        networks,
+        kernels,
+        checkpoints.fingerprint,
+        output,
+    )
+    telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, peak))
 
 
 def build_rival(config: RivalConfig) -> StoredTokenizer:

@@ -1,5 +1,7 @@
 """Batch sources: a function of (seed, step), whichever way the pictures come."""
 
+import os
+
 import pytest
 import torch
 from helpers import write_pictures
@@ -9,7 +11,7 @@ from hypothesis import strategies as st
 from aligntok.config import DataConfig
 from aligntok.data.frozen import FrozenNetwork, tabulate
 from aligntok.data.images import load_center_crops, open_images
-from aligntok.data.sources import MemorySource, Order, StreamSource
+from aligntok.data.sources import MemorySource, Order, StreamSource, stand_ins
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
 from aligntok.world import World
@@ -102,3 +104,38 @@ def test_tables_hold_what_the_network_gives(images, flip):
     for step in range(3):
         batch = source.batch(step)
         torch.testing.assert_close(table(batch), online(batch), atol=1e-5, rtol=1e-5)
+
+
+@given(readable=st.lists(st.booleans(), min_size=1, max_size=12).filter(any))
+def test_stand_ins_are_readable_and_leave_the_others_in_place(readable):
+    source = stand_ins(readable)
+    assert all(readable[row] for row in source)
+    assert all(row == shown for row, (fine, shown) in enumerate(zip(readable, source, strict=True)) if fine)
+
+
+def test_a_corrupt_picture_leaves_the_other_rows_where_they_are(images):
+    whole = StreamSource(images, DataConfig(image_size=32, workers=0), "center", 10, 0).batch(0)
+    bad = 4
+    images.entries[int(whole["index"][bad])].path.write_bytes(b"junk")
+    found = StreamSource(images, DataConfig(image_size=32, workers=0), "center", 10, 0, lambda line: None).batch(0)
+    expected = whole["index"].clone()
+    expected[bad] = expected[bad + 1]
+    assert torch.equal(found["index"], expected)
+    assert torch.equal(found["images"][bad], found["images"][bad + 1])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_worker_that_is_stuck_is_named_by_its_file(images, workers):
+    stuck = images.entries[7]
+    stuck.path.unlink()
+    os.mkfifo(stuck.path)  # reading it waits for a writer that never comes
+    stream = StreamSource(images, DataConfig(image_size=32, workers=workers, stall_timeout=1.0), "center", 10, 0)
+    with pytest.raises(UserError, match=rf"torchvision .* step 0 within 1 s, waiting for {stuck.name}: check the disk"):
+        stream.batch(0)
+    with open(stuck.path, "wb"):  # lets the worker go
+        pass
+
+
+def test_without_a_limit_nothing_is_timed(images):
+    stream = StreamSource(images, DataConfig(image_size=32, workers=0, stall_timeout=0.0), "center", 10, 0)
+    assert stream.batch(0)["images"].shape == (10, 3, 32, 32)

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from aligntok._cuda_toolkit import find_toolkit
 from aligntok.kernels import _extension_cuda, discriminator_loss, generator_loss, use_implementation
-from aligntok.kernels.gan_loss import DTYPES, KINDS
+from aligntok.kernels._dtypes import DTYPES
+from aligntok.kernels.gan_loss import KINDS
 
 # Largest accepted relative error of results and gradients. bf16 and fp16 gradients are rounded to 8 and 11
 # bits, for fp16 twice; losses are fp32 sums of a few thousand terms.
@@ -327,7 +328,8 @@ def test_second_derivative_is_right_or_refused():
 
 CHECK_CAPABILITY = """
 import torch
-from aligntok.kernels.gan_loss import DTYPES, KINDS, discriminator_loss, discriminator_loss_reference
+from aligntok.kernels._dtypes import DTYPES
+from aligntok.kernels.gan_loss import KINDS, discriminator_loss, discriminator_loss_reference
 assert torch.backends.cpu.get_cpu_capability() == "{capability}", torch.backends.cpu.get_cpu_capability()
 torch.manual_seed(0)
 for dtype in DTYPES:

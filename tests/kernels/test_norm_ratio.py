@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from aligntok._cuda_toolkit import find_toolkit
 from aligntok.kernels import _extension_cuda, use_implementation
-from aligntok.kernels.norm_ratio import DTYPES, MAX_TENSORS_CUDA, norm_ratio
+from aligntok.kernels._dtypes import DTYPES
+from aligntok.kernels.norm_ratio import MAX_TENSORS_CUDA, norm_ratio
 
 # Largest accepted relative error. The C++ implementation sums in fp64; its result is rounded to fp32 once.
 ERROR = {"cpp": 2e-7, "reference": 2e-6}

@@ -93,7 +93,8 @@ def test_two_processes_log_what_one_does(runs, mode):
     for step, values in one.items():
         assert values.keys() == two[step].keys()
         for name, value in values.items():  # records have six decimals
-            exact = not name.startswith(("grad_norm", "gan_weight"))
+            weighted = name == "loss" and "gan_weight" in values  # the adaptive weight's rounding is in it
+            exact = not weighted and not name.startswith(("grad_norm", "gan_weight"))
             assert two[step][name] == pytest.approx(value, rel=2e-5 if exact else 2e-4, abs=3e-6), (step, name)
     assert {"gan", "gan_weight", "semantic", "discriminator"} <= one["stage2", 4].keys()
 

@@ -1,10 +1,12 @@
 """Resuming: to the bit, after a signal, after a kill, past a damaged checkpoint, on a full disk."""
 
 import os
+import random
 import signal
 import warnings
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from helpers import tiny_recipe, write_pictures
@@ -76,6 +78,41 @@ def test_interrupted_and_resumed_equals_uninterrupted(part, number, pictures, un
     assert resumed.keys() == uninterrupted.keys()
     assert [name for name in resumed if not torch.equal(resumed[name], uninterrupted[name])] == []
     assert not (tmp_path / "checkpoints" / part).exists(), "a finished part keeps no checkpoints"
+
+
+def test_resuming_from_streamed_images_with_noise_is_exact_too(pictures, tmp_path, monkeypatch):
+    found = {}
+    for name in ("straight", "interrupted"):
+        recipe = tiny_recipe(tmp_path / name, pictures, stage2={"steps": 0}, stage3={"steps": 0})
+        recipe.tokenizer.crop, recipe.tokenizer.stages.stage1.decoder_noise = "random", 0.3
+        if name == "interrupted":
+            with monkeypatch.context() as patch:
+                signal_at("stage1", 2, signal.SIGINT, patch)
+                with pytest.raises(Interrupted):
+                    TokenizerTraining(recipe).run()
+        TokenizerTraining(recipe).run()
+        found[name] = weights(tmp_path / name)
+    assert all(torch.equal(found["straight"][name], found["interrupted"][name]) for name in found["straight"])
+
+
+def test_only_torch_draws_random_numbers(pictures, tmp_path):
+    """What else would have to be seeded at every step."""
+    before = random.getstate(), np.random.get_state()
+    run_all(tiny_recipe(tmp_path, pictures))
+    after = random.getstate(), np.random.get_state()
+    assert before[0] == after[0] and all(np.array_equal(a, b) for a, b in zip(before[1], after[1], strict=True))
+
+
+@pytest.mark.parametrize("left", [".tokenizer.0123abcd.tmp", ".discriminator.0123abcd.tmp"])
+def test_what_a_kill_leaves_at_the_end_of_a_part_is_cleared_away(left, pictures, tmp_path):
+    recipe = tiny_recipe(tmp_path, pictures, stage2={"steps": 0}, stage3={"steps": 0})
+    TokenizerTraining(recipe).run()
+    (tmp_path / "stage1" / left).mkdir()
+    (tmp_path / "checkpoints" / "stage1" / "step-00000003").mkdir(parents=True)
+    (tmp_path / "tokenizer").rename(tmp_path / ".tokenizer.89abcdef.old")
+    TokenizerTraining(recipe).run()
+    assert not list(tmp_path.rglob(".*")) and not (tmp_path / "checkpoints" / "stage1").exists()
+    assert (tmp_path / "tokenizer" / "model.safetensors").is_file()
 
 
 def test_records_of_a_resumed_run_are_those_of_an_uninterrupted_one(pictures, tmp_path, monkeypatch):

@@ -1,0 +1,106 @@
+"""Pictures during training: reconstructions of fixed pictures, samples of fixed noise and labels.
+
+They show the moving averages where a part keeps them, since these become its result. Taking them leaves the training
+as it was, to the bit: random state, train and eval modes and gradients are restored, and no autocast cache is shared.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from aligntok.data.geometry import to_unit_range
+from aligntok.data.images import ImageSet, load_center_crops
+from aligntok.devices import Precision
+from aligntok.diffusion.sampler import integrate
+from aligntok.models.tokenizer import StoredTokenizer
+from aligntok.report.pictures import by_class, sheet
+from aligntok.training.generator_objective import GeneratorObjective
+from aligntok.training.tokenizer_objective import TokenizerObjective
+
+PICTURES = 8  # reconstructed in a preview
+CLASSES, PER_CLASS = 12, 2  # drawn in a preview
+SAMPLER_STEPS = 25  # at most, of the configured number: a glance needs no more
+SIDE = 128  # pixels; smaller pictures are enlarged to about this
+
+
+@contextmanager
+def undisturbed(device: torch.device, *networks: nn.Module) -> Iterator[None]:
+    """Evaluation without gradients that leaves modes and random state as they were."""
+    modes = [(module, module.training) for network in networks for module in network.modules()]
+    devices = [torch.cuda.current_device()] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        try:
+            for network in networks:
+                network.eval()
+            yield
+        finally:
+            for module, mode in modes:
+                module.training = mode
+
+
+class TokenizerPreview:
+    """PNG of originals above their reconstructions; `images` are the held-out ones, or others where none are."""
+
+    def __init__(self, objective: TokenizerObjective, images: ImageSet, size: int, precision: Precision) -> None:
+        self.objective, self.images, self.size, self.precision = objective, images, size, precision
+        self._originals: Tensor | None = None
+
+    @property
+    def originals(self) -> Tensor:
+        """Pictures [n, 3, H, W] in [-1, 1], read when the first preview is due."""
+        if self._originals is None:
+            chosen = self.images.subset(list(range(min(PICTURES, len(self.images)))))
+            self._originals = to_unit_range(load_center_crops(chosen, self.size)[0])
+        return self._originals
+
+    def __call__(self) -> bytes:
+        encoder, adapter, decoder = (self._part(name) for name in ("encoder", "adapter", "decoder"))
+        grid = self.objective.tokenizer.grid(self.originals)
+        images = self.originals.to(self.precision.device)
+        with undisturbed(self.precision.device, encoder, adapter, decoder), self.precision.autocast():
+            restored = decoder(adapter(encoder(images), grid)).float().cpu()
+        return _sheet([self.originals, restored], ["Original", "Reconstruction"])
+
+    def _part(self, name: str) -> nn.Module:
+        averaged = {} if self.objective.ema is None else dict(self.objective.ema.module.named_children())
+        return averaged.get(name, getattr(self.objective.tokenizer, name))
+
+
+class GeneratorPreview:
+    """PNG of samples, one class per column; `classes` are the names of the generator's classes."""
+
+    def __init__(
+        self, objective: GeneratorObjective, tokenizer: StoredTokenizer, classes: Sequence[str], precision: Precision
+    ) -> None:
+        self.objective, self.tokenizer, self.precision = objective, tokenizer, precision
+        count = min(CLASSES, len(classes))
+        chosen = [index * len(classes) // count for index in range(count)]
+        self.names = [classes[index] for index in chosen]
+        self.labels = torch.tensor(chosen).repeat_interleave(PER_CLASS)
+        config = objective.config.sampler
+        self.sampler = replace(config, steps=min(config.steps, SAMPLER_STEPS))
+
+    def __call__(self) -> bytes:
+        model, device = self.objective.ema.module, self.precision.device
+        shape = (model.latent_channels, *model.latent_size)
+        noise = torch.randn(len(self.labels), *shape, generator=torch.Generator().manual_seed(0))
+        with undisturbed(device, model, self.tokenizer), self.precision.autocast():
+            labels = self.labels.to(device)
+            latents = integrate(model, noise.to(device), labels, model.null_class, self.sampler)
+            images = self.tokenizer.decode(latents).clamp(-1, 1).cpu()
+        rows = torch.stack(by_class(images, self.names), dim=1)  # [per class, classes, 3, H, W]
+        return _sheet(list(rows), ["Samples"] + [""] * (PER_CLASS - 1), {0: self.names})
+
+
+def _sheet(rows: list[Tensor], labels: list[str], headings: dict[int, list[str]] | None = None) -> bytes:
+    """PNG, packed for speed: training waits."""
+    buffer = io.BytesIO()
+    image = sheet(rows, labels, max(1, SIDE // rows[0].shape[-1]), headings)
+    image.save(buffer, format="PNG", compress_level=3)
+    return buffer.getvalue()

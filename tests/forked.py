@@ -1,0 +1,120 @@
+"""Runs `aligntok` commands as processes of their own, without paying for their imports each time.
+
+Started as a script, it imports everything once and then forks for every line on its standard input: JSON with the
+`arguments` of the command, the file for its `output`, and optionally what is to happen to the process on its way:
+
+    {"part": P, "step": S, "delay": D}                    SIGKILL, D seconds after step S of part P was logged
+    {"at": NAME, "call": N, "does": "kill" or "hang"}     to the thread that writes checkpoints, at its N-th call of a
+                                                          function of aligntok.files or aligntok.training.checkpoint
+
+It answers every line with the process's number, and when that has ended with its status.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+
+class Forked:
+    """The tests' side: a context with a warm parent process."""
+
+    running: int | None = None
+
+    def __enter__(self) -> "Forked":
+        # The same package as here, and one thread: a forked process must not inherit half a thread pool
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, __file__]
+        self.parent = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+        )
+        assert self.parent.stdout.readline() == "ready\n"
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.parent.stdin.close()
+        if self.running is not None:  # a test has failed in between
+            os.kill(self.running, signal.SIGKILL)
+        self.parent.wait(30)
+
+    def start(self, arguments: list[str], output: Path, fate: dict[str, Any] | None = None) -> int:
+        """Begin a command; returns its process number."""
+        request = {"arguments": arguments, "output": str(output), "fate": fate}
+        print(json.dumps(request), file=self.parent.stdin, flush=True)
+        self.running = int(self.parent.stdout.readline())
+        return self.running
+
+    def wait(self) -> int:
+        """Exit status of the running command, negative for the signal that ended it."""
+        status, self.running = int(self.parent.stdout.readline()), None
+        return status
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_after(part: str, step: int, delay: float) -> None:
+    """Have the process killed some time after a step."""
+    from aligntok.training.telemetry import PartLog
+
+    original = PartLog.step
+
+    def logged(self: PartLog, done: int, *arguments: Any) -> None:
+        original(self, done, *arguments)
+        if (self.name, done) == (part, step):
+            threading.Timer(delay, kill).start()
+
+    PartLog.step = logged
+
+
+def lie_in_wait(at: str, call: int, does: str) -> None:
+    """Replace a function by one that kills the process, or hangs, at the writing thread's `call`-th call."""
+    from aligntok import files
+    from aligntok.training import checkpoint
+
+    owner = files if hasattr(files, at) else checkpoint
+    original, calls = getattr(owner, at), []
+
+    def deadly(*arguments: Any) -> Any:
+        if threading.current_thread() is not threading.main_thread():
+            calls.append(1)
+            if len(calls) == call:
+                kill() if does == "kill" else time.sleep(60)
+        return original(*arguments)
+
+    setattr(owner, at, deadly)
+
+
+def main() -> None:
+    from aligntok.cli import main as command
+
+    for module in ("aligntok.training.train_generator", "torch.utils.tensorboard", "jsonargparse"):
+        import_module(module)
+
+    print("ready", flush=True)
+    for line in sys.stdin:
+        request = json.loads(line)
+        pid = os.fork()
+        if pid == 0:
+            file = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            if fate := request["fate"]:
+                (lie_in_wait if "at" in fate else kill_after)(**fate)
+            status = command(request["arguments"])
+            sys.stdout.flush()
+            os._exit(status)
+        print(pid, flush=True)
+        print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+    os._exit(0)  # nothing to tidy up, and much to take down
+
+
+if __name__ == "__main__":
+    main()

@@ -97,7 +97,8 @@ def _announce(
     """Say what starts, and prepare its telemetry."""
     config, precision = objective.config, objective.precision
     peak = telemetry.watch(PART, config.training, precision, config, None)
-    networks = dict(objective.tokenizer.named_children()) | {"discriminator": objective.discriminator}
+    networks = dict(objective.tokenizer.named_children()) | objective.trained
+    networks["discriminator"] = objective.discriminator
     kernels = rival_kernels(config.losses, config.stage, objective.tokenizer.decoder, precision.device)
     facts = PartFacts(
         f"{PART} {config.kind}",

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from aligntok.errors import UserError
 
@@ -27,8 +27,9 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   quickstart        the whole method at small size, on a laptop: tokenizer, generator, evaluation, a page
   train-tokenizer   a pretrained vision encoder becomes a tokenizer, in three stages
   train-generator   LightningDiT on the latents of a trained tokenizer
+  cache-latents     latents of an image set, computed once: Stage 3 and the generator then need no encoder
   train-rival       a VAE, VA-VAE or RAE instead, in the same loop on the same images, to compare with
-  convert           published weights (VA-VAE, LightningDiT, RAE, DiT^DH) become folders that all commands take
+  convert           published weights of VA-VAE, LightningDiT, RAE, DiT^DH, FLUX, SD become folders for all commands
   sample            pictures from a trained generator
   reconstruct       pictures through a tokenizer and back
   evaluate          reconstruction, linear probe and generation metrics, each with its protocol
@@ -39,6 +40,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   aligntok quickstart --data ~/pictures                                   the same on your own images
   aligntok quickstart --ablation                                          and Stage 2 without its semantic loss
   aligntok train-tokenizer --config imagenet256_f16d32 --data.path /data/imagenet/train
+  torchrun --nproc-per-node 8 -m aligntok cache-latents --tokenizer T --images /data/imagenet/train --output CACHE
   aligntok train-tokenizer --config imagenet256_f16d32 --print_config     every value, with your overrides
 
 Recipes are YAML files (configs/); --config takes a path or the name of one that ships. Any value can be overridden with
@@ -150,7 +152,7 @@ class ConvertConfig:
     """`aligntok convert`: published weights become a tokenizer or generator folder; every tensor is accounted for.
 
     Args:
-        layout: --from: hustvl-vavae, hustvl-lightningdit, rae-decoder or rae-ditdh.
+        layout: --from: hustvl-vavae, hustvl-lightningdit, rae-decoder, rae-ditdh, flux-ae or diffusers-vae.
         file: the published checkpoint: .pt, .ckpt (read without executing anything) or .safetensors.
         output: folder to write.
         statistics: published latent statistics of a tokenizer: mean and std or var. Without them, aligntok statistics
@@ -169,6 +171,37 @@ class ConvertConfig:
     preset: str | None = None
     encoder: str | None = None
     encoder_weights: str | None = None
+
+
+@dataclass
+class CacheLatentsConfig:
+    """`aligntok cache-latents`: encode an image set once, for training Stage 3 and generators without the encoder.
+
+    Args:
+        tokenizer: folder of a tokenizer. Stage 3 does not change latents: a cache of Stage 2's tokenizer serves both.
+        images: folder, .tar or "embedded".
+        output: folder of the cache: what tokenizer.stages.stage3.latents and generator.latents ask for. The same
+            command again continues an interrupted cache, and checks a finished one. f16d32 latents of ImageNet at
+            256 px take 42 GB.
+        image_size: centre crops of this size, a multiple of the tokenizer's downsampling.
+        flip: also of the mirror images.
+        shard_size: images per file; what an interruption costs at most.
+        batch_size: images encoded at once, by each of the processes that torchrun starts.
+        workers: processes that decode images, per process that encodes.
+        precision: of the encoder: bf16 or fp32. Latents are stored as bf16.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    tokenizer: str
+    images: str
+    output: str
+    image_size: int = 256
+    flip: bool = True
+    shard_size: int = 4096
+    batch_size: int = 64
+    workers: int = 8
+    precision: Literal["bf16", "fp32"] = "bf16"
+    device: str = "auto"
 
 
 def _quickstart(arguments: list[str]) -> None:
@@ -213,7 +246,9 @@ def _convert(arguments: list[str]) -> None:
     options = parse_options("convert", ConvertConfig, expand_convert_options(arguments))
     from aligntok.zoo import convert
 
-    print(convert(**asdict(options)))
+    report = convert(**asdict(options))
+    if report is not None:  # some converters print as they go
+        print(report)
 
 
 def expand_convert_options(arguments: list[str]) -> list[str]:
@@ -228,6 +263,13 @@ def expand_convert_options(arguments: list[str]) -> list[str]:
             expanded += [argument] if value_follows else ["--file", argument]
             value_follows = False
     return expanded
+
+
+def _cache_latents(arguments: list[str]) -> None:
+    options = parse_options("cache-latents", CacheLatentsConfig, arguments)
+    from aligntok.training.cache_latents import cache_latents
+
+    cache_latents(**asdict(options))
 
 
 def _sample(arguments: list[str]) -> None:
@@ -271,6 +313,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": _quickstart,
     "train-tokenizer": _train_tokenizer,
     "train-generator": _train_generator,
+    "cache-latents": _cache_latents,
     "train-rival": _train_rival,
     "convert": _convert,
     "sample": _sample,

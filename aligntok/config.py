@@ -132,6 +132,7 @@ class StageConfig:
     ema_decay: float | None = None  # None = no EMA; warmed up as min(decay, (1+n)/(10+n))
     gradient_clip: float | None = None
     decoder_noise: float = 0.0  # sd of noise added to normalised latents (RAE's option tau); off in AlignTok
+    latents: str | None = None  # folder of a latent cache, Stage 3 only: centre crops, and the encoder does not run
 
 
 def _stage1() -> StageConfig:
@@ -191,6 +192,9 @@ class TrainingConfig:
     preview_every: int = 5_000  # steps between two pictures in OUTPUT/previews, and one at the end; 0 = none
     profile: int = 0  # steps to trace into OUTPUT/profile, after five others; 0 = none
     wandb_project: str | None = None  # also record to this Weights & Biases project (pip install 'aligntok[wandb]')
+    checkpointing: Literal["none", "selective", "full"] = "none"  # what blocks compute twice to save memory
+    compile: bool = False  # torch.compile of the trained encoder's and the generator's blocks, one by one
+    optimizer: Literal["adamw", "apex"] = "adamw"  # PyTorch's fused one, or apex's FusedAdam (CUDA, not with fsdp)
 
 
 @dataclass
@@ -245,6 +249,7 @@ class SamplerConfig:
         0.0,
         0.9,
     )  # LightningDiT's interval start .10, 64 epochs: off above t = .9
+    cuda_graph: bool = True  # on CUDA: record the network's launches once and replay them; false to debug
 
 
 @dataclass
@@ -265,6 +270,7 @@ class GeneratorTrainingConfig:
     final_learning_rate: float = 1.0
     ema_decay: float = 0.9999
     gradient_clip: float | None = 1.0  # LightningDiT's authors advise it against NaN
+    latents: str | None = None  # folder of a latent cache; its images are then not needed
 
 
 @dataclass

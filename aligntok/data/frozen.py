@@ -2,8 +2,9 @@
 
 Stage 1 needs encoder features, Stage 2 the latents of its snapshot, Stage 3 and the generator the tokenizer's
 latents. All of them come from networks that do not change during the stage. With centre crops and flips there are two
-outputs a picture, so they are computed once (`tabulate`); with random crops the network runs in the loop
-(`FrozenNetwork`). Both are called the same way: batch in, tensor out.
+outputs a picture, so they are computed once: in memory (`tabulate`) or in a latent cache, whose batches bring them
+along (`latents_in_batch`). With random crops the network runs in the loop (`FrozenNetwork`). All are called the same
+way: batch in, tensor out.
 """
 
 from __future__ import annotations
@@ -41,6 +42,11 @@ class FrozenNetwork:
     def __call__(self, batch: Batch) -> Tensor:
         with self.precision.autocast():
             return self.network(batch["images"]).float()
+
+
+def latents_in_batch(batch: Batch) -> Tensor:
+    """Normalised latents [B, d, h, w] that a source of aligntok.data.latent_cache has put into the batch."""
+    return batch["latents"]
 
 
 @torch.no_grad()

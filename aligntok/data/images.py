@@ -62,9 +62,8 @@ class ImageSet:
 
     def split(self, held_out: float) -> tuple[ImageSet, ImageSet]:
         """(training, held-out) by a fixed shuffle, the same for every seed; `held_out` is the share of the second."""
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(0)).tolist()
-        count = round(held_out * len(self))
-        return self.subset(sorted(order[count:])), self.subset(sorted(order[:count]))
+        training, kept = split_numbers(len(self), held_out)
+        return self.subset(training.tolist()), self.subset(kept.tolist())
 
     def open(self, index: int) -> Image.Image | None:
         """The picture as RGB, or None where it is unreadable (then it is recorded in `skipped`)."""
@@ -86,6 +85,21 @@ def unreadable_because(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "not an image that Pillow knows"  # its own words hold a memory address
     return str(error) or type(error).__name__
+
+
+def split_numbers(count: int, held_out: float) -> tuple[Tensor, Tensor]:
+    """Numbers of the (training, held-out) pictures of a set of `count`; see ImageSet.split."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    kept = torch.zeros(count, dtype=torch.bool)
+    kept[order[: round(held_out * count)]] = True
+    return torch.nonzero(~kept).flatten(), torch.nonzero(kept).flatten()
+
+
+def limit_numbers(count: int, limit: int | None) -> Tensor:
+    """Numbers of the pictures that are used where at most `limit` of `count` are wanted."""
+    if limit is None or limit >= count:
+        return torch.arange(count)
+    return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -125,9 +139,7 @@ def open_images(path: str, max_images: int | None = None, progress: Progress | N
         entries, classes = _open_path(path, Path(path).expanduser(), progress)
     if not entries:
         raise UserError(f"no images in {path}: expected files ending in {', '.join(sorted(EXTENSIONS))}")
-    if max_images is not None and max_images < len(entries):
-        keep = torch.randperm(len(entries), generator=torch.Generator().manual_seed(0))[:max_images]
-        entries = [entries[i] for i in sorted(keep.tolist())]
+    entries = [entries[i] for i in limit_numbers(len(entries), max_images).tolist()]
     return ImageSet("Fluent emoji" if path == "embedded" else Path(path).name, entries, classes)
 
 

@@ -7,7 +7,8 @@
 
 `steps` counts evaluations of the network per sample: N Euler steps, or N / 2 Heun steps. (LightningDiT's `num_steps`
 counts grid points, one more than its evaluations.) Where guidance is off, the null half is not computed. Guidance and
-update are one fused operator, `flow_step`, in place on a float32 state.
+update are one fused operator, `flow_step`, in place on a float32 state. On CUDA the network's calls are replayed from
+CUDA graphs (aligntok.diffusion.cuda_graph).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor
 
 from aligntok.config import SamplerConfig
+from aligntok.diffusion.cuda_graph import GraphedCalls
 from aligntok.diffusion.flow import shift_time
 from aligntok.errors import UserError
 from aligntok.kernels import flow_step
@@ -64,6 +66,8 @@ def integrate(
         UserError: labels out of range, an unknown solver, or an odd number of steps for Heun.
     """
     _check(labels, null_class, noise.shape[1], config)
+    if config.cuda_graph and noise.is_cuda:
+        model = GraphedCalls(model)
     solver_steps = config.steps if config.solver == "euler" else config.steps // 2
     grid = time_grid(solver_steps, config.time_shift).tolist()
     z = noise.to(torch.float32, memory_format=torch.contiguous_format, copy=True)

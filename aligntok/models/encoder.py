@@ -86,10 +86,6 @@ class Encoder(nn.Module):
                 )
         return height // f, width // f
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass: less memory for about a third more compute."""
-        self.backbone.set_grad_checkpointing(enable)
-
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, H/f * W/f, C], a view past the prefix tokens."""
         if images.ndim != 4 or images.shape[1] != 3:

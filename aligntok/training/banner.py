@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from aligntok.config import LightningDiTConfig, LossConfig, RivalStageConfig, StageConfig, TrainingConfig
-from aligntok.data.images import ImageSet
 from aligntok.data.sources import Source
 from aligntok.devices import Precision
 from aligntok.doctor import device_line
@@ -45,7 +44,7 @@ class PartFacts:
     name: str
     steps: int
     training: TrainingConfig
-    images: ImageSet
+    pictures: str  # how many of what
     source: Source
     networks: Mapping[str, nn.Module]  # those that it runs
     kernels: str  # from the functions below
@@ -58,7 +57,7 @@ def part_lines(facts: PartFacts, world: World, peak: Peak | None) -> Iterator[st
     batch, every = facts.training.batch_size, facts.training.checkpoint_every
     share = f" ({batch // world.size:,} per process)" if world.size > 1 else ""
     yield f"{facts.name}: {facts.steps:,} steps of {batch:,} images{share}"
-    yield f"  data: {len(facts.images):,} pictures of {facts.images.name}, {facts.source}"
+    yield f"  data: {facts.pictures}, {facts.source}"
     yield f"  parameters: {', '.join(f'{name} {_size(network)}' for name, network in facts.networks.items())}"
     yield f"  {facts.kernels}; why not otherwise: aligntok doctor"
     if peak is not None:

@@ -63,6 +63,13 @@ def start(device: str) -> Iterator[World]:
     dist.destroy_process_group()
 
 
+def refuse_several(command: str) -> None:
+    """Raise UserError under torchrun with more than one process, for a command that has no use for them."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise UserError(f"{command} runs in one process, torchrun has started {count}: start it without torchrun")
+
+
 class Trained(nn.Module):
     """The modules that a phase trains; forward(loss) is loss(), so that DDP and FSDP2 see the whole computation."""
 

@@ -16,7 +16,7 @@ def build_ema(module: nn.Module, decay: float) -> AveragedModel:
 
     @torch.no_grad()
     def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
-        n = int(count)
+        n = int(ema.n_averaged)  # `count` is a copy of it on the weights' device, which would be waited for
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 
     ema = AveragedModel(module, multi_avg_fn=average)

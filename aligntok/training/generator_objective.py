@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
 from aligntok.config import GeneratorTrainingConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
-from aligntok.devices import Precision, optimizer_is_fused
+from aligntok.devices import Precision
 from aligntok.diffusion.flow import drop_labels, training_loss
+from aligntok.models.blocks import prepare
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.training.distributed import is_sharded, replicate, shard
 from aligntok.training.ema import build_ema
-from aligntok.training.objective import Phase, Schedule, Values, parameter_group
+from aligntok.training.objective import Phase, Schedule, Values, build_optimizer, parameter_group
 from aligntok.world import Place
 
 
@@ -32,6 +33,7 @@ class GeneratorObjective:
         self.model, self.latents, self.config, self.precision = model.train(), latents, config, precision
         self.steps = config.steps
         self.ema = build_ema(model, config.ema_decay)
+        prepare(model.blocks, config.training.checkpointing, config.training.compile)
         if is_sharded(config.training.parallel):
             self.trained = shard({"model": model})
             shard({"model": self.ema.module})
@@ -39,12 +41,8 @@ class GeneratorObjective:
             self.trained = replicate({"model": model})
         self.schedule = Schedule(config.steps, config.warmup_steps, config.final_learning_rate)
         trained = (p for p in model.parameters() if p.requires_grad)
-        self.optimizer = AdamW(
-            [parameter_group(trained, config.learning_rate)],
-            betas=config.betas,
-            weight_decay=0.0,
-            fused=optimizer_is_fused(precision.device),
-        )
+        groups = [parameter_group(trained, config.learning_rate)]
+        self.optimizer = build_optimizer(groups, config.betas, config.training, precision.device)
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.model, "ema": self.ema}

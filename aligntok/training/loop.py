@@ -19,6 +19,7 @@ from aligntok.config import TrainingConfig
 from aligntok.data.sources import Batch, Source
 from aligntok.training.checkpoint import Checkpoints
 from aligntok.training.distributed import complete, gradients
+from aligntok.training.feed import Feed
 from aligntok.training.guard import Guard, Interrupted, StopSignals
 from aligntok.training.objective import Objective, Phase, Values
 from aligntok.training.spikes import Spike
@@ -41,7 +42,7 @@ def train(
         UserError: too many non-finite steps, a checkpoint of another run, or one that could not be written.
     """
     guard = Guard(part, config, objective, source, telemetry.folder)
-    with StopSignals() as signals, checkpoints:
+    with StopSignals() as signals, checkpoints, Feed(source, device, objective.steps) as feed:
         start, counters = checkpoints.restore(objective)
         guard.load_state(counters)
         if guard.can_rewind and start == 0:
@@ -50,7 +51,7 @@ def train(
             try:
                 with telemetry.part(part, start, objective.steps) as log:
                     for step in range(start, objective.steps):
-                        take_step(objective, source, config, device, guard, log, step, checkpoints.observe)
+                        take_step(objective, feed, config.seed, guard, log, step, checkpoints.observe)
                         done, regular = step + 1, (step + 1) % config.checkpoint_every == 0
                         stop = collectives.largest(signals.received or 0)  # one process is signalled, all stop here
                         if stop or (regular and done < objective.steps):
@@ -69,9 +70,8 @@ def train(
 
 def take_step(
     objective: Objective,
-    source: Source,
-    config: TrainingConfig,
-    device: torch.device,
+    feed: Feed,
+    seed: int,
     guard: Guard,
     log: PartLog,
     step: int,
@@ -79,8 +79,8 @@ def take_step(
 ) -> None:
     """All phases of one step, with the data and the random numbers of its position."""
     position = step + guard.offset
-    batch = move(log.waiting_for(partial(source.batch, position)), device)
-    torch.manual_seed(step_seed(config.seed, position))
+    batch = log.waiting_for(partial(feed.batch, position))  # before the seed: loaders may draw numbers of their own
+    torch.manual_seed(step_seed(seed, position))
     guard.begin(step)
     values: Values = {}
     for phase in objective.phases(step):
@@ -113,8 +113,3 @@ def run_phase(objective: Objective, phase: Phase, batch: Batch, guard: Guard, wa
 def step_seed(seed: int, step: int) -> int:
     """Seed of everything random in a step; distinct for distinct (seed, step) up to 2^32 steps."""
     return (seed << 32) + step
-
-
-def move(batch: Batch, device: torch.device) -> Batch:
-    """The batch's tensors on `device`, copied asynchronously; its row numbers stay on the host, which reads them."""
-    return {key: value if key == "rows" else value.to(device, non_blocking=True) for key, value in batch.items()}

@@ -11,10 +11,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import AdamW, Optimizer
 
+from aligntok.config import TrainingConfig
 from aligntok.data.sources import Batch
+from aligntok.devices import optimizer_is_fused
+from aligntok.errors import UserError
 
 Values = dict[str, Tensor]  # detached scalars for the log
 
@@ -79,3 +83,30 @@ class Schedule:
 def parameter_group(parameters: Iterable[nn.Parameter], learning_rate: float) -> dict[str, Any]:
     """An optimizer group that remembers its base rate for `Schedule.apply`."""
     return {"params": list(parameters), "lr": learning_rate, "base_lr": learning_rate}
+
+
+def build_optimizer(
+    groups: list[dict[str, Any]], betas: tuple[float, float], training: TrainingConfig, device: torch.device
+) -> Optimizer:
+    """AdamW without weight decay, which is Adam: PyTorch's fused one or, by `training.optimizer`, apex's.
+
+    Raises:
+        UserError: an unknown optimizer; apex's is not installed, or cannot run here.
+    """
+    if training.optimizer == "adamw":
+        return AdamW(groups, betas=betas, weight_decay=0.0, fused=optimizer_is_fused(device))
+    if training.optimizer != "apex":
+        raise UserError(f"training.optimizer is {training.optimizer!r}, expected adamw or apex")
+    if device.type != "cuda" or training.parallel == "fsdp":
+        raise UserError(
+            f"training.optimizer is apex, which runs on CUDA and not under fsdp; this run is on {device.type} "
+            f"with training.parallel={training.parallel}: use adamw"
+        )
+    try:
+        from apex.optimizers import FusedAdam
+    except ImportError as error:
+        raise UserError(
+            f"training.optimizer is apex, but its FusedAdam cannot be imported ({error}): use adamw, or build it from "
+            "https://github.com/NVIDIA/apex with --cpp_ext and --cuda_ext (apex on PyPI is another package)"
+        ) from error
+    return FusedAdam(groups, betas=betas, weight_decay=0.0, adam_w_mode=True)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import ImageSet, load_center_crops
@@ -31,7 +32,7 @@ SIDE = 128  # pixels; smaller pictures are enlarged to about this
 
 @contextmanager
 def undisturbed(device: torch.device, *networks: nn.Module) -> Iterator[None]:
-    """Evaluation without gradients that leaves modes and random state as they were."""
+    """Evaluation without gradients that leaves modes, random state and the shards of FSDP2 as they were."""
     modes = [(module, module.training) for network in networks for module in network.modules()]
     devices = [torch.cuda.current_device()] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.no_grad():
@@ -42,6 +43,8 @@ def undisturbed(device: torch.device, *networks: nn.Module) -> Iterator[None]:
         finally:
             for module, mode in modes:
                 module.training = mode
+                if isinstance(module, FSDPModule):  # a forward pass without a backward pass leaves it gathered
+                    module.reshard()
 
 
 class TokenizerPreview:

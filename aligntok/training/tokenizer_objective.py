@@ -8,26 +8,27 @@ three terms are those of every autoencoder here, rivals included: `AutoencoderOb
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Adam, Optimizer
+from torch.optim import Optimizer
 
 from aligntok import collectives
 from aligntok.config import LossConfig, RivalStageConfig, StageConfig, TrainingConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
-from aligntok.devices import Precision, optimizer_is_fused
+from aligntok.devices import Precision
 from aligntok.kernels import gan_loss
 from aligntok.losses.adversarial import LeCam, adaptive_weight, image_gradient, surrogate
 from aligntok.losses.semantic import semantic_loss
 from aligntok.models.batch_norm import synchronise
+from aligntok.models.blocks import prepare, restore
 from aligntok.models.tokenizer import AlignTok, StoredTokenizer
 from aligntok.training.distributed import is_sharded, replicate, shard
 from aligntok.training.ema import adopt, build_ema
-from aligntok.training.objective import Phase, Schedule, Values, parameter_group
+from aligntok.training.objective import Phase, Schedule, Values, build_optimizer, parameter_group
 from aligntok.world import Place
 
 
@@ -74,13 +75,13 @@ class AutoencoderObjective:
             part.train().requires_grad_(True)
         self.together = nn.ModuleDict(trained)
         self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
+        prepare(self._blocks(), training.checkpointing, training.compile)
         self._spread_out()
         groups = [parameter_group(part.parameters(), rates[name]) for name, part in trained.items()]
-        fused = optimizer_is_fused(precision.device)
-        self.autoencoder_optimizer = Adam(groups, betas=betas, fused=fused)
+        self.autoencoder_optimizer = build_optimizer(groups, betas, training, precision.device)
         learning = (p for p in discriminator.parameters() if p.requires_grad)
         group = parameter_group(learning, stage.discriminator_learning_rate)
-        self.discriminator_optimizer = Adam([group], betas=betas, fused=fused)
+        self.discriminator_optimizer = build_optimizer([group], betas, training, precision.device)
         self.lecam = LeCam(losses.lecam_decay).to(precision.device) if losses.lecam_weight else None
         # This step's reconstructions by their first row, handed from the first phase to the second
         self._fakes: dict[int, Tensor] = {}
@@ -130,8 +131,9 @@ class AutoencoderObjective:
         if self.ema is not None:
             self.ema.update_parameters(self.together)
 
-    def adopt_averages(self) -> None:
-        """Put the moving averages into the tokenizer, at the end of a stage that keeps them."""
+    def finish(self) -> None:
+        """At the end of a stage: blocks as they were, and the moving averages, if it keeps them, as weights."""
+        restore(self._blocks())
         if self.ema is not None:
             adopt(self.together, self.ema)
 
@@ -147,6 +149,10 @@ class AutoencoderObjective:
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         """(reconstruction [B, 3, H, W] float32, weighted sum of the losses that are not on images, values)."""
         raise NotImplementedError
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        """The trained transformer blocks, which training.checkpointing and training.compile are about."""
+        return ()
 
     def _last_weight(self) -> Tensor:
         return self.tokenizer.decoder.conv_out.weight
@@ -236,6 +242,9 @@ class TokenizerObjective(AutoencoderObjective):
         super().__init__(
             tokenizer, trained, rates, discriminator, perceptual, losses, stage, precision, training, betas
         )
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        return self.tokenizer.encoder.blocks if "encoder" in self.trained else ()
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         """(reconstruction, weighted semantic loss, values)."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,15 +17,17 @@ from torch import Tensor
 
 from aligntok.collectives import on_main
 from aligntok.config import LightningDiTConfig, Recipe, SamplerConfig, from_dict
-from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
-from aligntok.data.images import ImageSet, open_images
+from aligntok.data.frozen import FrozenNetwork, FrozenOutput, latents_in_batch, tabulate
+from aligntok.data.images import open_images
+from aligntok.data.latent_cache import CachedLatentSource, LatentCache
+from aligntok.data.latent_format import make_command
 from aligntok.data.loading import build_source
-from aligntok.data.sources import MemorySource
-from aligntok.devices import choose_precision
+from aligntok.data.sources import MemorySource, Source
+from aligntok.devices import Precision, choose_precision
 from aligntok.errors import UserError
 from aligntok.files import remove_unfinished, write_folder
 from aligntok.models.lightning_dit import LightningDiT
-from aligntok.models.tokenizer import load_strictly, load_tokenizer
+from aligntok.models.tokenizer import StoredTokenizer, load_strictly, load_tokenizer
 from aligntok.training import distributed
 from aligntok.training.banner import PartFacts, generator_kernels, machine_line, part_lines
 from aligntok.training.checkpoint import Checkpoints, course, discard
@@ -44,7 +47,8 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
     """Train and write a generator; returns its folder. A finished one is left as it is.
 
     Raises:
-        UserError: no tokenizer, one without latent statistics, labels beyond generator.model.classes.
+        UserError: no tokenizer, one without latent statistics, labels beyond generator.model.classes, a latent cache
+            that does not belong to the tokenizer or to data.
     """
     with distributed.start(recipe.generator.training.device):
         return _train(recipe, telemetry or Telemetry(recipe.output, recipe.generator.training.log_every))
@@ -60,11 +64,65 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
         return folder
     precision = choose_precision(training.device, training.precision)
     tokenizer = load_tokenizer(config.tokenizer or output / "tokenizer").to(precision.device).requires_grad_(False)
-    images, _ = open_images(recipe.data.path, recipe.data.max_images).split(recipe.data.held_out)
-    _check_classes(config.model, images)
+    inputs = _inputs(recipe, tokenizer, precision, telemetry)
+    _check_classes(config.model, inputs.classes)
+    side = recipe.data.image_size // tokenizer.downsample
+    torch.manual_seed(training.seed)
+    network = generator_class(config.model)
+    model = network(config.model, tokenizer.latent_channels, (side, side)).to(precision.device)
+    objective = GeneratorObjective(model, inputs.latents, config, precision)
+    decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
+    mark = course(
+        training,
+        recipe.data,
+        images=inputs.count,
+        cache=inputs.cache,
+        tokenizer=tokenizer.fingerprint(),
+        generator=decisive,
+    )
+    checkpoints = Checkpoints(output / "checkpoints" / PART, training, mark)
+    preview = GeneratorPreview(objective, tokenizer, inputs.classes, precision)
+    peak = telemetry.watch(PART, training, precision, config, preview)
+    facts = PartFacts(
+        PART,
+        objective.steps,
+        training,
+        f"{inputs.count:,} pictures of {inputs.name}",
+        inputs.source,
+        {"LightningDiT": model, "tokenizer": tokenizer},
+        generator_kernels(config.model, precision),
+        checkpoints.fingerprint,
+        output,
+    )
+    telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, peak))
+    train(PART, objective, inputs.source, training, precision.device, telemetry, checkpoints)
+    weights = distributed.gather(objective.ema.module)
+    belongs = tokenizer.fingerprint()
+    on_main(lambda: save_generator(folder, model, weights, config.sampler, inputs.classes, belongs))
+    on_main(checkpoints.remove)
+    return folder
+
+
+@dataclass
+class _Inputs:
+    """What a generator is trained on."""
+
+    source: Source
+    latents: FrozenOutput
+    classes: list[str]
+    name: str  # of the image set
+    count: int  # images
+    cache: str | None = None  # fingerprint of the latent cache
+
+
+def _inputs(recipe: Recipe, tokenizer: StoredTokenizer, precision: Precision, telemetry: Telemetry) -> _Inputs:
+    data, training = recipe.data, recipe.generator.training
+    if recipe.generator.latents is not None:
+        return _cached_inputs(recipe, tokenizer)
+    images, _ = open_images(data.path, data.max_images).split(data.held_out)
     source = build_source(
         images,
-        recipe.data,
+        data,
         "center",
         training.batch_size,
         training.seed,
@@ -77,43 +135,29 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     if isinstance(source, MemorySource):
         with telemetry.bar("latents") as update:
             latents = tabulate(tokenizer.encode, source, precision, progress=update)
-    side = recipe.data.image_size // tokenizer.downsample
-    torch.manual_seed(training.seed)
-    network = generator_class(config.model)
-    model = network(config.model, tokenizer.latent_channels, (side, side)).to(precision.device)
-    objective = GeneratorObjective(model, latents, config, precision)
-    decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
-    mark = course(training, recipe.data, images=len(images), tokenizer=tokenizer.fingerprint(), generator=decisive)
-    checkpoints = Checkpoints(output / "checkpoints" / PART, training, mark)
-    preview = GeneratorPreview(objective, tokenizer, images.classes, precision)
-    peak = telemetry.watch(PART, training, precision, config, preview)
-    facts = PartFacts(
-        PART,
-        objective.steps,
-        training,
-        images,
-        source,
-        {"LightningDiT": model, "tokenizer": tokenizer},
-        generator_kernels(config.model, precision),
-        checkpoints.fingerprint,
-        output,
-    )
-    telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, peak))
-    train(PART, objective, source, training, precision.device, telemetry, checkpoints)
-    weights = distributed.gather(objective.ema.module)
-    belongs = tokenizer.fingerprint()
-    on_main(lambda: save_generator(folder, model, weights, config.sampler, images.classes, belongs))
-    on_main(checkpoints.remove)
-    return folder
+    return _Inputs(source, latents, images.classes, images.name, len(images))
 
 
-def _check_classes(model: LightningDiTConfig, images: ImageSet) -> None:
+def _cached_inputs(recipe: Recipe, tokenizer: StoredTokenizer) -> _Inputs:
+    """From a latent cache alone: no image is opened and no encoder run."""
+    config, data, training = recipe.generator, recipe.data, recipe.generator.training
+    folder = config.tokenizer or Path(recipe.output) / "tokenizer"
+    command = make_command(folder, data.path, config.latents, data.image_size)
+    cache = LatentCache(config.latents, tokenizer.fingerprint(), command)
+    cache.check_data(data)
+    numbers = cache.training_numbers(data)
+    source = CachedLatentSource(cache, numbers, training.batch_size, training.seed, data.flip, world=current())
+    origin = cache.origin
+    return _Inputs(source, latents_in_batch, origin.classes, origin.image_set, len(numbers), cache.fingerprint)
+
+
+def _check_classes(model: LightningDiTConfig, classes: list[str]) -> None:
     """Fill in the number of classes from the images where the recipe leaves it open."""
     if model.classes is None:
-        model.classes = len(images.classes)
-    if len(images.classes) > model.classes:
+        model.classes = len(classes)
+    if len(classes) > model.classes:
         raise UserError(
-            f"{images.name} has {len(images.classes)} classes, but generator.model.classes is {model.classes}: "
+            f"the images have {len(classes)} classes, but generator.model.classes is {model.classes}: "
             f"raise it, or leave it at null"
         )
 

@@ -19,8 +19,10 @@ from torch import nn
 
 from aligntok.collectives import main_first, on_main
 from aligntok.config import PerceptualConfig, Recipe, StageConfig
-from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, tabulate
-from aligntok.data.images import open_images
+from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, latents_in_batch, tabulate
+from aligntok.data.images import ImageSet, open_images
+from aligntok.data.latent_cache import LatentCache, LatentsBeside
+from aligntok.data.latent_format import make_command
 from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource, Source
 from aligntok.devices import choose_precision
@@ -85,7 +87,7 @@ class TokenizerTraining:
             return load_tokenizer(folder / "tokenizer").to(self.precision.device)
         tokenizer = self._begin(start)
         discriminator = self._discriminator(folder)
-        frozen = self._frozen_inputs(stage, tokenizer)
+        source, frozen, cache = self._inputs(name, stage, tokenizer)
         before = tokenizer.fingerprint()
         sharded = distributed.is_sharded(self.config.training.parallel)
         objective = TokenizerObjective(
@@ -112,19 +114,20 @@ class TokenizerTraining:
                 losses=self.config.losses,
                 stage=stage,
                 start=before,
+                cache=cache,
             ),
         )
-        self._announce(name, objective, checkpoints)
+        self._announce(name, objective, source, checkpoints)
         train(
             name,
             objective,
-            self.source,
+            source,
             self.config.training,
             self.precision.device,
             self.telemetry,
             checkpoints,
         )
-        objective.adopt_averages()
+        objective.finish()
         if sharded:
             tokenizer.load_state_dict(distributed.gather(objective.tokenizer))
         tokenizer.eval().requires_grad_(False)
@@ -135,7 +138,7 @@ class TokenizerTraining:
         on_main(lambda: self._finish(folder, tokenizer, discriminator, checkpoints))
         return tokenizer
 
-    def _announce(self, name: str, objective: TokenizerObjective, checkpoints: Checkpoints) -> None:
+    def _announce(self, name: str, objective: TokenizerObjective, source: Source, checkpoints: Checkpoints) -> None:
         """Say what starts, and prepare its telemetry."""
         training, size = self.config.training, self.data.image_size
         shown = self.held_out if len(self.held_out) else self.images
@@ -150,8 +153,8 @@ class TokenizerTraining:
             name,
             objective.steps,
             training,
-            self.images,
-            self.source,
+            f"{len(self.images):,} pictures of {self.images.name}",
+            source,
             networks,
             tokenizer_kernels(
                 self.config.losses, objective.stage, objective.tokenizer.encoder, size, self.precision.device
@@ -174,19 +177,15 @@ class TokenizerTraining:
     def source(self) -> Source:
         """Training batches: from memory where the crops repeat and fit, else streamed."""
         if self._source is None:
-            training = self.config.training
-            self._source = build_source(
-                self.images,
-                self.data,
-                self.config.crop,
-                training.batch_size,
-                training.seed,
-                self.telemetry.say,
-                self.telemetry.bar,
-                current(),
-                device=self.precision.device,
-            )
+            self._source = self._batches_of(self.images, self.config.crop)
         return self._source
+
+    def _batches_of(self, images: ImageSet, crop: str) -> Source:
+        training, telemetry = self.config.training, self.telemetry
+        device, services = self.precision.device, (telemetry.say, telemetry.bar)
+        return build_source(
+            images, self.data, crop, training.batch_size, training.seed, *services, current(), device=device
+        )
 
     @property
     def features(self) -> FrozenTable:
@@ -206,6 +205,32 @@ class TokenizerTraining:
         with main_first():
             tokenizer = AlignTok(self.config.model)
         return tokenizer.to(self.precision.device).eval()
+
+    def _inputs(self, name: str, stage: StageConfig, tokenizer: AlignTok) -> tuple[Source, FrozenInputs, str | None]:
+        """(batches, outputs of frozen networks for them, fingerprint of the latent cache behind them)."""
+        if stage.latents is None:
+            return self.source, self._frozen_inputs(stage, tokenizer), None
+        if stage.trains != ("decoder",):
+            raise UserError(
+                f"tokenizer.stages.{name}.latents is given, but the stage trains {', '.join(stage.trains)}: only "
+                f"decoder-only training (Stage 3) can use a latent cache; set it to null"
+            )
+        finished = [stage for stage in STAGES if self._finished(stage)]
+        if not finished:
+            raise UserError(
+                f"tokenizer.stages.{name}.latents is given, but no stage before it has been trained: latents need a "
+                f"trained adapter and their statistics"
+            )
+        start = self.output / finished[-1] / "tokenizer"
+        command = make_command(start, self.data.path, stage.latents, self.data.image_size)
+        cache = LatentCache(stage.latents, tokenizer.fingerprint(), command)
+        cache.check_data(self.data)
+        images = open_images(self.data.path)
+        cache.check_images(images)
+        numbers = cache.training_numbers(self.data)
+        source = self._batches_of(images.subset(numbers.tolist()), "center")
+        frozen = FrozenInputs(latents=lambda batch: tokenizer.denormalise(latents_in_batch(batch)))
+        return LatentsBeside(source, cache, numbers), frozen, cache.fingerprint
 
     def _frozen_inputs(self, stage: StageConfig, tokenizer: AlignTok) -> FrozenInputs:
         inputs = FrozenInputs()

@@ -11,6 +11,8 @@ change.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -26,7 +28,7 @@ from aligntok.training.objective import Values
 from aligntok.training.tokenizer_objective import AutoencoderObjective, deviation
 from aligntok.zoo.rae import RAE
 from aligntok.zoo.va_vae import alignment_loss
-from aligntok.zoo.vae import VAE
+from aligntok.zoo.vae import VAE, ViTEncoder
 
 
 class RivalObjective(AutoencoderObjective):
@@ -75,6 +77,10 @@ class VAEObjective(RivalObjective):
     ) -> None:
         trained = {name: part for name, part in tokenizer.named_children() if any(True for _ in part.parameters())}
         super().__init__(tokenizer, trained | (more or {}), discriminator, perceptual, config, precision)
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        encoder = self.tokenizer.encoder
+        return encoder.vit.blocks if isinstance(encoder, ViTEncoder) else ()
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         _, output, kl, values = self._pass(batch)
@@ -159,6 +165,9 @@ class RAEObjective(RivalObjective):
     ) -> None:
         self.latents = latents
         super().__init__(tokenizer, {"decoder": tokenizer.decoder}, discriminator, perceptual, config, precision)
+
+    def _blocks(self) -> Iterable[nn.Module]:
+        return self.tokenizer.decoder.blocks
 
     def _last_weight(self) -> Tensor:
         return self.tokenizer.decoder.prediction.weight

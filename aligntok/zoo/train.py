@@ -75,7 +75,7 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> StoredTokenizer:
     checkpoints = Checkpoints(output / "checkpoints" / PART, training, mark)
     _announce(objective, images, source, checkpoints, output, telemetry)
     train(PART, objective, source, training, precision.device, telemetry, checkpoints)
-    objective.adopt_averages()
+    objective.finish()
     tokenizer.eval().requires_grad_(False)
     with telemetry.bar("latent statistics") as update:
         wanted = min(config.statistics_images, len(images))
@@ -104,7 +104,7 @@ def _announce(
         f"{PART} {config.kind}",
         objective.steps,
         config.training,
-        images,
+        f"{len(images):,} pictures of {images.name}",
         source,
         networks,
         kernels,

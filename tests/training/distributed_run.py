@@ -1,7 +1,7 @@
-"""What every process of test_distributed.py runs: the tiny recipe, then one that a process's NaN disturbs, then one
-that a process's signal stops and that is resumed.
+"""What every process of test_distributed.py runs: the tiny recipe; its generator in micro-batches; then a run that a
+process's NaN disturbs, and one that a process's signal stops and that is resumed. All recompute their blocks.
 
-Arguments: ddp or fsdp, folder of pictures, OUTPUT. Writes OUTPUT/{straight,disturbed,stopped}, OUTPUT/said-RANK.json.
+Arguments: ddp or fsdp, folder of pictures, OUTPUT. Writes OUTPUT/{straight,parts,disturbed,stopped} and said-RANK.json.
 """
 
 import json
@@ -14,6 +14,8 @@ import torch
 from helpers import tiny_recipe
 from rich.console import Console
 
+from aligntok import collectives
+from aligntok.errors import UserError
 from aligntok.training import distributed, loop
 from aligntok.training.guard import Interrupted
 from aligntok.training.telemetry import PartLog, Telemetry
@@ -24,7 +26,7 @@ from aligntok.training.train_tokenizer import TokenizerTraining
 def recipe_for(mode, folder, pictures):
     recipe = tiny_recipe(folder, pictures)
     for training in (recipe.tokenizer.training, recipe.generator.training):
-        training.parallel = mode
+        training.parallel, training.checkpointing = mode, {"ddp": "selective", "fsdp": "full"}[mode]
     return recipe
 
 
@@ -70,13 +72,29 @@ def stopped(recipe, rank):
             codes.append([interrupted.exit_code, str(interrupted)])
 
 
+def failure_on_main():
+    """What each process is told when the first one's work fails."""
+
+    def work():
+        raise UserError("the disk is full")
+
+    try:
+        collectives.on_main(work)
+    except UserError as error:
+        return str(error)
+
+
 def main(mode, pictures, output):
     torch.set_num_threads(1)
     with distributed.start("cpu") as world:
         console = Console(file=open(output / f"console-{world.rank}.txt", "w"), quiet=not world.main)
         straight = recipe_for(mode, output / "straight", pictures)
         run(straight, Telemetry(straight.output, 1, console))
+        parts = recipe_for(mode, output / "parts", pictures)
+        parts.generator.tokenizer, parts.generator.training.accumulate = str(output / "straight" / "tokenizer"), 2
+        train_generator(parts)
         said = {
+            "failure": failure_on_main(),
             "guard": disturbed(recipe_for(mode, output / "disturbed", pictures), world.rank),
             "codes": stopped(recipe_for(mode, output / "stopped", pictures), world.rank),
         }

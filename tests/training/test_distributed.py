@@ -35,7 +35,7 @@ from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.training import distributed
 from aligntok.training.generator_objective import GeneratorObjective
-from aligntok.training.objective import Phase
+from aligntok.training.objective import Phase, build_optimizer
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
 from aligntok.training.train_generator import train_generator
 from aligntok.training.train_tokenizer import TokenizerTraining
@@ -111,6 +111,17 @@ def test_two_processes_end_with_the_weights_of_one(runs, mode):
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_micro_batches_of_two_processes_train_the_generator_alike(runs, mode):
+    one, parts = records(runs[mode] / "straight"), records(runs[mode] / "parts")
+    for (part, step), values in parts.items():
+        for name, value in values.items():
+            assert one[part, step][name] == pytest.approx(value, rel=2e-4 if "grad" in name else 2e-5, abs=3e-6)
+    expected = load_file(runs[mode] / "straight" / "generator" / "model.safetensors")
+    for name, value in load_file(runs[mode] / "parts" / "generator" / "model.safetensors").items():
+        assert (value - expected[name]).abs().mean() < 1e-5, name
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_a_signal_to_one_process_stops_both_and_the_resumed_run_is_exact(runs, mode):
     for rank in (0, 1):
         codes = json.loads((runs[mode] / f"said-{rank}.json").read_text())["codes"]
@@ -129,6 +140,12 @@ def test_a_nan_in_one_process_skips_the_step_in_both(runs, mode):
     taken = records(runs[mode] / "disturbed")
     assert "l1" not in taken["stage1", 2] and all("l1" in taken["stage1", step] for step in (1, 3, 4))
     assert all(value.isfinite().all() for value in weights(runs[mode] / "disturbed").values())
+
+
+@pytest.mark.parametrize("mode", ["ddp", "fsdp"])
+def test_a_failure_of_the_first_process_is_shared(runs, mode):
+    errors = [json.loads((runs[mode] / f"said-{rank}.json").read_text())["failure"] for rank in (0, 1)]
+    assert errors == ["the disk is full", "the first process failed: the disk is full"]
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
@@ -294,7 +311,19 @@ def test_refusals(monkeypatch):
         distributed.split(batch, 0)
     with pytest.raises(UserError, match="parallel is 'dp', expected ddp or fsdp"):
         distributed.is_sharded("dp")
+    for change, message in (
+        ({"optimizer": "apex"}, "runs on CUDA and not under fsdp; this run is on cpu"),
+        ({"optimizer": "sgd"}, "'sgd', expected adamw or apex"),
+        ({"checkpointing": "some"}, "expected one of none, selective, full"),
+    ):
+        with pytest.raises(UserError, match=message):
+            generator(TrainingConfig(batch_size=8, **change))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", None)
+    with pytest.raises(UserError, match=r"cannot be imported .* build it from"):
+        build_optimizer([], (0.9, 0.95), TrainingConfig(optimizer="apex"), torch.device("cuda"))
     monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="quickstart runs in one process, torchrun has started 2"):
+        distributed.refuse_several("quickstart")
     with pytest.raises(UserError, match="'cuda:1' under torchrun"), distributed.start("cuda:1"):
         pass
     monkeypatch.setattr(distributed, "current", lambda: World(0, 2))

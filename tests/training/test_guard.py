@@ -9,7 +9,7 @@ from helpers import tiny_recipe, write_pictures
 
 from aligntok.config import SpikeConfig
 from aligntok.errors import UserError
-from aligntok.training import loop
+from aligntok.training import feed, loop
 from aligntok.training.guard import MAX_DUMPS
 from aligntok.training.spikes import SpikeDetector
 from aligntok.training.state import collect
@@ -44,12 +44,12 @@ class Injection:
     def __init__(self, monkeypatch, poison, steps: range | tuple = (3,), cure=None) -> None:
         original, self.before, self.after, self.objective = loop.take_step, {}, {}, None
 
-        def take_step(objective, source, seed, device, guard, log, step, observe):
+        def take_step(objective, feed, seed, guard, log, step, observe):
             self.objective, self.guard = objective, guard
             active = step + 1 in steps
             undo = poison(objective) if active else None
             before = {k: v.clone() for k, v in collect(objective).items()}
-            original(objective, source, seed, device, guard, log, step, observe)
+            original(objective, feed, seed, guard, log, step, observe)
             if active:
                 self.before, self.after = before, {k: v.clone() for k, v in collect(objective).items()}
             if undo is not None:
@@ -151,14 +151,14 @@ def test_the_averages_of_stage_2_do_not_count_a_skipped_step(pictures, tmp_path,
 
 
 def test_a_picture_that_is_not_finite_is_named(pictures, tmp_path, monkeypatch):
-    original = loop.move
+    original = feed.move
 
     def move(batch, device):
         batch = original(batch, device)
         batch["images"][2, 0, 5, 5] = NAN
         return batch
 
-    monkeypatch.setattr(loop, "move", move)
+    monkeypatch.setattr(feed, "move", move)
     recipe = tiny_recipe(tmp_path, pictures, **only("stage1"))
     recipe.tokenizer.crop = "random"
     recipe.tokenizer.training.nonfinite_limit = 1
@@ -282,10 +282,6 @@ def test_the_detector_goes_on_from_its_state():
 def spiky(recipe, monkeypatch, bad: set[int]):
     """Losses jump wherever the batches of the given positions are seen; returns the positions in order."""
     original, positions = TokenizerObjective._reconstruction_loss, []
-    batch_of = loop.move
-
-    def move(batch, device):
-        return batch_of(batch, device)
 
     class Source:
         def __init__(self, source):

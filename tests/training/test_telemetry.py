@@ -137,7 +137,7 @@ def test_a_terminal_gets_a_bar_with_the_step_line_below(tmp_path):
 
 def test_values_are_not_fetched_between_records(tmp_path, monkeypatch):
     fetched = []
-    monkeypatch.setattr(part_log._Interval, "means", lambda self, world: fetched.append(1) or {})
+    monkeypatch.setattr(part_log._Interval, "means", lambda self: fetched.append(1) or {})
     for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
     telemetry = watched(tmp_path, Watch(log_every=3, peak=Peak(1.0, "invented")))

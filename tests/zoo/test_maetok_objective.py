@@ -77,7 +77,7 @@ def test_runs_in_the_loop(tmp_path):
     assert {"l1", "hog", "vit", "gan", "gan_weight", "discriminator"} <= values.keys()
     for name in ("encoder", "decoder", "auxiliary", "discriminator"):
         assert any(not torch.equal(a, b) for a, b in zip(before[name], made.modules()[name].parameters(), strict=True))
-    made.adopt_averages()
+    made.finish()
     made.tokenizer.save(tmp_path / "t")
     assert not any("auxiliary" in key for key in made.tokenizer.state_dict())
 

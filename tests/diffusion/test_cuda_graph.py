@@ -1,0 +1,71 @@
+"""Recorded calls: fixed places for inputs and output, one recording per shape, only on CUDA.
+
+Without a device the recording itself is replaced by one that runs the network again at each replay.
+"""
+
+import pytest
+import torch
+
+from aligntok.config import SamplerConfig
+from aligntok.diffusion import sampler
+from aligntok.diffusion.cuda_graph import GraphedCalls, Recording
+
+
+class Imitated(GraphedCalls):
+    """Replays by running the network on the recorded places, as a graph's kernels do."""
+
+    def record(self, inputs):
+        output = torch.empty_like(self.network(*inputs))
+        return Recording(inputs, output, lambda: output.copy_(self.network(*inputs)))
+
+
+def network(z, t, labels):
+    return z * t.view(-1, 1, 1, 1) + labels.view(-1, 1, 1, 1)
+
+
+def test_one_recording_per_shape_and_new_values_in_the_old_places():
+    calls = Imitated(network)
+    for rows in (2, 4, 2, 4):
+        inputs = torch.randn(rows, 3, 2, 2), torch.rand(rows), torch.arange(rows)
+        kept = [x.clone() for x in inputs]
+        found = calls(*inputs)
+        assert torch.equal(found, network(*inputs))
+        assert all(torch.equal(a, b) for a, b in zip(inputs, kept, strict=True)), "inputs are left as they were"
+    assert len(calls.recordings) == 2
+    (recording, _) = calls.recordings.values()
+    assert calls(*inputs).data_ptr() != recording.output.data_ptr()
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_replayed_calls_sample_what_plain_ones_do(solver):
+    """With guidance on and off along the way, which are two shapes."""
+    noise, labels = torch.randn(2, 4, 2, 2), torch.tensor([0, 1])
+    config = SamplerConfig(solver=solver, steps=8, guidance=2.0, guidance_interval=(0.2, 0.6))
+    calls = Imitated(network)
+    found = sampler.integrate(calls, noise, labels, 3, config)
+    assert torch.equal(found, sampler.integrate(network, noise, labels, 3, config))
+    assert len(calls.recordings) == 2
+
+
+def test_a_cpu_runs_plain_calls(monkeypatch):
+    monkeypatch.setattr(sampler, "GraphedCalls", lambda model: pytest.fail("recorded on a CPU"))
+    noise, labels = torch.randn(2, 4, 2, 2), torch.tensor([0, 1])
+    sampler.integrate(network, noise, labels, 3, SamplerConfig(steps=2, cuda_graph=True))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("cuda_graph", [True, False])
+def test_graphs_sample_what_launches_do(cuda_graph):
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(4, 4, 3, padding=1).cuda()
+    noise, labels = torch.randn(2, 4, 8, 8, device="cuda"), torch.tensor([0, 1], device="cuda")
+    config = SamplerConfig(steps=6, guidance=2.0, guidance_interval=(0.2, 0.6), cuda_graph=cuda_graph)
+
+    def velocity(z, t, labels):
+        return model(z) * t.view(-1, 1, 1, 1) + labels.view(-1, 1, 1, 1)
+
+    with torch.autocast("cuda", dtype=torch.bfloat16):
+        found = sampler.integrate(velocity, noise, labels, 3, config)
+        config.cuda_graph = False
+        expected = sampler.integrate(velocity, noise, labels, 3, config)
+    torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)

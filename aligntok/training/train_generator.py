@@ -54,10 +54,11 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
     if isinstance(source, MemorySource):
         with telemetry.bar("latents") as update:
             latents = tabulate(tokenizer.encode, source, precision, progress=update)
-    side = recipe.data.image_size // tokenizer.downsample
+    size = recipe.data.image_size
+    grid = tokenizer.grid(torch.empty(1, 3, size, size, device="meta"))  # (h, w) of the latents
     torch.manual_seed(training.seed)
     network = generator_class(config.model)
-    model = network(config.model, tokenizer.latent_channels, (side, side)).to(precision.device)
+    model = network(config.model, tokenizer.latent_channels, grid).to(precision.device)
     objective = GeneratorObjective(model, latents, config, precision)
     mark = fingerprint(config, recipe.data, tokenizer.fingerprint(), len(images))
     checkpoints = Checkpoints(output / "checkpoints" / PART, training.keep_checkpoints, mark)

@@ -20,6 +20,7 @@ from aligntok.data.loading import report_skipped
 from aligntok.data.sources import MemorySource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
+from aligntok.evaluation.adm import refuse_as_originals
 from aligntok.evaluation.features import EfficientNetLite0
 from aligntok.evaluation.generation import Reference, check_pair, describe, draw, evaluate_generation
 from aligntok.evaluation.tokenizer import (
@@ -121,6 +122,7 @@ def evaluate(
     device: str,
 ) -> dict[str, Any]:
     """`aligntok evaluate`; prints tables, returns (and with `output` writes) the numbers with their protocols."""
+    refuse_as_originals(images)
     precision = choose_precision(device)
     tok = load_tokenizer(tokenizer).to(precision.device)
     everything = open_images(images)

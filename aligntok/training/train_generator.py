@@ -66,10 +66,11 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     tokenizer = load_tokenizer(config.tokenizer or output / "tokenizer").to(precision.device).requires_grad_(False)
     inputs = _inputs(recipe, tokenizer, precision, telemetry)
     _check_classes(config.model, inputs.classes)
-    side = recipe.data.image_size // tokenizer.downsample
+    size = recipe.data.image_size
+    grid = tokenizer.grid(torch.empty(1, 3, size, size, device="meta"))  # (h, w) of the latents
     torch.manual_seed(training.seed)
     network = generator_class(config.model)
-    model = network(config.model, tokenizer.latent_channels, (side, side)).to(precision.device)
+    model = network(config.model, tokenizer.latent_channels, grid).to(precision.device)
     objective = GeneratorObjective(model, inputs.latents, config, precision)
     decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
     mark = course(

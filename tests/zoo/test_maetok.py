@@ -2,16 +2,20 @@
 
 import pytest
 import torch
+from helpers import tiny_recipe, write_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from skimage.feature import hog as peer_hog
 from timm.models.vision_transformer import VisionTransformer
 
 from aligntok.config import FlowConfig, LightningDiTConfig
+from aligntok.devices import choose_precision
 from aligntok.diffusion.flow import training_loss
 from aligntok.errors import UserError
+from aligntok.evaluation.generation import draw
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import load_tokenizer
+from aligntok.training.train_generator import Generator, train_generator
 from aligntok.zoo.hog import hog, hog_width
 from aligntok.zoo.maetok import MAETok, MAETokConfig, draw_mask
 
@@ -140,6 +144,17 @@ def test_a_generator_takes_latents_in_a_row():
     assert loss.isfinite() and model.final.linear.weight.grad.abs().sum() > 0
     rope = model._rope((1, 6), torch.device("cpu"))
     torch.testing.assert_close(rope.pair_cos[:, rope.pair_cos.shape[1] // 2], torch.arange(6.0).cos())
+
+
+def test_a_generator_is_trained_on_a_folder(tmp_path):
+    """train_generator takes the grid from the tokenizer, and samples come back as images."""
+    tiny_tokenizer().save(tmp_path / "t")
+    recipe = tiny_recipe(tmp_path / "run", write_pictures(tmp_path / "pictures", 8))
+    recipe.generator.tokenizer = str(tmp_path / "t")
+    generator, tokenizer = Generator(train_generator(recipe)), load_tokenizer(tmp_path / "t")
+    assert generator.latent_shape == (5, 1, 6)
+    drawn = draw(generator, tokenizer, torch.tensor([0, 1]), generator.sampler, choose_precision("cpu", "fp32"))
+    assert drawn.shape == (2, 3, 32, 32) and drawn.isfinite().all()
 
 
 @pytest.mark.parametrize(("patch_size", "size"), [(16, (32, 48)), (8, (16, 24))])

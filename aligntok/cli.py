@@ -29,6 +29,8 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   train-generator   LightningDiT on the latents of a trained tokenizer
   cache-latents     latents of an image set, computed once: Stage 3 and the generator then need no encoder
   plan              what a recipe will take: parameters, memory per GPU, FLOPs, hours, before anything runs
+  train-rival       a VAE, VA-VAE or RAE instead, in the same loop on the same images, to compare with
+  convert           published weights of VA-VAE, LightningDiT, RAE, DiT^DH, FLUX, SD become folders for all commands
   sample            pictures from a trained generator
   reconstruct       pictures through a tokenizer and back
   evaluate          reconstruction, linear probe and generation metrics, each with its protocol
@@ -149,6 +151,32 @@ class StatisticsConfig:
 
 
 @dataclass
+class ConvertConfig:
+    """`aligntok convert`: published weights become a tokenizer or generator folder; every tensor is accounted for.
+
+    Args:
+        layout: --from: hustvl-vavae, hustvl-lightningdit, rae-decoder, rae-ditdh, flux-ae or diffusers-vae.
+        file: the published checkpoint: .pt, .ckpt (read without executing anything) or .safetensors.
+        output: folder to write.
+        statistics: published latent statistics of a tokenizer: mean and std or var. Without them, aligntok statistics
+            computes some, but a published generator needs the published ones.
+        tokenizer: folder of the converted tokenizer that a generator belongs to.
+        preset: of a LightningDiT checkpoint: 64ep (null) or 800ep, whose published guidance becomes the default.
+        encoder: timm name of the encoder that an RAE decoder belongs to; null = DINOv2-B with registers.
+        encoder_weights: its weights: pretrained (null), random, or a file in timm's layout.
+    """
+
+    layout: str
+    file: str
+    output: str
+    statistics: str | None = None
+    tokenizer: str | None = None
+    preset: str | None = None
+    encoder: str | None = None
+    encoder_weights: str | None = None
+
+
+@dataclass
 class CacheLatentsConfig:
     """`aligntok cache-latents`: encode an image set once, for training Stage 3 and generators without the encoder.
 
@@ -250,6 +278,36 @@ def _train_generator(arguments: list[str]) -> None:
     train_generator(recipe)
 
 
+def _train_rival(arguments: list[str]) -> None:
+    recipe = parse_recipe("train-rival", arguments)
+    from aligntok.zoo.train import train_rival
+
+    train_rival(recipe)
+
+
+def _convert(arguments: list[str]) -> None:
+    options = parse_options("convert", ConvertConfig, expand_convert_options(arguments))
+    from aligntok.zoo import convert
+
+    report = convert(**asdict(options))
+    if report is not None:  # some converters print as they go
+        print(report)
+
+
+def expand_convert_options(arguments: list[str]) -> list[str]:
+    """`--from LAYOUT FILE` as the options --layout LAYOUT --file FILE."""
+    expanded, value_follows = [], False
+    for argument in arguments:
+        if argument.startswith("-"):
+            name, equals, value = argument.partition("=")
+            expanded.append(("--layout" if name == "--from" else name) + equals + value)
+            value_follows = not equals and name not in ("-h", "--help")
+        else:
+            expanded += [argument] if value_follows else ["--file", argument]
+            value_follows = False
+    return expanded
+
+
 def _cache_latents(arguments: list[str]) -> None:
     options = parse_options("cache-latents", CacheLatentsConfig, arguments)
     from aligntok.training.cache_latents import cache_latents
@@ -326,6 +384,8 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "train-generator": _train_generator,
     "cache-latents": _cache_latents,
     "plan": _plan,
+    "train-rival": _train_rival,
+    "convert": _convert,
     "sample": _sample,
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,

@@ -28,6 +28,7 @@ class EncoderConfig:
     final_norm: bool = True  # LayerNorm after the tapped block (VA-VAE foundation_models.py)
     downsample: int = 16  # f: 256 px -> 16x16 tokens; patch-14 encoders see the image resized by 14/16
     lora_rank: int | None = None  # stages that train the encoder train a LoRA of this rank instead; None = all of it
+    antialias: bool = True  # of that resize; RAE's decoders were trained on features of one without (RAE rae.py)
 
 
 @dataclass
@@ -224,6 +225,9 @@ class LightningDiTConfig:
     qk_norm: bool = False  # off for 64 epochs, on for longer runs, without it losses turn NaN (project page, plot)
     shift: bool = True  # adaLN with shift; False = "wo_shift"
     attention: Literal["auto", "fused", "flash-attn", "xformers", "sdpa"] = "auto"  # models/attention.py
+    head_depth: int = 0  # blocks of a wide head behind the trunk; 2 = DiT^DH (RAE), 0 = none (LightningDiT)
+    head_width: int = 2048  # only with a head: DiT^DH's width and heads for every trunk (RAE configs/training)
+    head_heads: int = 16
 
 
 @dataclass
@@ -232,6 +236,7 @@ class FlowConfig:
 
     time_sampling: Literal["logit_normal", "uniform"] = "logit_normal"  # LightningDiT
     direction_weight: float = 1.0  # LightningDiT's cosine term on the velocity; 0 = off
+    time_shift: float = 1.0  # of training times, t -> s t / (1 + (s - 1) t); RAE: sqrt(values of a latent / 4096)
 
 
 @dataclass
@@ -279,6 +284,99 @@ class EvaluationConfig:
 
 
 @dataclass
+class VAEConfig:
+    """LDM's KL autoencoder as VA-VAE uses it at f16d32; VA-VAE is the same network trained with one more loss."""
+
+    encoder: Literal["cnn", "vit"] = "cnn"  # "vit": the paper's VA-VAE with AlignTok's encoder from scratch
+    latent_channels: int = 32
+    networks: DecoderConfig = field(default_factory=DecoderConfig)  # the decoder and, mirrored, the CNN encoder
+    vit: EncoderConfig = field(default_factory=lambda: EncoderConfig(weights="random"))  # only with encoder "vit"
+
+
+@dataclass
+class AlignmentConfig:
+    """VA-VAE's vision-foundation loss; weight and margins of vavae/configs/f16d32_vfdinov2.yaml."""
+
+    encoder: EncoderConfig = field(default_factory=EncoderConfig)  # frozen: DINOv2 ViT-L/14, last layer
+    weight: float = 0.1  # factor on the adaptive ratio
+    weight_max: float = 1e8  # clamp of the adaptive ratio: contperceptual.py
+    cosine_margin: float = 0.5
+    distance_margin: float = 0.25
+
+
+@dataclass
+class ViTDecoderConfig:
+    """RAE's ViT-MAE decoder; a named size fills depth, width, heads and hidden (RAE configs/decoder)."""
+
+    size: Literal["B", "L", "XL", "custom"] = "XL"
+    depth: int | None = None  # the four only with size "custom"
+    width: int | None = None
+    heads: int | None = None
+    hidden: int | None = None  # of the MLP
+    patch_size: int = 16  # pixels per token on the way out
+
+
+def _rae_encoder() -> EncoderConfig:
+    return EncoderConfig(name="vit_base_patch14_reg4_dinov2.lvd142m", antialias=False)
+
+
+@dataclass
+class RAEConfig:
+    """Representation autoencoder (arXiv 2510.11690): a frozen encoder and a ViT decoder trained on noisy features."""
+
+    encoder: EncoderConfig = field(default_factory=_rae_encoder)
+    decoder: ViTDecoderConfig = field(default_factory=ViTDecoderConfig)
+    image_size: int = 256  # statistics are per element, so a tokenizer belongs to one size
+    noise: float = 0.8  # tau: features get noise of a standard deviation uniform in [0, tau] (RAE rae.py)
+
+
+@dataclass
+class DinoDiscriminatorConfig:
+    """RAE's discriminator: heads on the tokens of a frozen DINO ViT-S/8."""
+
+    encoder: EncoderConfig = field(
+        default_factory=lambda: EncoderConfig(name="vit_small_patch8_224.dino", downsample=8, final_norm=False)
+    )
+    input_size: int = 224  # images are resized to it
+    taps: tuple[int, ...] = (2, 5, 8, 11)  # blocks whose tokens are judged, beside the last one's
+    kernel: int = 9  # of the heads' convolution along the tokens
+
+
+@dataclass
+class RivalStageConfig:
+    """The one stage in which a rival is trained; defaults of VA-VAE's 50-epoch configuration."""
+
+    steps: int = 250_000  # 50 ImageNet epochs at batch 256
+    learning_rate: float = 1e-4
+    discriminator_learning_rate: float = 1e-4
+    warmup_steps: int = 0
+    final_learning_rate: float = 1.0  # share of the rate left at the last step, reached along a cosine
+    gan_start: int = 5_000  # first step whose autoencoder loss is adversarial; steps or more = never
+    discriminator_start: int | None = None  # first step of the discriminator; None = gan_start
+    ema_decay: float | None = None
+    gradient_clip: float | None = None
+
+
+@dataclass
+class RivalConfig:
+    """A rival of AlignTok, trained in the same loop on the same data by `aligntok train-rival`."""
+
+    kind: Literal["vae", "va-vae", "rae"] = "vae"
+    vae: VAEConfig = field(default_factory=VAEConfig)  # kinds "vae" and "va-vae"
+    kl_weight: float = 1e-6  # on the KL divergence summed over a latent, against a loss summed over pixels: LDM, VA-VAE
+    alignment: AlignmentConfig = field(default_factory=AlignmentConfig)  # kind "va-vae"
+    rae: RAEConfig = field(default_factory=RAEConfig)  # kind "rae"
+    discriminator: Literal["patch", "dino"] = "patch"
+    dino: DinoDiscriminatorConfig = field(default_factory=DinoDiscriminatorConfig)  # discriminator "dino"
+    crop: Literal["random", "center"] = "random"
+    losses: LossConfig = field(default_factory=LossConfig)
+    stage: RivalStageConfig = field(default_factory=RivalStageConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    betas: tuple[float, float] = (0.5, 0.9)
+    statistics_images: int = 10_000
+
+
+@dataclass
 class Recipe:
     """One published setting from images to samples; the YAML files of configs/ lay their values over these."""
 
@@ -287,6 +385,7 @@ class Recipe:
     tokenizer: TokenizerTrainingConfig = field(default_factory=TokenizerTrainingConfig)
     generator: GeneratorTrainingConfig = field(default_factory=GeneratorTrainingConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    rival: RivalConfig = field(default_factory=RivalConfig)
 
 
 def check_keys(cls: type, data: dict[str, Any], where: str = "") -> None:

@@ -20,6 +20,7 @@ from aligntok.data.loading import report_skipped
 from aligntok.data.sources import MemorySource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
+from aligntok.evaluation.adm import refuse_as_originals
 from aligntok.evaluation.features import EfficientNetLite0
 from aligntok.evaluation.generation import Reference, check_pair, describe, draw, evaluate_generation
 from aligntok.evaluation.tokenizer import (
@@ -31,7 +32,7 @@ from aligntok.evaluation.tokenizer import (
 )
 from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
-from aligntok.models.tokenizer import AlignTok, load_tokenizer
+from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
 from aligntok.report import pictures
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.telemetry import Telemetry
@@ -121,6 +122,7 @@ def evaluate(
     device: str,
 ) -> dict[str, Any]:
     """`aligntok evaluate`; prints tables, returns (and with `output` writes) the numbers with their protocols."""
+    refuse_as_originals(images)
     precision = choose_precision(device)
     tok = load_tokenizer(tokenizer).to(precision.device)
     everything = open_images(images)
@@ -162,7 +164,7 @@ def statistics(tokenizer: str, images: str, image_size: int, count: int, device:
     print(f"{tokenizer}: latent statistics of {len(pixels)} images stored")
 
 
-def _load(images: ImageSet, size: int, tokenizer: AlignTok) -> tuple[Tensor, Tensor]:
+def _load(images: ImageSet, size: int, tokenizer: StoredTokenizer) -> tuple[Tensor, Tensor]:
     if size % tokenizer.downsample:
         raise UserError(
             f"image_size is {size}, expected a multiple of the tokenizer's downsampling {tokenizer.downsample}"

@@ -76,6 +76,7 @@ def test_every_command_explains_itself(command, capsys):
         (["sample"], "generator"),
         (["reconstruct", "--tokenizer", "/nowhere"], "no tokenizer at"),
         (["evaluate", "--tokenizer", "/nowhere"], "no tokenizer at"),
+        (["evaluate", "--tokenizer", "/nowhere", "--images", "adm.npz"], "validation images themselves"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(arguments, message, capsys, tmp_path):

@@ -30,6 +30,11 @@ def sample_time(batch: int, kind: str, device: torch.device | str = "cpu") -> Te
     raise UserError(f"flow.time_sampling is {kind!r}, expected logit_normal or uniform")
 
 
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """s t / (1 + (s - 1) t): times in [0, 1], for s > 1 moved towards noise (latents of many values: SD3, RAE)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
 def training_loss(
     model: torch.nn.Module, data: Tensor, labels: Tensor, config: FlowConfig, place: Place | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -43,6 +48,7 @@ def training_loss(
     """
     place = place or Place(0, len(data), len(data))
     t = place.of(sample_time(place.batch_size, config.time_sampling, data.device))
+    t = shift_time(t, config.time_shift)
     key = noise_key(data.device)
     noisy = flow_interpolate(data, t, key, dtype=_working_dtype(data), first_image=place.first)
     loss, parts = flow_loss(model(noisy, t, labels), data, key, config.direction_weight, first_image=place.first)

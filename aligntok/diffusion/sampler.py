@@ -21,6 +21,7 @@ from torch import Tensor
 
 from aligntok.config import SamplerConfig
 from aligntok.diffusion.cuda_graph import GraphedCalls
+from aligntok.diffusion.flow import shift_time
 from aligntok.errors import UserError
 from aligntok.kernels import flow_step
 
@@ -30,8 +31,7 @@ Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 def time_grid(steps: int, shift: float) -> Tensor:
     """Times from 1 to 0, [steps + 1], float64."""
-    u = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    return shift * u / (1 + (shift - 1) * u)
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
 
 
 def evaluate(

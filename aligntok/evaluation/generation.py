@@ -16,13 +16,13 @@ from aligntok.errors import UserError
 from aligntok.evaluation.distances import feature_distances
 from aligntok.evaluation.features import FeatureExtractor, extract
 from aligntok.evaluation.tokenizer import BATCH, Measured, decode_all
-from aligntok.models.tokenizer import AlignTok
+from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.training.train_generator import Generator
 
 SAMPLING_BATCH = 128
 
 
-def check_pair(generator: Generator, tokenizer: AlignTok) -> None:
+def check_pair(generator: Generator, tokenizer: StoredTokenizer) -> None:
     """Raise UserError unless the generator was trained on this tokenizer's latents (a refined decoder does
     not matter)."""
     if generator.tokenizer_fingerprint != tokenizer.fingerprint():
@@ -35,7 +35,7 @@ def check_pair(generator: Generator, tokenizer: AlignTok) -> None:
 @torch.no_grad()
 def draw(
     generator: Generator,
-    tokenizer: AlignTok,
+    tokenizer: StoredTokenizer,
     labels: Tensor,
     sampler: SamplerConfig,
     precision: Precision,
@@ -79,7 +79,7 @@ class Reference:
 
 def evaluate_generation(
     generator: Generator,
-    tokenizer: AlignTok,
+    tokenizer: StoredTokenizer,
     reference: Reference,
     count: int,
     guidance: float,

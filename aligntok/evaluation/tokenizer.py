@@ -15,7 +15,8 @@ from aligntok.evaluation.features import FeatureExtractor
 from aligntok.evaluation.probe import linear_probe, probe_latents
 from aligntok.evaluation.reconstruction import ReconstructionMetrics
 from aligntok.losses.perceptual import PerceptualDistance
-from aligntok.models.tokenizer import AlignTok, Tokenizer
+from aligntok.models.encoder import Encoder
+from aligntok.models.tokenizer import StoredTokenizer, Tokenizer
 
 BATCH = 32
 
@@ -82,9 +83,9 @@ def evaluate_probe(latents: Tensor, labels: Tensor) -> Measured | None:
 
 
 @torch.no_grad()
-def encoder_probe(tokenizer: AlignTok, images: Tensor, labels: Tensor, precision: Precision) -> Measured | None:
-    """The same probe on the pooled tokens of a tokenizer's encoder, before the adapter."""
-    if len(labels.unique()) < 2:
+def encoder_probe(tokenizer: StoredTokenizer, images: Tensor, labels: Tensor, precision: Precision) -> Measured | None:
+    """The same probe on the pooled tokens of a tokenizer's encoder, before the adapter; None where it has none."""
+    if len(labels.unique()) < 2 or not isinstance(tokenizer.encoder, Encoder):
         return None
     pooled = []
     for batch in images.split(BATCH):

@@ -5,7 +5,7 @@
 Three things happen on the way, each where the sources leave room and each stated here:
 - Patch size p and downsampling f may differ (DINOv2 has p = 14, the tokenizer f = 16): the image is resized
   by p/f, bicubic with antialiasing, not clamped, so that 256 px become 224 px and 16 x 16 tokens
-  (paper-compatible reading; RAE does the same).
+  (paper-compatible reading; RAE does the same, without antialiasing).
 - The image is brought to the encoder's own mean and standard deviation, as read from timm's configuration.
 - A learned position table is interpolated inside the forward pass by timm: bicubic with antialiasing in
   float32, any rectangle. Encoders with rotary positions (DINOv3) compute them for the grid; their
@@ -58,6 +58,7 @@ class Encoder(nn.Module):
         self.width: int = self.backbone.embed_dim
         self.patch_size: int = self.backbone.patch_embed.patch_size[0]
         self.downsample = config.downsample
+        self.antialias = config.antialias
         self.prefix_tokens: int = self.backbone.num_prefix_tokens
         self.mean: tuple[float, ...] = tuple(self.backbone.pretrained_cfg["mean"])
         self.std: tuple[float, ...] = tuple(self.backbone.pretrained_cfg["std"])
@@ -93,7 +94,7 @@ class Encoder(nn.Module):
         if self.patch_size != self.downsample:
             size = (rows * self.patch_size, columns * self.patch_size)
             # float32: the antialiased kernel has no bfloat16 form on every device
-            images = F.interpolate(images.float(), size=size, mode="bicubic", antialias=True)
+            images = F.interpolate(images.float(), size=size, mode="bicubic", antialias=self.antialias)
         images = images * self.input_scale + self.input_shift
         images = images.to(self.backbone.patch_embed.proj.weight.dtype)  # bfloat16 only if the weights are
         self._choose_attention(images.device, self.prefix_tokens + rows * columns)

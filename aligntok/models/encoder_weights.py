@@ -37,10 +37,10 @@ def read_weights(config: EncoderConfig) -> tuple[dict[str, Tensor], str]:
         return read_state_dict(file), assets.ASSETS["dinov2-vits14"].what
     if not path.is_file():
         raise UserError(f"encoder.weights={config.weights} is neither a file nor one of pretrained, random, embedded")
-    return _read_file(path), str(path)
+    return read_tensors(path), str(path)
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
+def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a .safetensors or torch file; a torch file may wrap them as timm's checkpoints do."""
     try:
         if path.suffix == ".safetensors":

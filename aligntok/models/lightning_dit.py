@@ -81,6 +81,13 @@ def rope_table(grid: tuple[int, int], head_width: int, trained_side: int) -> tup
     return angles.cos(), angles.sin()
 
 
+def build_rope(grid: tuple[int, int], head_width: int, trained_side: int, device: torch.device) -> Rope:
+    """The tables of `rope_table` on a device, in both of the forms that attention takes."""
+    tables = rope_table(grid, head_width, trained_side)
+    pairs = (table[:, ::2].contiguous() for table in tables)
+    return Rope(*(table.to(device) for table in (*tables, *pairs)))
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which a linear layer would take x: autocast's where autocast is on, else x's own."""
     return autocast_dtype(x.device.type) or x.dtype
@@ -124,6 +131,8 @@ Pending = tuple[Tensor, Tensor] | tuple[None, None]
 class Block(nn.Module):
     """Attention and SwiGLU, each behind RMSNorm and adaLN-zero modulation; `shift=False` is LightningDiT's wo_shift."""
 
+    modulate = staticmethod(adaln)  # other forms of conditioning bring their own
+
     def __init__(self, width: int, heads: int, qk_norm: bool, shift: bool, backend: str) -> None:
         super().__init__()
         self.shift = shift
@@ -142,9 +151,15 @@ class Block(nn.Module):
             shift1 = shift2 = None
             scale1, gate1, scale2, gate2 = parts
         dtype = compute_dtype(x)
-        x, y = adaln(x, scale1, shift1, *pending, self.norm1.weight, eps=NORM_EPS, dtype=dtype)
-        x, y = adaln(x, scale2, shift2, self.attention(y, rope), gate1, self.norm2.weight, eps=NORM_EPS, dtype=dtype)
+        x, y = self.modulate(x, scale1, shift1, *pending, self.norm1.weight, eps=NORM_EPS, dtype=dtype)
+        attended = self.attention(y, rope)
+        x, y = self.modulate(x, scale2, shift2, attended, gate1, self.norm2.weight, eps=NORM_EPS, dtype=dtype)
         return x, (self.mlp(y), gate2)
+
+
+def time_frequencies(half: int, device: torch.device | None = None) -> Tensor:
+    """Frequencies [half] of the time embedding, from 1 down to almost 1 / 10,000 radians (DiT)."""
+    return torch.exp(-math.log(10_000) * torch.arange(half, device=device, dtype=torch.float32) / half)
 
 
 class TimeEmbedding(nn.Module):
@@ -155,14 +170,14 @@ class TimeEmbedding(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
-        half = TIME_FEATURES // 2
-        frequencies = torch.exp(-math.log(10_000) * torch.arange(half, device=t.device, dtype=torch.float32) / half)
-        angle = t.float()[:, None] * frequencies
+        angle = t.float()[:, None] * time_frequencies(TIME_FEATURES // 2, t.device)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
 
 
 class FinalLayer(nn.Module):
     """RMSNorm, shift and scale, linear to patch_size^2 * channels; starts at zero."""
+
+    modulate = staticmethod(adaln)
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -172,7 +187,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, pending: Pending, condition: Tensor) -> Tensor:
         shift, scale = self.modulation(F.silu(condition)).chunk(2, dim=-1)
-        _, y = adaln(x, scale, shift, *pending, self.norm.weight, eps=NORM_EPS, dtype=compute_dtype(x))
+        _, y = self.modulate(x, scale, shift, *pending, self.norm.weight, eps=NORM_EPS, dtype=compute_dtype(x))
         return self.linear(y)
 
 
@@ -238,9 +253,8 @@ class LightningDiT(nn.Module):
     def _rope(self, grid: tuple[int, int], device: torch.device) -> Rope:
         key = (grid, device)
         if getattr(self, "_rope_key", None) != key:
-            tables = rope_table(grid, self.head_width, self._grid(self.latent_size)[0])
-            pairs = (table[:, ::2].contiguous() for table in tables)
-            self._rope_cache = Rope(*(table.to(device) for table in (*tables, *pairs)))
+            trained_side = max(self._grid(self.latent_size))  # the longer one: tokens in a row keep whole steps
+            self._rope_cache = build_rope(grid, self.head_width, trained_side, device)
             self._rope_key = key
         return self._rope_cache
 

@@ -4,7 +4,7 @@
 
 There is no KL, so the scale of the latent is arbitrary and its per-channel statistics are part of the model. Nobody
 outside this file multiplies latents by anything. On disk a tokenizer is a folder with `config.json` and
-`model.safetensors`.
+`model.safetensors`. What AlignTok shares with its rivals (aligntok.zoo) is `StoredTokenizer`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from safetensors.torch import load_file
@@ -25,8 +25,7 @@ from aligntok.files import write_folder
 from aligntok.models.adapter import Adapter
 from aligntok.models.decoder import Decoder
 from aligntok.models.encoder import Encoder
-
-FORMAT = "aligntok.tokenizer"
+from aligntok.zoo import tokenizer_class
 
 
 class Tokenizer(Protocol):
@@ -42,34 +41,44 @@ class Tokenizer(Protocol):
         """Normalised latents [B, d, h, w] -> images [B, 3, f*h, f*w], nominally in [-1, 1]."""
 
 
-class AlignTok(nn.Module):
-    """A pretrained vision encoder turned into an image tokenizer (AlignTok, arXiv 2509.25162, section 4)."""
+class StoredTokenizer(nn.Module):
+    """What every tokenizer of this project shares: latent statistics, normalisation, fingerprint, a folder on disk.
 
-    def __init__(self, config: TokenizerConfig) -> None:
+    A subclass names its `format`, `config_class` and `latent_parts`, builds these parts and `decoder`, calls
+    `_add_statistics` and maps images to `raw_latents`.
+    """
+
+    format: ClassVar[str]  # what config.json calls it
+    config_class: ClassVar[type]
+    latent_parts: ClassVar[tuple[str, ...]]  # the modules that decide the latents
+    decoder: nn.Module
+    latent_channels: int
+    downsample: int
+
+    def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
-        self.encoder = Encoder(config.encoder)
-        self.adapter = Adapter(self.encoder.width, config.adapter)
-        self.decoder = Decoder(config.adapter.latent_channels, config.decoder)
-        self.latent_channels = config.adapter.latent_channels
-        self.downsample = config.encoder.downsample
-        if self.decoder.upsampling != self.downsample:
-            raise UserError(
-                f"decoder.channel_multipliers has {len(config.decoder.channel_multipliers)} levels, which enlarges "
-                f"{self.decoder.upsampling}x, but encoder.downsample is {self.downsample}: they must agree"
-            )
+
+    @classmethod
+    def offline(cls, config: Any) -> Any:
+        """`config` such that building downloads nothing: all weights are about to be loaded from the folder."""
+        return config
+
+    def _add_statistics(self, *shape: int) -> None:
+        """Buffers of mean and standard deviation: (d,) per channel, or (d, h, w) per element."""
         # NaN until statistics are computed: a forgotten normalisation cannot pass unnoticed.
-        self.register_buffer("latent_mean", torch.full((self.latent_channels,), float("nan")))
-        self.register_buffer("latent_std", torch.full((self.latent_channels,), float("nan")))
+        self.register_buffer("latent_mean", torch.full(shape, float("nan")))
+        self.register_buffer("latent_std", torch.full(shape, float("nan")))
 
     @property
     def has_statistics(self) -> bool:
         return bool(torch.isfinite(self.latent_mean).all() and torch.isfinite(self.latent_std).all())
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
-        """Per-channel mean and standard deviation [d] of raw latents over training images."""
-        if not (torch.isfinite(mean).all() and torch.isfinite(std).all() and (std > 0).all()):
-            dead = torch.nonzero(~(std > 0) | ~torch.isfinite(std)).flatten().tolist()
+        """Mean and standard deviation of raw latents over training images, shaped like the buffers."""
+        bad = ~(torch.isfinite(mean) & torch.isfinite(std) & (std > 0))
+        if bad.any():
+            dead = torch.nonzero(bad.reshape(len(bad), -1).any(1)).flatten().tolist()
             raise UserError(f"latent statistics are unusable: channels {dead} are constant or not finite; train longer")
         self.latent_mean.copy_(mean)
         self.latent_std.copy_(std)
@@ -80,7 +89,11 @@ class AlignTok(nn.Module):
 
     def raw_latents(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> latents before normalisation [B, d, H/f, W/f]; what training works on."""
-        return self.adapter(self.encoder(images), self.grid(images))
+        raise NotImplementedError
+
+    def reconstruct(self, raw: Tensor) -> Tensor:
+        """Latents before normalisation [B, d, h, w] -> images [B, 3, f*h, f*w]."""
+        return self.decoder(raw)
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> normalised latents [B, d, H/f, W/f], float32."""
@@ -90,26 +103,26 @@ class AlignTok(nn.Module):
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, d, h, w] -> images [B, 3, f*h, f*w], nominally in [-1, 1], float32."""
         self._require_statistics()
-        return self.decoder(self.denormalise(latents.float())).float()
+        return self.reconstruct(self.denormalise(latents.float())).float()
 
     def normalise(self, raw: Tensor) -> Tensor:
-        return (raw - self.latent_mean[:, None, None]) / self.latent_std[:, None, None]
+        return (raw - _broadcast(self.latent_mean)) / _broadcast(self.latent_std)
 
     def denormalise(self, latents: Tensor) -> Tensor:
-        return latents * self.latent_std[:, None, None] + self.latent_mean[:, None, None]
+        return latents * _broadcast(self.latent_std) + _broadcast(self.latent_mean)
 
     def fingerprint(self) -> str:
         """Short hash of everything that decides the latents; decoder-only training does not change it."""
         digest = hashlib.sha256()
-        for part in (self.encoder, self.adapter):
-            for name, value in part.state_dict().items():
+        for part in self.latent_parts:
+            for name, value in getattr(self, part).state_dict().items():
                 digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
         digest.update(self.latent_mean.cpu().numpy().tobytes() + self.latent_std.cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
         """Write config.json and model.safetensors atomically; an older tokenizer at that place survives a failure."""
-        manifest = {"format": FORMAT, "version": 1, "config": dataclasses.asdict(self.config)}
+        manifest = {"format": self.format, "version": 1, "config": dataclasses.asdict(self.config)}
         write_folder(folder, tensors={"model": self.state_dict()}, documents={"config": manifest})
 
     def _require_statistics(self) -> None:
@@ -120,11 +133,51 @@ class AlignTok(nn.Module):
             )
 
 
-def load_tokenizer(folder: str | Path, require_statistics: bool = True) -> AlignTok:
-    """Read a tokenizer folder written by `AlignTok.save`, in eval mode on the CPU.
+def _broadcast(statistic: Tensor) -> Tensor:
+    """[d] -> [d, 1, 1]; [d, h, w] as it is."""
+    return statistic[:, None, None] if statistic.ndim == 1 else statistic
+
+
+class AlignTok(StoredTokenizer):
+    """A pretrained vision encoder turned into an image tokenizer (AlignTok, arXiv 2509.25162, section 4)."""
+
+    format = "aligntok.tokenizer"
+    config_class = TokenizerConfig
+    latent_parts = ("encoder", "adapter")
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__(config)
+        self.encoder = Encoder(config.encoder)
+        self.adapter = Adapter(self.encoder.width, config.adapter)
+        self.decoder = Decoder(config.adapter.latent_channels, config.decoder)
+        self.latent_channels = config.adapter.latent_channels
+        self.downsample = config.encoder.downsample
+        check_upsampling(self.decoder, self.downsample)
+        self._add_statistics(self.latent_channels)
+
+    @classmethod
+    def offline(cls, config: TokenizerConfig) -> TokenizerConfig:
+        config.encoder.weights = "random"
+        return config
+
+    def raw_latents(self, images: Tensor) -> Tensor:
+        return self.adapter(self.encoder(images), self.grid(images))
+
+
+def check_upsampling(decoder: Decoder, downsample: int) -> None:
+    """Raises UserError where a convolutional decoder does not enlarge as much as the encoder reduces."""
+    if decoder.upsampling != downsample:
+        raise UserError(
+            f"decoder.channel_multipliers has {len(decoder.levels)} levels, which enlarges {decoder.upsampling}x, "
+            f"but encoder.downsample is {downsample}: they must agree"
+        )
+
+
+def load_tokenizer(folder: str | Path, require_statistics: bool = True) -> StoredTokenizer:
+    """Read a tokenizer folder, of AlignTok or of a rival in aligntok.zoo, in eval mode on the CPU.
 
     Raises:
-        UserError: no such folder, another format, weights that do not fit the configuration, or no latent statistics
+        UserError: no such folder, an unknown format, weights that do not fit the configuration, or no latent statistics
             (unless `require_statistics` is False).
     """
     folder = Path(folder)
@@ -135,11 +188,8 @@ def load_tokenizer(folder: str | Path, require_statistics: bool = True) -> Align
                 f"no tokenizer at {folder}: {file.name} is missing; give a folder that training has written"
             )
     manifest = json.loads(config_file.read_text())
-    if manifest.get("format") != FORMAT:
-        raise UserError(f"{config_file} says format {manifest.get('format')!r}, expected {FORMAT!r}")
-    config = from_dict(TokenizerConfig, manifest["config"])
-    config.encoder.weights = "random"  # everything comes from model.safetensors: nothing is downloaded
-    tokenizer = AlignTok(config)
+    kind = tokenizer_class(manifest.get("format"), config_file)
+    tokenizer = kind(kind.offline(from_dict(kind.config_class, manifest["config"])))
     load_strictly(tokenizer, load_file(weights_file), weights_file)
     if require_statistics:
         tokenizer._require_statistics()

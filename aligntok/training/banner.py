@@ -14,12 +14,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from aligntok.config import LightningDiTConfig, LossConfig, StageConfig, TrainingConfig
+from aligntok.config import LightningDiTConfig, LossConfig, RivalStageConfig, StageConfig, TrainingConfig
 from aligntok.data.sources import Source
 from aligntok.devices import Precision
 from aligntok.doctor import device_line
 from aligntok.kernels import explain
 from aligntok.models.attention import choose, sequence_is_short
+from aligntok.models.decoder import Decoder
 from aligntok.models.encoder import Encoder
 from aligntok.models.lightning_dit import dimensions
 from aligntok.training.throughput import Peak
@@ -67,14 +68,25 @@ def part_lines(facts: PartFacts, world: World, peak: Peak | None) -> Iterator[st
 
 def tokenizer_kernels(losses: LossConfig, stage: StageConfig, encoder: Encoder, size: int, device: torch.device) -> str:
     """The operators that a tokenizer stage uses, with the implementation that runs on `device`, and its attention."""
-    operators = ["adapter_projection", "group_norm_silu"]
+    operators = ["adapter_projection", "group_norm_silu", *_of_losses(losses, stage)]
+    rows, columns = encoder.grid(size, size)
+    short = sequence_is_short(device.type, encoder.prefix_tokens + rows * columns)
+    return f"kernels: {_chosen(operators, device)}; attention: timm's, {'written out' if short else 'sdpa'}"
+
+
+def rival_kernels(losses: LossConfig, stage: RivalStageConfig, decoder: nn.Module, device: torch.device) -> str:
+    """The operators that a rival's training uses; its transformers are timm's."""
+    own = ["group_norm_silu"] if isinstance(decoder, Decoder) else []
+    return f"kernels: {_chosen([*own, *_of_losses(losses, stage)], device)}"
+
+
+def _of_losses(losses: LossConfig, stage: StageConfig | RivalStageConfig) -> list[str]:
+    operators = []
     if losses.perceptual.kind != "none":
         operators.append("lpips_distance")
     if stage.gan_start < stage.steps and losses.gan_weight > 0:
         operators += ["gan_loss", "norm_ratio"]
-    rows, columns = encoder.grid(size, size)
-    short = sequence_is_short(device.type, encoder.prefix_tokens + rows * columns)
-    return f"kernels: {_chosen(operators, device)}; attention: timm's, {'written out' if short else 'sdpa'}"
+    return operators
 
 
 def generator_kernels(model: LightningDiTConfig, precision: Precision) -> str:

@@ -19,7 +19,7 @@ from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import ImageSet, load_center_crops
 from aligntok.devices import Precision
 from aligntok.diffusion.sampler import integrate
-from aligntok.models.tokenizer import AlignTok
+from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.report.pictures import by_class, sheet
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.tokenizer_objective import TokenizerObjective
@@ -79,7 +79,7 @@ class GeneratorPreview:
     """PNG of samples, one class per column; `classes` are the names of the generator's classes."""
 
     def __init__(
-        self, objective: GeneratorObjective, tokenizer: AlignTok, classes: Sequence[str], precision: Precision
+        self, objective: GeneratorObjective, tokenizer: StoredTokenizer, classes: Sequence[str], precision: Precision
     ) -> None:
         self.objective, self.tokenizer, self.precision = objective, tokenizer, precision
         count = min(CLASSES, len(classes))

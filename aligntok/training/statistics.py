@@ -1,4 +1,4 @@
-"""Latent statistics: per-channel mean and standard deviation of raw latents over training images."""
+"""Latent statistics: mean and standard deviation of raw latents over training images, per channel or per element."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ from torch import Tensor
 from aligntok import collectives
 from aligntok.data.sources import Source
 from aligntok.devices import Precision
-from aligntok.models.tokenizer import AlignTok
+from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.world import current
 
 
 @torch.no_grad()
 def latent_statistics(
-    tokenizer: AlignTok,
+    tokenizer: StoredTokenizer,
     source: Source,
     count: int,
     precision: Precision,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(mean [d], std [d]), float32, of the raw latents of at least `count` crops over all processes.
+    """(mean, std), float32, shaped like the tokenizer's statistics, of the raw latents of at least `count` crops.
 
-    Sums are float64.
+    The crops are those of all processes; sums are float64.
     """
-    total = torch.zeros(tokenizer.latent_channels, dtype=torch.float64)
+    shape = tokenizer.latent_mean.shape
+    reduced = (0, 2, 3) if len(shape) == 1 else (0,)
+    total = torch.zeros(shape, dtype=torch.float64)
     squares, seen, values, step = total.clone(), 0, 0, 0
     while seen < count:
         images = source.batch(step)["images"].to(precision.device)
         with precision.autocast():
             latents = tokenizer.raw_latents(images)
-        flat = latents.transpose(0, 1).flatten(1).to("cpu", torch.float64)  # [d, B*h*w]
-        total += flat.sum(1)
-        squares += flat.square().sum(1)
-        seen, values, step = seen + len(images) * current().size, values + flat.shape[1], step + 1
+        latents = latents.to("cpu", torch.float64)  # [B, d, h, w]
+        total += latents.sum(reduced)
+        squares += latents.square().sum(reduced)
+        seen, values = seen + len(images) * current().size, values + latents.numel() // total.numel()
+        step += 1
         if progress is not None:
             progress(min(seen, count), count)
     total, squares, counted = (collectives.total(x) for x in (total, squares, torch.tensor(values)))

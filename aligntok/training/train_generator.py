@@ -27,7 +27,7 @@ from aligntok.devices import Precision, choose_precision
 from aligntok.errors import UserError
 from aligntok.files import remove_unfinished, write_folder
 from aligntok.models.lightning_dit import LightningDiT
-from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
+from aligntok.models.tokenizer import StoredTokenizer, load_strictly, load_tokenizer
 from aligntok.training import distributed
 from aligntok.training.banner import PartFacts, generator_kernels, machine_line, part_lines
 from aligntok.training.checkpoint import Checkpoints, course, discard
@@ -36,6 +36,7 @@ from aligntok.training.loop import train
 from aligntok.training.previews import GeneratorPreview
 from aligntok.training.telemetry import Telemetry
 from aligntok.world import current
+from aligntok.zoo import generator_class
 
 FORMAT = "aligntok.generator"
 PART = "generator"
@@ -65,9 +66,11 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     tokenizer = load_tokenizer(config.tokenizer or output / "tokenizer").to(precision.device).requires_grad_(False)
     inputs = _inputs(recipe, tokenizer, precision, telemetry)
     _check_classes(config.model, inputs.classes)
-    side = recipe.data.image_size // tokenizer.downsample
+    size = recipe.data.image_size
+    grid = tokenizer.grid(torch.empty(1, 3, size, size, device="meta"))  # (h, w) of the latents
     torch.manual_seed(training.seed)
-    model = LightningDiT(config.model, tokenizer.latent_channels, (side, side)).to(precision.device)
+    network = generator_class(config.model)
+    model = network(config.model, tokenizer.latent_channels, grid).to(precision.device)
     objective = GeneratorObjective(model, inputs.latents, config, precision)
     decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
     mark = course(
@@ -95,7 +98,8 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, peak))
     train(PART, objective, inputs.source, training, precision.device, telemetry, checkpoints)
     weights = distributed.gather(objective.ema.module)
-    on_main(lambda: _save(folder, model, weights, config.sampler, tokenizer, inputs.classes))
+    belongs = tokenizer.fingerprint()
+    on_main(lambda: save_generator(folder, model, weights, config.sampler, inputs.classes, belongs))
     on_main(checkpoints.remove)
     return folder
 
@@ -112,7 +116,7 @@ class _Inputs:
     cache: str | None = None  # fingerprint of the latent cache
 
 
-def _inputs(recipe: Recipe, tokenizer: AlignTok, precision: Precision, telemetry: Telemetry) -> _Inputs:
+def _inputs(recipe: Recipe, tokenizer: StoredTokenizer, precision: Precision, telemetry: Telemetry) -> _Inputs:
     data, training = recipe.data, recipe.generator.training
     if recipe.generator.latents is not None:
         return _cached_inputs(recipe, tokenizer)
@@ -135,7 +139,7 @@ def _inputs(recipe: Recipe, tokenizer: AlignTok, precision: Precision, telemetry
     return _Inputs(source, latents, images.classes, images.name, len(images))
 
 
-def _cached_inputs(recipe: Recipe, tokenizer: AlignTok) -> _Inputs:
+def _cached_inputs(recipe: Recipe, tokenizer: StoredTokenizer) -> _Inputs:
     """From a latent cache alone: no image is opened and no encoder run."""
     config, data, training = recipe.generator, recipe.data, recipe.generator.training
     folder = config.tokenizer or Path(recipe.output) / "tokenizer"
@@ -159,14 +163,15 @@ def _check_classes(model: LightningDiTConfig, classes: list[str]) -> None:
         )
 
 
-def _save(
+def save_generator(
     folder: Path,
     model: LightningDiT,
     weights: dict[str, Tensor],
     sampler: SamplerConfig,
-    tokenizer: AlignTok,
     classes: list[str],
+    tokenizer_fingerprint: str,
 ) -> None:
+    """Write a generator folder: config.json, with the sampler's defaults and what it belongs to, and the weights."""
     manifest = {
         "format": FORMAT,
         "version": 1,
@@ -175,7 +180,7 @@ def _save(
         "latent_channels": model.latent_channels,
         "latent_size": list(model.latent_size),
         "classes": classes,
-        "tokenizer": tokenizer.fingerprint(),
+        "tokenizer": tokenizer_fingerprint,
     }
     write_folder(folder, {"model": weights}, {"config": manifest})
 
@@ -197,9 +202,8 @@ class Generator:
         self.classes: list[str] = manifest["classes"]
         self.tokenizer_fingerprint: str = manifest["tokenizer"]
         self.sampler: SamplerConfig = from_dict(SamplerConfig, manifest["sampler"])
-        self.model = LightningDiT(
-            from_dict(LightningDiTConfig, manifest["config"]), self.latent_shape[0], self.latent_shape[1:]
-        )
+        config = from_dict(LightningDiTConfig, manifest["config"])
+        self.model = generator_class(config)(config, self.latent_shape[0], self.latent_shape[1:])
         weights = folder / "model.safetensors"
         load_strictly(self.model, load_file(weights), weights)
         self.model.eval().requires_grad_(False)

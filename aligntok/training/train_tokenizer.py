@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from aligntok.collectives import main_first, on_main
-from aligntok.config import Recipe, StageConfig
+from aligntok.config import PerceptualConfig, Recipe, StageConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, latents_in_batch, tabulate
 from aligntok.data.images import ImageSet, open_images
 from aligntok.data.latent_cache import LatentCache, LatentsBeside
@@ -259,11 +259,7 @@ class TokenizerTraining:
         return isinstance(self.source, MemorySource)
 
     def _perceptual(self) -> nn.Module | None:
-        if self.config.losses.perceptual.kind == "none":
-            return None
-        with main_first():
-            perceptual = build_perceptual(self.config.losses.perceptual)
-        return perceptual.to(self.precision.device, memory_format=torch.channels_last)
+        return training_perceptual(self.config.losses.perceptual, self.precision.device)
 
     def _discriminator(self, folder: Path) -> PatchDiscriminator:
         """New, or the one that the stage before has left (VA-VAE carries it over)."""
@@ -286,6 +282,15 @@ class TokenizerTraining:
         write_folder(folder / "discriminator", {"model": discriminator.state_dict()}, {})
         tokenizer.save(folder / "tokenizer")  # last: its presence means that the stage is finished
         checkpoints.remove()
+
+
+def training_perceptual(config: PerceptualConfig, device: torch.device) -> nn.Module | None:
+    """The perceptual loss as training uses it, or None where the configuration has none."""
+    if config.kind == "none":
+        return None
+    with main_first():
+        perceptual = build_perceptual(config)
+    return perceptual.to(device, memory_format=torch.channels_last)
 
 
 def check_size(size: int, factor: int) -> None:

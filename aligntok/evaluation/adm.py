@@ -1,0 +1,218 @@
+"""ADM's protocol for generated images, as functions of features: files, FID and sFID moments, IS, precision and recall.
+
+    IS        = mean over splits of exp(mean_i sum_c p_ic (log p_ic - log mean_i p_ic))
+    precision = share of samples within the ball of any reference point; recall = the same with the sets exchanged;
+                a point's ball reaches to its k-th nearest neighbour in its own set
+
+Samples travel as .npz with `arr_0` uint8 [n, H, W, 3]; a reference batch adds mu, sigma (pooled features) and mu_s,
+sigma_s (spatial ones). It holds statistics of training images for generation, so it is refused where reconstructions
+are compared with their originals. Source: guided-diffusion evaluations/evaluator.py and README.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from aligntok.errors import UserError
+from aligntok.files import write_bytes
+
+NEIGHBOURS = 3  # k of precision and recall
+SPLIT = 5_000  # samples per split of the Inception score
+SPATIAL_CHANNELS = 7  # of the Mixed_6 block's first convolution, at 17 x 17: 2,023 features
+
+
+@dataclass(frozen=True)
+class Moments:
+    """A Gaussian by its mean [d] and covariance [d, d], float64; what `frechet_distance` needs of one."""
+
+    mean: Tensor
+    cov: Tensor
+
+    @property
+    def dimension(self) -> int:
+        return len(self.mean)
+
+
+@dataclass(frozen=True)
+class ReferenceBatch:
+    """Moments of pooled and of spatial features, the number of images in the file, and its SHA-256."""
+
+    pooled: Moments
+    spatial: Moments
+    images: int
+    sha256: str
+
+    @property
+    def protocol(self) -> str:
+        return f"ADM reference batch sha256 {self.sha256[:16]}, {self.images} images for precision and recall"
+
+
+def write_samples(path: str | Path, images: Tensor) -> None:
+    """Images uint8 [n, 3, H, W] -> .npz with arr_0 [n, H, W, 3], atomically."""
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise UserError(f"expected uint8 images [n, 3, H, W], got {images.dtype} {list(images.shape)}")
+    memory = BytesIO()
+    np.savez(memory, images.permute(0, 2, 3, 1).contiguous().numpy())
+    write_bytes(path, memory.getvalue())
+
+
+def read_samples(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
+    """Batches uint8 [B, 3, H, W] of arr_0; memory holds one batch, whatever the number of samples."""
+    with _opened(path) as archive, _member(archive, "arr_0", path) as (file, shape, dtype):
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
+            raise UserError(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [n, H, W, 3]")
+        size = int(np.prod(shape[1:]))
+        for start in range(0, shape[0], batch_size):
+            count = min(batch_size, shape[0] - start)
+            data = file.read(count * size)
+            if len(data) != count * size:
+                raise UserError(f"{path} ends after {start + len(data) // size} of its {shape[0]} samples")
+            images = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(count, *shape[1:])
+            yield images.permute(0, 3, 1, 2).contiguous()
+
+
+def read_reference(path: str | Path) -> ReferenceBatch:
+    """A reference batch; its images are left on the disk for `read_samples`. UserError if it is not one."""
+    with _opened(path) as archive, _member(archive, "arr_0", path) as (_, shape, _):
+        missing = [key for key in ("mu", "sigma", "mu_s", "sigma_s") if f"{key}.npy" not in archive.namelist()]
+        if missing:
+            raise UserError(
+                f"{path} lacks {', '.join(missing)}: it holds samples and is no ADM reference batch such as "
+                "VIRTUAL_imagenet256_labeled.npz"
+            )
+    with np.load(path, allow_pickle=False) as arrays:
+        values = {key: torch.from_numpy(arrays[key]).double() for key in ("mu", "sigma", "mu_s", "sigma_s")}
+    for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
+        d = values[mean].numel()
+        if values[mean].ndim != 1 or values[cov].shape != (d, d):
+            raise UserError(f"{path}: {mean} {list(values[mean].shape)} and {cov} {list(values[cov].shape)} do not fit")
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    pooled, spatial = Moments(values["mu"], values["sigma"]), Moments(values["mu_s"], values["sigma_s"])
+    return ReferenceBatch(pooled, spatial, shape[0], digest.hexdigest())
+
+
+def refuse_as_originals(path: str | Path) -> None:
+    """UserError where `path` is an .npz: rFID compares reconstructions with the images that they are made from."""
+    if Path(path).suffix == ".npz":
+        raise UserError(
+            f"{path} is a file of samples or an ADM reference batch, which stands for generated images' training set; "
+            "reconstruction metrics need the validation images themselves: give their folder or .tar"
+        )
+
+
+def spatial_features(maps: Tensor) -> Tensor:
+    """Feature maps [B, C, h, w] -> [B, h * w * 7] in ADM's order: rows, columns, the first seven channels."""
+    if maps.ndim != 4 or maps.shape[1] < SPATIAL_CHANNELS:
+        raise UserError(f"expected maps [B, C, h, w] with C >= {SPATIAL_CHANNELS}, got {list(maps.shape)}")
+    return maps[:, :SPATIAL_CHANNELS].permute(0, 2, 3, 1).flatten(1)
+
+
+class InceptionScore:
+    """Inception score of class logits that arrive in batches [n, classes], float64, one split in memory as two sums."""
+
+    def __init__(self, split: int = SPLIT) -> None:
+        self.split, self.count = split, 0
+        self._scores: list[float] = []
+        self._probabilities: Tensor | None = None  # sum over the split of p [classes]
+        self._negative_entropy = 0.0  # sum over the split of sum_c p log p
+        self._seen = 0
+
+    def add(self, logits: Tensor) -> None:
+        if logits.ndim != 2 or not logits.isfinite().all():
+            raise UserError(f"expected finite logits [n, classes], got {list(logits.shape)}")
+        while len(logits):
+            room = self.split - self._seen
+            part, logits = logits[:room], logits[room:]
+            log_p = part.detach().double().cpu().log_softmax(dim=1)
+            p = log_p.exp()
+            summed = p.sum(0)
+            self._probabilities = summed if self._probabilities is None else self._probabilities + summed
+            self._negative_entropy += float((p * log_p).sum())
+            self._seen, self.count = self._seen + len(part), self.count + len(part)
+            if self._seen == self.split:
+                self._close()
+
+    def _close(self) -> None:
+        self._scores.append(self._score())
+        self._probabilities, self._negative_entropy, self._seen = None, 0.0, 0
+
+    def _score(self) -> float:
+        marginal = self._probabilities / self._seen
+        return float(np.exp(self._negative_entropy / self._seen - float(torch.xlogy(marginal, marginal).sum())))
+
+    def compute(self) -> float:
+        """Mean over the splits; the last one counts like the others even if it is not full, as in ADM's code."""
+        scores = self._scores + ([self._score()] if self._seen else [])
+        if not scores:
+            raise UserError("no logits were added: an Inception score needs at least one sample")
+        return float(np.mean(scores))
+
+
+def precision_recall(
+    reference: Tensor, samples: Tensor, neighbours: int = NEIGHBOURS, block: int = 1000
+) -> tuple[float, float]:
+    """(precision, recall) of samples [m, d] against a reference [n, d] (Kynkaanniemi et al. 2019).
+
+    Raises:
+        UserError: other shapes, or a set with no k-th neighbour.
+    """
+    if reference.ndim != 2 or samples.ndim != 2 or reference.shape[1] != samples.shape[1]:
+        raise UserError(f"expected features [n, d] and [m, d], got {list(reference.shape)} and {list(samples.shape)}")
+    for name, features in (("reference", reference), ("samples", samples)):
+        if len(features) <= neighbours:
+            raise UserError(f"{len(features)} {name} have no neighbour number {neighbours}: give more")
+    precision = _share_within(samples, reference, radii(reference, neighbours, block), block)
+    return precision, _share_within(reference, samples, radii(samples, neighbours, block), block)
+
+
+def radii(features: Tensor, neighbours: int = NEIGHBOURS, block: int = 1000) -> Tensor:
+    """Distance [n] of each point to its k-th nearest neighbour among the others."""
+    found = [torch.cdist(part, features).kthvalue(neighbours + 1).values for part in features.split(block)]
+    return torch.cat(found)
+
+
+def _share_within(points: Tensor, centres: Tensor, reach: Tensor, block: int) -> float:
+    inside = [(torch.cdist(part, centres) <= reach).any(dim=1) for part in points.split(block)]
+    return float(torch.cat(inside).double().mean())
+
+
+def _opened(path: str | Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read as .npz ({error})") from error
+
+
+@contextmanager
+def _member(
+    archive: zipfile.ZipFile, name: str, path: str | Path
+) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
+    """One array of an .npz behind its header: (file at its first value, shape, dtype)."""
+    try:
+        file = archive.open(f"{name}.npy")
+    except KeyError:
+        raise UserError(f"{path} holds {', '.join(archive.namelist()) or 'nothing'}, expected {name}.npy") from None
+    with file:
+        try:
+            version = np.lib.format.read_magic(file)
+            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            shape, fortran, dtype = read(file)
+        except ValueError as error:
+            raise UserError(f"{path}: {name} cannot be read ({error})") from error
+        if fortran or dtype.hasobject:
+            raise UserError(f"{path}: {name} is stored by columns or as objects, expected plain rows")
+        yield file, shape, dtype

@@ -1,0 +1,149 @@
+"""Published checkpoints into our modules, with every tensor of the file accounted for.
+
+A converter says for each of our names which of theirs it is made of (several are concatenated on the first axis: q,
+k, v into a packed qkv) and which of theirs it leaves out and why. Anything else - a key missing, left over or
+misshapen - is one error. Files are read without executing anything that they hold.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from aligntok.errors import UserError
+
+Sources = Callable[[str], Sequence[str]]  # our name -> theirs; empty for what the file does not hold
+HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28, 2048: 16}  # width -> heads of the published networks
+FEW = 4  # keys that an error names
+
+
+@dataclass
+class Report:
+    """What a conversion did."""
+
+    what: str
+    converted: int  # tensors of the file that are in the result
+    ignored: dict[str, int]  # reason -> tensors of the file that are not
+    notes: list[str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.what}: converted {self.converted} tensors"]
+        lines += [f"  left out {count}: {reason}" for reason, count in self.ignored.items()]
+        return "\n".join(lines + [f"  {note}" for note in self.notes])
+
+
+def read_tensors(path: Path, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
+    """Names and tensors of a .safetensors or torch file; of `wrappers`, the first key present is unwrapped.
+
+    Prefixes that DistributedDataParallel and torch.compile add are removed.
+
+    Raises:
+        UserError: no such file, one that cannot be read safely, or one without tensors.
+    """
+    path = Path(path).expanduser()
+    if not path.is_file():
+        raise UserError(f"no file {path}: give a published checkpoint")
+    try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            held = load_file(path)
+        else:
+            held = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # safetensors, pickle and zip each raise their own
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{path} cannot be read without executing code ({type(error).__name__}: {reason}); save its tensors alone, "
+            "as .safetensors"
+        ) from error
+    for wrapper in wrappers:
+        if isinstance(held, dict) and isinstance(held.get(wrapper), Mapping):
+            held = held[wrapper]
+            break
+    if not isinstance(held, Mapping) or not held or not all(isinstance(value, Tensor) for value in held.values()):
+        raise UserError(f"{path} holds no state dict (names to tensors) at its top or under {', '.join(wrappers)}")
+    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): value for name, value in held.items()}
+
+
+def renamed(rules: list[tuple[str, str]], name: str) -> str:
+    """`name` after every substitution (pattern, replacement), in order."""
+    for pattern, replacement in rules:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def fill(
+    module: nn.Module, state: dict[str, Tensor], sources: Sources, ignored: dict[str, str], path: Path, what: str
+) -> Report:
+    """Load `state`, in the published layout, into `module`.
+
+    Args:
+        sources: which published tensors each of the module's is made of.
+        ignored: pattern of published names -> why they are left out.
+
+    Raises:
+        UserError: names the first missing, unexpected and misshapen tensors, in the published layout.
+    """
+    own = module.state_dict()
+    plan = {name: theirs for name in own if (theirs := sources(name))}
+    wanted = {theirs for names in plan.values() for theirs in names}
+    skipped: dict[str, int] = {}
+    unexpected = []
+    for name in state:
+        if name not in wanted:
+            reason = next((why for pattern, why in ignored.items() if re.match(pattern, name)), None)
+            if reason is None:
+                unexpected.append(name)
+            else:
+                skipped[reason] = skipped.get(reason, 0) + 1
+    missing = sorted(wanted - state.keys())
+    misshapen, filled = [], {}
+    for name, theirs in plan.items():
+        if all(part in state for part in theirs):
+            value = torch.cat([state[part] for part in theirs])
+            if value.shape != own[name].shape:
+                shapes = f"{list(value.shape)}, expected {list(own[name].shape)}"
+                misshapen.append(f"{theirs[0]}{' and others' if len(theirs) > 1 else ''} {shapes}")
+            filled[name] = value.to(own[name].dtype)
+    faults = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+    if missing or unexpected or misshapen:
+        told = "; ".join(f"{len(names)} {kind}: {_few(names)}" for kind, names in faults if names)
+        raise UserError(f"{path} is not a {what} of the published layout: {told}")
+    module.load_state_dict(own | filled)
+    return Report(what, len(wanted), skipped, [])
+
+
+def require(state: dict[str, Tensor], name: str, path: Path, what: str) -> Tensor:
+    """A tensor that sizes are read from; UserError where it is missing."""
+    if name not in state:
+        raise UserError(f"{path} is not a {what} of the published layout: {name} is missing (has {_few(list(state))})")
+    return state[name]
+
+
+def count(state: dict[str, Tensor], pattern: str) -> int:
+    """One more than the largest number that `pattern`'s group matches in the names, 0 where it matches none."""
+    return max((int(found[1]) + 1 for name in state if (found := re.match(pattern, name))), default=0)
+
+
+def heads_of(width: int, path: Path) -> int:
+    """Attention heads of a published width, which no tensor tells."""
+    if width not in HEADS:
+        raise UserError(f"{path} is {width} wide, expected one of the published widths {', '.join(map(str, HEADS))}")
+    return HEADS[width]
+
+
+def side_of(tokens: int, path: Path) -> int:
+    """Side of a square grid of tokens."""
+    side = round(tokens**0.5)
+    if side * side != tokens:
+        raise UserError(f"{path} has positions for {tokens} tokens, expected a square grid")
+    return side
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:FEW]) + (", ..." if len(names) > FEW else "")

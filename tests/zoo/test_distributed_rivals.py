@@ -1,0 +1,64 @@
+"""Two processes train the rival that one trains: its noise, posterior samples and adaptive weights included."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import write_pictures
+from safetensors.torch import load_file
+from zoo_rivals import rival_recipe
+
+from aligntok.errors import UserError
+from aligntok.training import distributed
+from aligntok.zoo.train import train_rival
+
+LIMIT = 240  # seconds: much more than it takes, other work may slow it down
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of both kinds, trained in one process and in two."""
+    here, folder = Path(__file__).parent, tmp_path_factory.mktemp("runs")
+    pictures = write_pictures(folder / "pictures", 20)
+    paths = os.pathsep.join([str(here.parent), str(here.parent.parent), os.environ.get("PYTHONPATH", "")])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, str(here / "two_processes.py"), str(pictures), str(folder / "two")]
+    with open(folder / "output.txt", "w") as output:
+        environment = os.environ | {"PYTHONPATH": paths}
+        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+    for kind in ("va-vae", "rae"):
+        train_rival(rival_recipe(folder / "one" / kind, pictures, kind))
+    try:
+        process.wait(timeout=LIMIT)
+    finally:
+        process.terminate()  # torchrun takes its processes along
+    assert process.returncode == 0, (folder / "output.txt").read_text()[-3000:]
+    return folder / "one", folder / "two"
+
+
+@pytest.mark.parametrize("kind", ["va-vae", "rae"])
+def test_two_processes_train_what_one_does(runs, kind):
+    logs = [[json.loads(line) for line in (run / kind / "metrics.jsonl").read_text().splitlines()] for run in runs]
+    assert len(logs[0]) == len(logs[1]) == 4
+    compared = {"l1", "kl", "alignment", "alignment_weight", "latent_std", "gan", "gan_weight", "discriminator"}
+    for one, two in zip(*logs, strict=True):
+        names = compared & one.keys()
+        assert {name: two[name] for name in names} == pytest.approx({n: one[n] for n in names}, rel=5e-4, abs=3e-6)
+    states = [load_file(run / kind / "tokenizer" / "model.safetensors") for run in runs]
+    for name, value in states[0].items():
+        difference = (states[1][name] - value).abs()
+        # Adam turns the rounding of a gradient near 0 into a step of another sign: a few weights may differ by steps
+        assert difference.max() < 4e-3 * max(1, value.abs().max()) and difference.mean() < 5e-5, name
+
+
+def test_shares_of_weights_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(distributed, "is_sharded", lambda mode: mode == "fsdp")
+    recipe = rival_recipe(tmp_path, write_pictures(tmp_path / "pictures", 4), "vae")
+    recipe.rival.training.parallel = "fsdp"
+    with pytest.raises(UserError, match=r"rival\.training\.parallel to ddp"):
+        train_rival(recipe)
+    assert torch.distributed.is_initialized() is False

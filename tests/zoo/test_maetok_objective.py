@@ -1,0 +1,89 @@
+"""MAETok's objective: losses on hidden patches only, all parts learn, and it runs in the loop."""
+
+import pytest
+import torch
+from zoo_helpers import tiny_encoder, tiny_run
+
+from aligntok.config import DiscriminatorConfig, LossConfig, RivalStageConfig, TrainingConfig
+from aligntok.devices import choose_precision
+from aligntok.errors import UserError
+from aligntok.models.discriminator import PatchDiscriminator
+from aligntok.zoo import maetok_objective
+from aligntok.zoo.hog import hog
+from aligntok.zoo.maetok import MAETok, MAETokConfig
+from aligntok.zoo.maetok_objective import (
+    FeatureTarget,
+    MAETokLossConfig,
+    MAETokObjective,
+    encoder_target,
+    hog_target,
+)
+
+PRECISION = choose_precision("cpu", "fp32")
+TRAINING = TrainingConfig(batch_size=4)
+CONFIG = MAETokConfig(image_size=32, patch_size=16, latent_tokens=6, latent_channels=5, width=32, depth=1, heads=2)
+SHALLOW = MAETokLossConfig(auxiliary_width=16, auxiliary_depth=1, auxiliary_heads=1)
+
+
+def objective(targets: dict[str, FeatureTarget] | None = None, config: MAETokLossConfig = SHALLOW) -> MAETokObjective:
+    torch.manual_seed(0)
+    if targets is None:
+        targets = {"hog": hog_target(CONFIG), "vit": encoder_target(tiny_encoder(), PRECISION)}
+    stage = RivalStageConfig(steps=3, learning_rate=1e-3, gan_start=1, ema_decay=0.9, gradient_clip=1.0)
+    discriminator = PatchDiscriminator(DiscriminatorConfig(base_channels=8, layers=1))
+    return MAETokObjective(
+        MAETok(CONFIG), targets, config, discriminator, None, LossConfig(), stage, PRECISION, TRAINING
+    )
+
+
+def pictures() -> dict[str, torch.Tensor]:
+    images = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    return {"images": images, "rows": torch.arange(3)}
+
+
+def test_feature_losses_are_those_of_hidden_patches(monkeypatch):
+    made, batch = objective(config=MAETokLossConfig((0.5, 0.5), 2.0, 1, 16, 1)), pictures()
+    masked = torch.tensor([[True, False, False, True]] * 3)
+    monkeypatch.setattr(maetok_objective, "draw_mask", lambda *arguments: masked)
+    _, total, values = made._forward(batch)
+    tokens = made.tokenizer.raw_latents(batch["images"], masked).squeeze(2).transpose(1, 2)
+    found = made.auxiliary["hog"](tokens)[:, [0, 3]]
+    hog_loss = (found - hog(batch["images"])[:, [0, 3]]).square().mean()
+    torch.testing.assert_close(values["hog"], hog_loss)
+    seen = made.auxiliary["vit"](tokens)[:, [0, 3]]
+    wanted = made.targets["vit"].output(batch)[:, [0, 3]]
+    vit_loss = 1 - (seen * wanted).sum(-1).div(seen.norm(dim=-1) * wanted.norm(dim=-1)).mean()
+    torch.testing.assert_close(values["vit"], vit_loss)
+    torch.testing.assert_close(total, 2 * (hog_loss + vit_loss))
+
+
+def test_gradients_reach_every_part_and_only_features_reach_the_shallow_decoders():
+    made, batch = objective(), pictures()
+    output, total, _ = made._forward(batch)
+    output.mean().backward(retain_graph=True)
+    assert all(p.grad is None for p in made.auxiliary.parameters())
+    made.autoencoder_optimizer.zero_grad()
+    total.backward()
+    assert all(p.grad is None for p in made.tokenizer.decoder.parameters())
+    for part in (made.tokenizer.encoder, made.auxiliary):
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in part.parameters())
+
+
+def test_runs_in_the_loop(tmp_path):
+    """Three steps, the last two adversarial; every trained part moves, and the log has every value."""
+    made = objective()
+    before = {name: [p.clone() for p in part.parameters()] for name, part in made.modules().items()}
+    values = tiny_run(made, tmp_path)
+    assert {"l1", "hog", "vit", "gan", "gan_weight", "discriminator"} <= values.keys()
+    for name in ("encoder", "decoder", "auxiliary", "discriminator"):
+        assert any(not torch.equal(a, b) for a, b in zip(before[name], made.modules()[name].parameters(), strict=True))
+    made.finish()
+    made.tokenizer.save(tmp_path / "t")
+    assert not any("auxiliary" in key for key in made.tokenizer.state_dict())
+
+
+def test_refusals():
+    with pytest.raises(UserError, match="mask_share"):
+        objective(config=MAETokLossConfig(mask_share=(0.6, 0.4)))
+    with pytest.raises(UserError, match=r"target odd gives features \[3, 5, 7\], expected \[3, 4, 7\]"):
+        objective({"odd": FeatureTarget(lambda batch: torch.zeros(3, 5, 7), 7)})._forward(pictures())

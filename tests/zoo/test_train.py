@@ -1,0 +1,206 @@
+"""Rivals in the one loop: what each trains, its losses, resuming, and a generator on its latents."""
+
+import signal
+
+import pytest
+import torch
+from helpers import write_pictures
+from zoo_rivals import rival_recipe, tiny_vae
+
+from aligntok.cli import parse_recipe
+from aligntok.devices import choose_precision
+from aligntok.errors import UserError
+from aligntok.losses.adversarial import DELTA
+from aligntok.models.discriminator import PatchDiscriminator
+from aligntok.models.tokenizer import load_tokenizer
+from aligntok.training.guard import Interrupted
+from aligntok.training.telemetry import PartLog, Telemetry
+from aligntok.training.train_generator import Generator, train_generator
+from aligntok.zoo import generator_class
+from aligntok.zoo.objectives import RAEObjective, VAEObjective, VAVAEObjective
+from aligntok.zoo.train import build_rival, train_rival
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    return write_pictures(tmp_path_factory.mktemp("pictures"), 20)
+
+
+def objective(kind: str, folder, pictures, **changes):
+    """An objective of that kind and a batch; its frozen encoder's tokens are random."""
+    recipe = rival_recipe(folder, pictures, kind, **changes).rival
+    tokenizer = build_rival(recipe).eval()
+    common = (tokenizer, PatchDiscriminator(recipe.losses.discriminator), None, recipe, choose_precision("cpu", "fp32"))
+    random = torch.Generator().manual_seed(1)
+    batch = {"images": torch.rand(4, 3, 32, 32, generator=random) * 2 - 1, "rows": torch.arange(4)}
+    batch["labels"] = torch.zeros(4, dtype=torch.int64)
+    if kind == "vae":
+        return VAEObjective(*common), batch
+    if kind == "rae":
+        return RAEObjective(*common, lambda batch: tokenizer.raw_latents(batch["images"]).detach()), batch
+    features = torch.randn(4, 4, 24, generator=random)
+    return VAVAEObjective(*common, lambda batch: features, 24), batch
+
+
+def gradients(made, loss) -> set[str]:
+    """Names of the tokenizer's parts that a loss reaches."""
+    loss.backward()
+    return {name.split(".")[0] for name, p in made.tokenizer.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+@pytest.mark.parametrize("adversarial", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "parts"),
+    [
+        ("vae", {"encoder", "quant", "post_quant", "decoder"}),
+        ("va-vae", {"encoder", "quant", "post_quant", "decoder"}),
+        ("rae", {"decoder"}),
+    ],
+)
+def test_what_is_trained(kind, parts, adversarial, tmp_path, pictures):
+    made, batch = objective(kind, tmp_path, pictures)
+    loss, _ = made._adversarial_loss(batch) if adversarial else made._reconstruction_loss(batch)
+    assert gradients(made, loss) == parts
+    assert all(p.grad is None for p in made.discriminator.parameters())
+
+
+def test_kl_is_ldms_per_pixel(tmp_path, pictures):
+    made, batch = objective("vae", tmp_path, pictures, kl_weight=100.0)
+    torch.manual_seed(3)
+    output, kl, _ = made._forward(batch)
+    posterior = made.tokenizer.posterior(batch["images"])
+    torch.testing.assert_close(kl, 100 * posterior.kl().mean() / (3 * 32 * 32))
+    torch.manual_seed(3)
+    noise = made._draw(batch, posterior.mean)
+    torch.testing.assert_close(output, made.tokenizer.reconstruct(posterior.sample(noise)))
+
+
+def test_alignment_weighs_as_much_as_the_reconstruction_at_the_encoder(tmp_path, pictures):
+    """weight * |d alignment / dE| = w * |d L_rec / dE|, whatever the two losses are."""
+    made, batch = objective("va-vae", tmp_path, pictures, kl_weight=0.0)
+    torch.manual_seed(0)
+    latents, output, _, _ = made._pass(batch)
+    reconstruction, _ = made._reconstruction(output, batch)
+    at = made.tokenizer.encoder.conv_out.weight
+    (of_reconstruction,) = torch.autograd.grad(reconstruction, at, retain_graph=True)
+    (by_image,) = torch.autograd.grad(reconstruction, output, retain_graph=True)
+    loss, values = made._alignment(batch, latents, output, by_image)
+    (of_alignment,) = torch.autograd.grad(loss, at, retain_graph=True)
+    torch.testing.assert_close(of_alignment.norm(), 0.1 * of_reconstruction.norm(), rtol=1e-2, atol=DELTA)
+    torch.testing.assert_close(loss.detach(), values["alignment"] * values["alignment_weight"])
+    torch.manual_seed(0)
+    total, _ = made._reconstruction_loss(batch)
+    torch.testing.assert_close(total.detach(), (reconstruction + loss).detach())
+
+
+def test_rae_noise_is_uniform_up_to_tau_and_only_for_training(tmp_path, pictures):
+    made, batch = objective("rae", tmp_path, pictures)
+    seen = []
+    made.tokenizer.reconstruct = lambda raw: seen.append(raw) or torch.zeros(len(raw), 3, 32, 32)
+    clean = made.tokenizer.raw_latents(batch["images"]).detach()
+    torch.manual_seed(0)
+    for _ in range(100):
+        made._forward(batch)
+    sigmas = torch.stack([(noisy - clean).flatten(1).std(1) for noisy in seen]).flatten()
+    assert sigmas.max() < 0.85 and sigmas.min() < 0.05, "tau = .8"
+    assert sigmas.mean() == pytest.approx(0.4, abs=0.04) and sigmas.std() == pytest.approx(0.8 / 12**0.5, abs=0.03)
+
+
+RUNS = {
+    "vae": {"l1", "kl", "latent_std", "gan", "gan_weight", "discriminator"},
+    "va-vae": {"l1", "kl", "alignment", "alignment_weight", "gan", "discriminator"},
+    "rae": {"l1", "latent_std", "gan", "gan_weight", "discriminator"},
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_run_ends_with_a_tokenizer_that_a_generator_can_be_trained_on(kind, tmp_path, pictures):
+    recipe = rival_recipe(tmp_path, pictures, kind, discriminator="dino" if kind == "rae" else "patch")
+    tokenizer = train_rival(recipe)
+    records = Telemetry(tmp_path, 1).records()
+    assert [r["step"] for r in records] == [1, 2, 3, 4] and RUNS[kind] <= records[-1].keys()
+    assert "gan" not in records[1]
+    assert not (tmp_path / "checkpoints" / "rival").exists()
+    loaded = load_tokenizer(tmp_path / "tokenizer")
+    assert loaded.fingerprint() == tokenizer.fingerprint() and loaded.has_statistics
+    recipe.generator.steps = 2
+    recipe.generator.model.head_depth, recipe.generator.model.head_width = (1, 48) if kind == "rae" else (0, 2048)
+    recipe.generator.model.head_heads = 2
+    generator = Generator(train_generator(recipe))
+    assert generator.tokenizer_fingerprint == loaded.fingerprint()
+    assert generator.latent_shape == (loaded.latent_channels, 2, 2)
+    velocity = generator.model(torch.randn(1, *generator.latent_shape), torch.tensor([0.5]), torch.tensor([0]))
+    assert velocity.shape == (1, *generator.latent_shape)
+
+
+def test_discriminator_may_start_before_the_generator_meets_it(tmp_path, pictures):
+    recipe = rival_recipe(tmp_path, pictures, "rae")
+    recipe.rival.stage.discriminator_start = 1
+    train_rival(recipe)
+    records = Telemetry(tmp_path, 1).records()
+    assert ["discriminator" in r for r in records] == [False, True, True, True]
+    assert ["gan" in r for r in records] == [False, False, True, True]
+
+
+def test_resumed_equals_uninterrupted(tmp_path, pictures, monkeypatch):
+    straight = train_rival(rival_recipe(tmp_path / "a", pictures, "va-vae")).state_dict()
+    original = PartLog.step
+
+    def step_then_signal(self, done, values, images):
+        original(self, done, values, images)
+        if done == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartLog, "step", step_then_signal)
+        with pytest.raises(Interrupted):
+            train_rival(rival_recipe(tmp_path / "b", pictures, "va-vae"))
+    resumed = train_rival(rival_recipe(tmp_path / "b", pictures, "va-vae")).state_dict()
+    assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
+
+
+def test_vit_encoder_trains(tmp_path, pictures):
+    tokenizer = train_rival(rival_recipe(tmp_path, pictures, "va-vae", vae=tiny_vae("vit")))
+    assert tokenizer.encode(torch.zeros(1, 3, 32, 32)).shape == (1, 4, 2, 2)
+
+
+def test_element_statistics_are_those_of_the_training_images(tmp_path, pictures):
+    recipe = rival_recipe(tmp_path, pictures, "rae")
+    recipe.data.flip, recipe.rival.stage.steps, recipe.data.held_out = False, 1, 0.0
+    tokenizer = train_rival(recipe)
+    from aligntok.data.images import load_center_crops, open_images
+
+    pixels, _ = load_center_crops(open_images(str(pictures)), 32)
+    raw = tokenizer.raw_latents(pixels / 127.5 - 1)
+    torch.testing.assert_close(tokenizer.latent_mean, raw.mean(0), atol=2e-3, rtol=1e-3)
+    torch.testing.assert_close(tokenizer.latent_std, raw.std(0, unbiased=False), atol=2e-3, rtol=1e-2)
+
+
+def test_refusals(tmp_path, pictures):
+    recipe = rival_recipe(tmp_path, pictures, "rae")
+    recipe.data.image_size = 64
+    with pytest.raises(UserError, match=r"rival\.rae\.image_size is 32"):
+        train_rival(recipe)
+    recipe = rival_recipe(tmp_path, pictures, "vae")
+    recipe.data.image_size = 40
+    with pytest.raises(UserError, match="multiple of the downsampling 16"):
+        train_rival(recipe)
+    recipe = rival_recipe(tmp_path, pictures, "va-vae")
+    recipe.rival.alignment.encoder.downsample = 8
+    with pytest.raises(UserError, match="expected the tokenizer's 16"):
+        train_rival(recipe)
+    recipe = rival_recipe(tmp_path, pictures, "gan")
+    with pytest.raises(UserError, match="expected vae, va-vae or rae"):
+        train_rival(recipe)
+
+
+@pytest.mark.parametrize(("name", "kind"), [("vae", "vae"), ("va_vae", "va-vae"), ("rae", "rae")])
+def test_shipped_recipes(name, kind):
+    recipe = parse_recipe("train-rival", ["--config", f"imagenet256_{name}"])
+    assert recipe.rival.kind == kind
+    with torch.device("meta"):
+        tokenizer = build_rival(recipe.rival)
+        assert (tokenizer.latent_channels, tokenizer.downsample) == ((768 if kind == "rae" else 32), 16)
+        model = generator_class(recipe.generator.model)(recipe.generator.model, tokenizer.latent_channels, (16, 16))
+    expected = 838.676 if kind == "rae" else 675.257
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(expected, abs=0.01)

@@ -15,6 +15,7 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
 from aligntok import _cuda_toolkit as cuda_toolkit
+from aligntok.foreign import without_our_kernels
 
 if TYPE_CHECKING:
     import torch
@@ -60,7 +61,8 @@ def _first_line(error: BaseException) -> str:
 
 def _import_error(module: str) -> str | None:
     try:
-        importlib.import_module(module)
+        with without_our_kernels():
+            importlib.import_module(module)
     except Exception as error:  # any failure of a foreign import is a finding, not our crash
         return _first_line(error)
     return None

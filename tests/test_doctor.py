@@ -86,6 +86,8 @@ def test_the_printed_report_has_every_section(quick_imports, capsys, monkeypatch
     cuda = {"built": False, "reason": "torch is built without CUDA", "architectures": []}
     report = {**extension.build_report(), "cuda": cuda}
     monkeypatch.setattr(extension, "build_report", lambda: report)
+    version = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "peft" else version(name))
     doctor.print_report()
     printed = capsys.readouterr().out
     for section, _ in doctor._SECTIONS:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from aligntok import assets
 
-ROW = torch.tensor([1.0, 2.0, 1.0]) / 4
+ROW = torch.tensor([1.0, 2.0, 1.0], device="cpu") / 4
 _VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16's five groups
 
 
@@ -48,9 +48,10 @@ def blur_matrix(size: int) -> Tensor:
     if size < 3:
         raise RuntimeError(f"a map of {size} values is too short to be reflected by two: at least 3 are needed")
     outputs = (size + 3) // 2
-    places = (2 * torch.arange(outputs)[:, None] + torch.arange(3) - 2).abs()  # [outputs, 3]
+    cpu = torch.device("cpu")  # whatever the default is: the matrix is kept
+    places = (2 * torch.arange(outputs, device=cpu)[:, None] + torch.arange(3, device=cpu) - 2).abs()  # [outputs, 3]
     places = torch.where(places < size, places, 2 * (size - 1) - places)
-    return torch.zeros(outputs, size).scatter_add_(1, places, ROW.expand(outputs, 3))
+    return torch.zeros(outputs, size, device=cpu).scatter_add_(1, places, ROW.expand(outputs, 3))
 
 
 def _conv(inputs: int, outputs: int, kernel: int, padding: int) -> nn.Conv2d:

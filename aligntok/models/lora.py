@@ -6,13 +6,10 @@ weights; `merge` puts W + B A back in their place. What is saved is a plain enco
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 from torch import nn
 
 from aligntok.errors import UserError
+from aligntok.foreign import without_our_kernels
 from aligntok.models.encoder import Encoder
 
 
@@ -25,7 +22,7 @@ def add(encoder: Encoder, rank: int) -> None:
     if rank < 1:
         raise UserError(f"encoder.lora_rank is {rank}, expected a positive number, e.g. 16, or null for no LoRA")
     try:
-        with _without_our_kernels():
+        with without_our_kernels():
             from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise UserError(
@@ -54,18 +51,3 @@ def merge(encoder: nn.Module) -> None:
 
 def _wrapped(module: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "lora_A")]
-
-
-@contextmanager
-def _without_our_kernels() -> Iterator[None]:
-    """peft imports transformers, which looks for Hugging Face's `kernels` and, in a checkout of this project, finds the
-    folder that is aligntok.kernels. Inside the block there is no such package.
-    """
-    known = sys.modules.get("kernels")
-    if known is None:
-        sys.modules["kernels"] = None  # what Python takes for "cannot be imported"
-    try:
-        yield
-    finally:
-        if known is None:
-            del sys.modules["kernels"]

@@ -87,7 +87,7 @@ def test_the_manifest_says_what_is_in_the_cache(folder, cache, tokenizer):
     manifest = json.loads((folder / "cache.json").read_text())
     assert manifest["complete"] and manifest["count"] == 19 and manifest["classes"] == ["disc", "square"]
     assert [shard["rows"] for shard in manifest["shards"]] == [5, 6, 6, 2]
-    assert manifest["skipped"] == [{"index": 2, "name": "disc/004.png", "reason": "cannot identify image file"}]
+    assert manifest["skipped"] == [{"index": 2, "name": "disc/004.png", "reason": "not an image that Pillow knows"}]
     assert manifest["latent_mean"] == tokenizer.latent_mean.tolist()
     rows = torch.arange(19).repeat(2)
     latents = cache.latents(rows, torch.arange(38) < 19).double()

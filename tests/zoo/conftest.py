@@ -1,16 +1,6 @@
-"""Imports diffusers before the tests do, with the checkout's own root off the import path.
+"""Imports diffusers before the tests do, without the checkout's folder `kernels` in its way."""
 
-`python -m pytest` puts it there, and the folder `kernels` then passes for the package of that name, whose version
-transformers (which diffusers imports) asks for.
-"""
+from aligntok.foreign import without_our_kernels
 
-import sys
-from pathlib import Path
-
-import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(sys, "path", [entry for entry in sys.path if Path(entry).resolve() != ROOT])
+with without_our_kernels():
     import diffusers.models.autoencoders.autoencoder_kl  # noqa: F401

@@ -12,7 +12,7 @@ TESTABLE := $(VENV)/.testable
 RUFF := $(VENV)/.ruff
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint kernel-report gpu-check clean
+.PHONY: help install quickstart test lint drill kernel-report gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -28,6 +28,9 @@ test: $(TESTABLE)  ## install with the development tools, then run all tests
 lint: $(RUFF)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+drill: $(INSTALLED)  ## kill, cut off, flip, fill up, stall: 13 kinds of faults, after which nothing may be lost
+	$(BIN)/python -m benchmarks.drill
 
 kernel-report: $(TESTABLE)  ## compile every kernel for sm_80 and sm_90, read the machine code, count bytes: benchmarks/results/
 	$(BIN)/python -m benchmarks.hardware_report

@@ -1,0 +1,1 @@
+"""The faults that `python -m benchmarks.drill` makes, one file per kind."""

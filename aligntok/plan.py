@@ -24,7 +24,14 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-from aligntok.config import GeneratorTrainingConfig, LightningDiTConfig, Recipe, StageConfig, TrainingConfig
+from aligntok.config import (
+    GeneratorTrainingConfig,
+    LightningDiTConfig,
+    Recipe,
+    RivalConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from aligntok.errors import UserError
 from aligntok.files import write_bytes
 from aligntok.training import cost
@@ -74,6 +81,11 @@ def plan(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...], update: Up
         UserError: networks that do not fit together, a batch that cannot be divided, an option out of range.
     """
     _check(options)
+    if recipe.rival != RivalConfig():
+        raise UserError(
+            f"the recipe trains a rival ({recipe.rival.kind}); only AlignTok's stages and LightningDiT can be planned: "
+            f"give another one"
+        )
     jobs: list[tuple[str, str]] = []  # (part, checkpointing)
     for part in parts:
         if part == "generator":

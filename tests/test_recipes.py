@@ -14,7 +14,8 @@ from aligntok.models.decoder import Decoder
 from aligntok.models.encoder import Encoder
 from aligntok.recipes import merge, read_recipe, recipe_path, shipped
 
-SHIPPED = list(shipped())
+RIVALS = ["imagenet256_rae", "imagenet256_va_vae", "imagenet256_vae"]
+SHIPPED = [name for name in shipped() if name not in RIVALS]
 
 
 def _write(folder, **files):
@@ -170,6 +171,12 @@ def test_a_dry_run_of_every_recipe(name, monkeypatch, capsys):
     assert list(found["parts"]) == [*stages, "generator"]
     assert all(row["activations"] > 0 and row["gradients"] > 0 for row in found["rows"])
     assert "nothing was written" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", RIVALS)
+def test_a_rivals_recipe_is_not_planned_as_aligntoks(name):
+    with pytest.raises(UserError, match="the recipe trains a rival"):
+        plan.dry_run(parse_recipe("train-tokenizer", ["--config", name]), ("generator",))
 
 
 def test_the_command_line_takes_a_dry_run(tmp_path):

@@ -88,7 +88,13 @@ def unreadable_because(error: BaseException) -> str:
 
 
 def split_numbers(count: int, held_out: float) -> tuple[Tensor, Tensor]:
-    """Numbers of the (training, held-out) pictures of a set of `count`; see ImageSet.split."""
+    """Numbers of the (training, held-out) pictures of a set of `count`; see ImageSet.split.
+
+    Raises:
+        UserError: no picture is left to train on.
+    """
+    if not 0 <= held_out < 1 or round(held_out * count) >= count:
+        raise UserError(f"data.held_out is {held_out} of {count} images, which leaves none to train on: use less")
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     kept = torch.zeros(count, dtype=torch.bool)
     kept[order[: round(held_out * count)]] = True
@@ -97,6 +103,8 @@ def split_numbers(count: int, held_out: float) -> tuple[Tensor, Tensor]:
 
 def limit_numbers(count: int, limit: int | None) -> Tensor:
     """Numbers of the pictures that are used where at most `limit` of `count` are wanted."""
+    if limit is not None and limit < 1:
+        raise UserError(f"data.max_images is {limit}, expected at least 1")
     if limit is None or limit >= count:
         return torch.arange(count)
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values

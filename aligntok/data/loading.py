@@ -7,8 +7,10 @@ torchvision  worker processes with Pillow, everywhere else
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from functools import partial
 
 import torch
 
@@ -63,12 +65,18 @@ def build_source(
         return MemorySource(pixels, labels, batch_size, seed, data.flip, world)
     streamed = "random crops never repeat" if crop == "random" else f"{gib:.1f} GiB exceed data.memory_limit_gib"
     say(f"images are decoded as training goes ({streamed}); frozen networks run in the loop")
+    name_skipped = say if world is None or world.main else partial(_say_as, world.rank)
     if loader == "dali":
         place = "GPU" if torch.device(device).type == "cuda" else f"CPU, {max(1, data.workers)} threads"
         say(f"loader: DALI on the {place} ({why})")
-        return DaliSource(images, data, crop, batch_size, seed, device, say, world)
+        return DaliSource(images, data, crop, batch_size, seed, device, name_skipped, world)
     say(f"loader: torchvision, {data.workers} worker processes with Pillow ({why})")
-    return StreamSource(images, data, crop, batch_size, seed, say, world)
+    return StreamSource(images, data, crop, batch_size, seed, name_skipped, world)
+
+
+def _say_as(rank: int, message: str) -> None:
+    """Pictures that another process than the first has met and skipped: no other process knows of them."""
+    print(f"process {rank}: {message}", file=sys.stderr, flush=True)
 
 
 def choose_loader(images: ImageSet, data: DataConfig) -> tuple[str, str]:

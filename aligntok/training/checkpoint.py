@@ -33,14 +33,14 @@ from aligntok.training.objective import Objective, Values
 from aligntok.training.state import HostCopy, State, apply, collect, is_sharded, write_shards, write_whole
 from aligntok.world import current
 
-INDIFFERENT = ("workers", "stall_timeout")  # of the data's configuration: how fast, not which
+INDIFFERENT = ("workers", "loader", "stall_timeout")  # of the data's configuration: how fast, not which
 
 
 def course(training: TrainingConfig, data: DataConfig, **others: Any) -> dict[str, Any]:
     """Everything that decides the course of a run, as {dotted name: value}; a checkpoint goes on only with the same."""
     values = {
         "data": {key: value for key, value in dataclasses.asdict(data).items() if key not in INDIFFERENT},
-        "training": {key: getattr(training, key) for key in ("batch_size", "precision", "seed")},
+        "training": {key: getattr(training, key) for key in ("batch_size", "precision", "seed", "optimizer")},
         **others,
     }
     return json.loads(json.dumps(dict(_flat(values))))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from aligntok import collectives
@@ -57,7 +57,10 @@ def start(device: str) -> Iterator[World]:
     if kind not in ("cpu", "cuda"):
         raise UserError(f"training.device is {kind!r} under torchrun, expected cuda or cpu: use training.device=cpu")
     if kind == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        local, seen = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= seen:
+            raise UserError(f"process {local} of this machine has no GPU, {seen} are seen: use --nproc-per-node {seen}")
+        torch.cuda.set_device(local)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
     yield current()
     dist.destroy_process_group()
@@ -123,13 +126,6 @@ def is_sharded(mode: str) -> bool:
 def complete(value: Tensor) -> Tensor:
     """The whole of a tensor that may be shared out; every process has to ask."""
     return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def share_out(value: Tensor, like: Tensor) -> Tensor:
-    """A whole tensor, which every process has, divided as `like` is."""
-    if not isinstance(like, DTensor):
-        return value
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def gather(module: nn.Module) -> dict[str, Tensor]:

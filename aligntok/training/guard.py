@@ -179,7 +179,7 @@ class Guard:
     def _dump(
         self, phase: Phase, batch: Batch, found: Finding, what: str, values: Values, worst: list[dict[str, Any]]
     ) -> Path | None:
-        """Write what is known; None where another process does, or there are enough files."""
+        """Write what is known; None where another process does, there are enough files, or the disk refuses."""
         if not current().main or len(list(self.dumps.glob("*.json"))) >= MAX_DUMPS:
             return None
         index = batch["index"].tolist()
@@ -199,7 +199,10 @@ class Guard:
         if isinstance(pictures, ImageSet):  # a source in memory knows numbers only
             document["files"] = [pictures.entries[i].name for i in index]
         file = self.dumps / f"{self.part}-{self._step:08d}.json"
-        write_bytes(file, json.dumps(document, indent=1).encode())
+        try:
+            write_bytes(file, json.dumps(document, indent=1).encode())
+        except UserError:  # a full disk must not stop a run that would go on
+            return None
         return file
 
 

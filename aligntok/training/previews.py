@@ -26,7 +26,7 @@ from aligntok.training.tokenizer_objective import TokenizerObjective
 
 PICTURES = 8  # reconstructed in a preview
 CLASSES, PER_CLASS = 12, 2  # drawn in a preview
-SAMPLER_STEPS = 25  # at most, of the configured number: a glance needs no more
+SAMPLER_STEPS = 24  # at most, of the configured number: a glance needs no more
 SIDE = 128  # pixels; smaller pictures are enlarged to about this
 
 
@@ -87,7 +87,8 @@ class GeneratorPreview:
         self.names = [classes[index] for index in chosen]
         self.labels = torch.tensor(chosen).repeat_interleave(PER_CLASS)
         config = objective.config.sampler
-        self.sampler = replace(config, steps=min(config.steps, SAMPLER_STEPS))
+        # A graph would be recorded for each preview, while other threads use the GPU
+        self.sampler = replace(config, steps=min(config.steps, SAMPLER_STEPS), cuda_graph=False)
 
     def __call__(self) -> bytes:
         model, device = self.objective.ema.module, self.precision.device

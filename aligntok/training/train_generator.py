@@ -40,7 +40,8 @@ from aligntok.zoo import generator_class
 
 FORMAT = "aligntok.generator"
 PART = "generator"
-INDIFFERENT = ("tokenizer", "sampler", "training")  # of the configuration, to the course of training; see `course`
+# Of the configuration, to the course of training; see `course`
+INDIFFERENT = ("tokenizer", "sampler", "training", "latents")
 
 
 def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:

@@ -11,6 +11,7 @@ A finished stage is never run again; delete its folder to repeat it.
 from __future__ import annotations
 
 import copy
+import dataclasses
 from pathlib import Path
 
 import torch
@@ -115,7 +116,8 @@ class TokenizerTraining:
                 betas=self.config.betas,
                 model=self.config.model,
                 losses=self.config.losses,
-                stage=stage,
+                stage=dataclasses.replace(stage, latents=None),  # `cache` says which, wherever it lies
+                accumulate=self.config.training.accumulate,  # BatchNorm and the adaptive weight are per micro-batch
                 start=before,
                 cache=cache,
             ),

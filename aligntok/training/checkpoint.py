@@ -30,7 +30,17 @@ from aligntok.errors import UserError
 from aligntok.files import digest, remove_unfinished, unfinished_folder
 from aligntok.training.best import BestValue
 from aligntok.training.objective import Objective, Values
-from aligntok.training.state import HostCopy, State, apply, collect, is_sharded, write_shards, write_whole
+from aligntok.training.state import (
+    HostCopy,
+    State,
+    apply,
+    collect,
+    group_steps,
+    is_sharded,
+    set_group_steps,
+    write_shards,
+    write_whole,
+)
 from aligntok.world import current
 
 INDIFFERENT = ("workers", "loader", "stall_timeout")  # of the data's configuration: how fast, not which
@@ -108,7 +118,7 @@ class Checkpoints:
         """
         self.wait()
         best = self.best is not None and regular and step > 0 and self.best.close(step)
-        document = {"step": step, "guard": guard, "course": self.course}
+        document = {"step": step, "guard": guard, "course": self.course, "group_steps": group_steps(objective)}
         if self.best is not None:
             document["best"] = self.best.state()
         state = self._copy.take(collect(objective))
@@ -142,6 +152,7 @@ class Checkpoints:
             return 0, {}
         document = json.loads((folder / "state.json").read_text())
         apply(objective, folder, self.group)
+        set_group_steps(objective, document["group_steps"])
         if self.best is not None and "best" in document:
             self.best.load_state(document["best"])
             if self.best.step == document["step"] and self.world.main:

@@ -41,6 +41,22 @@ def collect(objective: Objective) -> State:
     return state
 
 
+def group_steps(objective: Objective) -> dict[str, list[int | None]]:
+    """Step counts that optimizers keep per group (apex's FusedAdam), by optimizer; None where a group has none."""
+    return {
+        name: [int(group["step"]) if "step" in group else None for group in optimizer.param_groups]
+        for name, optimizer in objective.optimizers().items()
+    }
+
+
+def set_group_steps(objective: Objective, counts: dict[str, list[int | None]]) -> None:
+    """Put back what `group_steps` has found."""
+    for name, optimizer in objective.optimizers().items():
+        for group, count in zip(optimizer.param_groups, counts[name], strict=True):
+            if count is not None:
+                group["step"] = count
+
+
 def is_sharded(state: State) -> bool:
     """Whether the state is spread over processes, or several of them hold it."""
     return current().size > 1 or any(isinstance(value, DTensor) for value in state.values())

@@ -52,6 +52,17 @@ def test_everything_comes_back(tmp_path):
     assert same(objective, other), "and goes on alike"
 
 
+def test_step_counts_of_groups_come_back(tmp_path):
+    """apex's FusedAdam keeps them there, and its bias correction needs them."""
+    objective, other = Small(), Small(seed=1)
+    objective.adam.param_groups[0]["step"] = 7
+    with checkpoints(tmp_path) as saved:
+        saved.save(1, objective, {})
+    with checkpoints(tmp_path) as saved:
+        saved.restore(other)
+    assert other.adam.param_groups[0]["step"] == 7 and "step" not in other.idle.param_groups[0]
+
+
 def test_an_optimizer_without_state_has_none_afterwards(tmp_path):
     trained(tmp_path, 1)
     other = Small()

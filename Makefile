@@ -23,7 +23,7 @@ quickstart: $(INSTALLED)  ## install, then train a small tokenizer and generator
 	$(BIN)/aligntok quickstart
 
 test: $(TESTABLE)  ## install with the development tools, then run all tests
-	$(BIN)/python -m pytest -q
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(RUFF)  ## ruff: rules and formatting
 	$(BIN)/ruff check .

@@ -125,6 +125,8 @@ def test_a_tracker_that_fails_is_given_up_with_a_warning(tmp_path, wandb):
     assert len(Telemetry(tmp_path, 1).records()) == 1, "metrics.jsonl goes on"
 
 
+# pytest takes the traceback of a thread and makes a warning of it
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_refusing_disk_is_raised_without_a_traceback_of_tensorboards_thread(tmp_path, capfd):
     tracker = TensorBoard(tmp_path)
     tracker.begin("stage1", 0, {})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 import io
 import json
+import threading
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -54,6 +55,8 @@ class TensorBoard:
         if self._writer is None:
             from torch.utils.tensorboard import SummaryWriter
 
+            if threading.excepthook is not _without_writers:
+                threading.excepthook = _without_writers
             self._writer = SummaryWriter(str(self.folder / self._part), purge_step=self._start + 1)
         return self._writer
 
@@ -73,6 +76,15 @@ class TensorBoard:
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.close()
+
+
+_excepthook = threading.excepthook
+
+
+def _without_writers(args: threading.ExceptHookArgs) -> None:
+    """No traceback of TensorBoard's writing thread on a full disk: its error is raised again by the next call."""
+    if type(args.thread).__name__ != "_AsyncWriterThread" or not isinstance(args.exc_value, OSError):
+        _excepthook(args)
 
 
 class WeightsAndBiases:

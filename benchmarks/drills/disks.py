@@ -29,7 +29,7 @@ from benchmarks.drills.place import (
     line_with,
 )
 
-_TMPFS = 48 << 20  # bytes: a run of the tiny recipe takes less than half
+_TMPFS = 160 << 20  # bytes: a run of the tiny recipe takes 80 MiB, most of it three checkpoints of Stage 2
 _LARGEST = 1 << 20  # bytes of a file that a limited process may write: less than a checkpoint has
 
 

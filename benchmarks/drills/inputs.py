@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from benchmarks.drills.place import (
 
 _CORRUPT = 60, 3  # pictures, and how many of them cannot be read: 5 %
 _STALL = 8  # seconds, long enough for a worker process to start on a busy machine
+_STILL = 4  # seconds without a step after which a run of a few steps a second waits
 _HOUR = 3600
 # Read by every Python process before anything else; `sitecustomize` is Python's own hook for it.
 _CLOCK = """\
@@ -117,6 +119,7 @@ def stalled_picture(place: Place, name: str, chance: Random, *more: str) -> Iter
     try:
         running.until(lambda: run.steps("stage1"), "the first step")
         _replace_by_pipe(picture)
+        _standstill(run, running)
         yield run, running, picture
     finally:
         running.end()
@@ -128,6 +131,19 @@ def _replace_by_pipe(picture: Path) -> None:
     pipe = picture.with_suffix(".pipe")
     os.mkfifo(pipe)
     os.replace(pipe, picture)
+
+
+def _standstill(run: Run, running: Running) -> None:
+    """Return when the batches that were read ahead are used up."""
+    seen, since = -1, time.monotonic()
+
+    def still() -> bool:
+        nonlocal seen, since
+        if (steps := run.steps("stage1")) != seen:
+            seen, since = steps, time.monotonic()
+        return time.monotonic() - since > _STILL
+
+    running.until(still, "it waited for the picture")
 
 
 def clock_back(place: Place, chance: Random) -> Iterator[Trial]:

@@ -123,3 +123,20 @@ def test_a_tracker_that_fails_is_given_up_with_a_warning(tmp_path, wandb):
     run(tmp_path, 0, Console(file=said))
     assert said.getvalue().count("W&B is given up (OSError: network is unreachable); training goes on") == 1
     assert len(Telemetry(tmp_path, 1).records()) == 1, "metrics.jsonl goes on"
+
+
+# pytest takes the traceback of a thread and makes a warning of it
+@pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_refusing_disk_is_raised_without_a_traceback_of_tensorboards_thread(tmp_path, capfd):
+    tracker = TensorBoard(tmp_path)
+    tracker.begin("stage1", 0, {})
+    tracker.scalars({"loss": 1.0, "step": 1})
+    tracker.writer.flush()
+    inner = tracker.writer._get_file_writer().event_writer._async_writer
+    with open("/dev/full", "wb", buffering=0) as full:
+        inner._worker._record_writer._writer = full
+        with pytest.raises(OSError, match="No space left"):
+            for step in range(2, 200):
+                tracker.scalars({"loss": 1.0, "step": step})
+                time.sleep(0.01)
+    assert "Traceback" not in capfd.readouterr().err

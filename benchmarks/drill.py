@@ -101,9 +101,12 @@ def run_drills(options: argparse.Namespace, folder: Path) -> dict[str, list[Tria
 
 
 def anonymous(trial: Trial, folder: Path) -> Trial:
-    """Without the name of the temporary folder."""
-    lost = [text.replace(str(folder), "FOLDER") for text in trial.lost]
-    return Trial(trial.faults, lost, trial.seen.replace(str(folder), "FOLDER"))
+    """Without the names of the temporary folder and of the interpreter."""
+
+    def told(text: str) -> str:
+        return text.replace(str(folder), "FOLDER").replace(sys.executable, "python")
+
+    return Trial(trial.faults, [told(text) for text in trial.lost], told(trial.seen))
 
 
 def main(arguments: list[str] | None = None) -> int:

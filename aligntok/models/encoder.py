@@ -107,11 +107,6 @@ class Encoder(nn.Module):
             block.attn.fused_attn = not sequence_is_short(device.type, tokens)
 
 
-def build_encoder(config: EncoderConfig) -> Encoder:
-    """The encoder that `config` describes, with its weights. Raises UserError on bad input."""
-    return Encoder(config)
-
-
 def _check_name(name: str) -> None:
     """UserError with the closest names if timm does not know `name` (architecture or architecture.tag)."""
     known = set(timm.list_models()) | set(timm.list_pretrained())

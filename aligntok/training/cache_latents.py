@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -41,13 +39,16 @@ from aligntok.data.latent_format import (
 )
 from aligntok.devices import Precision, choose_precision
 from aligntok.errors import UserError
-from aligntok.files import write_bytes
+from aligntok.files import digest, remove_unfinished, write_bytes
 from aligntok.models.tokenizer import AlignTok, load_tokenizer
+from aligntok.training.distributed import start
 from aligntok.training.telemetry import Telemetry
-from aligntok.world import World, current
+from aligntok.world import World
 
 Progress = Callable[[int, int], None]
 Record = dict[str, Any]
+# Processes meet once, at the end: the wait lasts as long as the slowest works, and torchrun ends it if one dies
+WAIT = timedelta(days=30)
 _NAMED = 5  # unreadable images that are named on the screen; cache.json names all
 
 
@@ -63,7 +64,7 @@ def cache_latents(
     precision: str,
     device: str,
 ) -> None:
-    """Make, continue or check a cache; the options are those of aligntok.cli.CacheLatentsConfig.
+    """Make, continue or check a cache; the options are those of aligntok.options.CacheLatentsConfig.
 
     Raises:
         UserError: no tokenizer or images, a size that does not fit, `output` has another cache, the disk refuses.
@@ -71,7 +72,7 @@ def cache_latents(
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} is {value}, expected at least 1")
-    with processes() as world:
+    with start(device, WAIT) as world:
         chosen = choose_precision(device, precision)
         network = load_tokenizer(tokenizer).to(chosen.device).requires_grad_(False)
         found = open_images(images)
@@ -194,8 +195,7 @@ class Writer:
             skipped=skipped,
         )
         write_bytes(self.folder / MANIFEST, document)
-        for leftover in (*self.folder.glob(".latents-*.tmp"), *self.folder.glob(f".{MANIFEST}.*.tmp")):
-            leftover.unlink(missing_ok=True)  # of a process that was killed while it wrote
+        remove_unfinished(self.folder, lambda name: name == MANIFEST or name.startswith("latents-"))
         return json.loads(document)
 
     def _is_sound(self, shard: int) -> bool:
@@ -205,7 +205,7 @@ class Writer:
             problem = shard_problem(self.folder, record)
             if record["origin"] != self.origin.fingerprint():
                 problem = "is a shard of another cache"
-            elif problem is None and _sha256(self.folder / record["file"]) != record["sha256"]:
+            elif problem is None and digest(self.folder / record["file"]) != record["sha256"]:
                 problem = "differs from its checksum"
         except FileNotFoundError:
             return False
@@ -251,22 +251,6 @@ class Writer:
         write_bytes(self.folder / record_file(shard), json.dumps(record).encode())
 
 
-@contextmanager
-def processes() -> Iterator[World]:
-    """The processes that torchrun has started; a single one without it."""
-    if "WORLD_SIZE" not in os.environ or distributed.is_initialized():
-        yield current()
-        return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    # Processes meet once, at the end: the wait lasts as long as the slowest works, and torchrun ends it if one dies.
-    distributed.init_process_group("gloo", timeout=timedelta(days=30))
-    try:
-        yield current()
-    finally:
-        distributed.destroy_process_group()
-
-
 def report(manifest: Record, output: str, telemetry: Telemetry) -> None:
     """What is in the cache, and what is not."""
     skipped = manifest["skipped"]
@@ -290,14 +274,6 @@ def _manifest(origin: Origin, complete: bool, **contents: Any) -> bytes:
 
 def _batches(numbers: range, size: int) -> list[range]:
     return [numbers[start : start + size] for start in range(0, len(numbers), size)]
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with open(file, "rb") as opened:
-        while block := opened.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _sums(rows: dict[str, Tensor]) -> Tensor:

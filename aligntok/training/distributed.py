@@ -39,7 +39,7 @@ _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS els
 
 
 @contextmanager
-def start(device: str) -> Iterator[World]:
+def start(device: str, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     """Join the processes that torchrun has started; without torchrun, or inside another `start`, do nothing.
 
     On CUDA a process takes the device of its local rank. After an exception the group is left to the end of the
@@ -61,7 +61,7 @@ def start(device: str) -> Iterator[World]:
         if local >= seen:
             raise UserError(f"process {local} of this machine has no GPU, {seen} are seen: use --nproc-per-node {seen}")
         torch.cuda.set_device(local)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=TIMEOUT)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout)
     yield current()
     dist.destroy_process_group()
 

@@ -16,7 +16,7 @@ from aligntok.config import LightningDiTConfig, SamplerConfig
 from aligntok.errors import UserError
 from aligntok.training.train_generator import save_generator
 from aligntok.zoo.conversion import Report, fill, heads_of, read_tensors, renamed, require, side_of
-from aligntok.zoo.convert_lightningdit import RULES, tokenizer_fingerprint
+from aligntok.zoo.convert_lightningdit import RULES, tokenizer_fingerprint, trunk
 from aligntok.zoo.dit_dh import DiTDH
 
 WHAT = "DiT^DH"
@@ -54,17 +54,11 @@ def build(state: dict[str, Tensor], path: Path) -> DiTDH:
         raise UserError(f"{path} is not a {WHAT}: of its {len(widths)} blocks {head_depth} are {head_width} wide")
     side = side_of(require(state, "pos_embed", path, WHAT).shape[1], path) * patch
     config = LightningDiTConfig(
-        size="custom",
         depth=len(widths) - head_depth,
-        width=width,
-        heads=heads_of(width, path),
-        patch_size=patch,
-        classes=require(state, "y_embedder.embedding_table.weight", path, WHAT).shape[0] - 1,
-        qk_norm="blocks.0.attn.q_norm.weight" in state,
-        shift=require(state, "blocks.0.adaLN_modulation.1.weight", path, WHAT).shape[0] == 6 * width,
         head_depth=head_depth,
         head_width=head_width,
         head_heads=heads_of(head_width, path),
+        **trunk(state, path, WHAT, width, patch),
     )
     return DiTDH(config, channels, (side, side))
 

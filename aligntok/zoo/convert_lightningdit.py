@@ -15,6 +15,7 @@ from t = 1 is 3.33; guidance on the first three channels, off where t' < start o
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,20 +66,24 @@ def convert(source: Path, output: Path, *, tokenizer: str | None = None, preset:
     return report
 
 
+def trunk(state: dict[str, Tensor], path: Path, what: str, width: int, patch: int) -> dict[str, Any]:
+    """What the tensors say of a configuration, but for its depth; DiT^DH has the same names."""
+    return {
+        "size": "custom",
+        "width": width,
+        "heads": heads_of(width, path),
+        "patch_size": patch,
+        "classes": require(state, "y_embedder.embedding_table.weight", path, what).shape[0] - 1,
+        "qk_norm": "blocks.0.attn.q_norm.weight" in state,
+        "shift": require(state, "blocks.0.adaLN_modulation.1.weight", path, what).shape[0] == 6 * width,
+    }
+
+
 def build(state: dict[str, Tensor], path: Path) -> LightningDiT:
     """A network of the sizes that the tensors have."""
     width, channels, patch, _ = require(state, "x_embedder.proj.weight", path, WHAT).shape
     side = side_of(require(state, "pos_embed", path, WHAT).shape[1], path) * patch
-    config = LightningDiTConfig(
-        size="custom",
-        depth=count(state, r"blocks\.(\d+)\."),
-        width=width,
-        heads=heads_of(width, path),
-        patch_size=patch,
-        classes=require(state, "y_embedder.embedding_table.weight", path, WHAT).shape[0] - 1,
-        qk_norm="blocks.0.attn.q_norm.weight" in state,
-        shift=require(state, "blocks.0.adaLN_modulation.1.weight", path, WHAT).shape[0] == 6 * width,
-    )
+    config = LightningDiTConfig(depth=count(state, r"blocks\.(\d+)\."), **trunk(state, path, WHAT, width, patch))
     return LightningDiT(config, channels, (side, side))
 
 

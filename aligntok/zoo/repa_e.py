@@ -154,8 +154,7 @@ class RepaEObjective:
         self._draws: Draws | None = None
 
     def _optimizer(self, part: nn.Module) -> Optimizer:
-        learned = (p for p in part.parameters() if p.requires_grad)
-        group = parameter_group(learned, self.config.learning_rate)
+        group = parameter_group(part.parameters(), self.config.learning_rate)
         fused = optimizer_is_fused(self.precision.device)
         return AdamW([group], betas=self.config.betas, weight_decay=0.0, fused=fused)
 

@@ -15,7 +15,7 @@ from aligntok import assets
 from aligntok.config import EncoderConfig
 from aligntok.errors import UserError
 from aligntok.models.dinov2_onnx import read_state_dict
-from aligntok.models.encoder import Encoder, build_encoder
+from aligntok.models.encoder import Encoder
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
 TINY = "test_vit.r160_in1k"  # timm's own test model: patch 16, width 64, six blocks
@@ -23,7 +23,7 @@ TINY = "test_vit.r160_in1k"  # timm's own test model: patch 16, width 64, six bl
 
 def meta(**options) -> Encoder:
     with torch.device("meta"):
-        return build_encoder(EncoderConfig(**options))
+        return Encoder(EncoderConfig(**options))
 
 
 @pytest.fixture(scope="module")

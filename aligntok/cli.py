@@ -24,6 +24,7 @@ from aligntok.options import (
     ReconstructConfig,
     SampleConfig,
     StatisticsConfig,
+    StudyConfig,
 )
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   plan              what a recipe will take: parameters, memory per GPU, FLOPs, hours, before anything runs
   train-rival       a VAE, VA-VAE or RAE instead, in the same loop on the same images, to compare with
   convert           published weights of VA-VAE, LightningDiT, RAE, DiT^DH, FLUX, SD become folders for all commands
+  study             every rival and ablation at a laptop's size, with tables and plots; hours on two cores
   sample            pictures from a trained generator
   reconstruct       pictures through a tokenizer and back
   evaluate          reconstruction, linear probe and generation metrics, each with its protocol
@@ -222,6 +224,13 @@ def _statistics(arguments: list[str]) -> None:
     statistics(**asdict(options))
 
 
+def _study(arguments: list[str]) -> None:
+    options = parse_options("study", StudyConfig, arguments)
+    from aligntok.study.run import study
+
+    study(options)
+
+
 def _doctor(arguments: list[str]) -> None:
     if arguments:
         print("usage: aligntok doctor\n\nPrints what is installed, built and selected here, and why not otherwise.")
@@ -243,6 +252,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,
     "statistics": _statistics,
+    "study": _study,
     "doctor": _doctor,
 }
 

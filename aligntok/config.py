@@ -272,6 +272,7 @@ class GeneratorTrainingConfig:
     ema_decay: float = 0.9999
     gradient_clip: float | None = 1.0  # LightningDiT's authors advise it against NaN
     latents: str | None = None  # folder of a latent cache; its images are then not needed
+    snapshot_every: int = 0  # steps between generators kept in OUTPUT/snapshots, to plot convergence; 0 = none
 
 
 @dataclass

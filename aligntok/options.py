@@ -159,3 +159,30 @@ class CacheLatentsConfig:
     workers: int = 8
     precision: Literal["bf16", "fp32"] = "bf16"
     device: str = "auto"
+
+
+@dataclass
+class StudyConfig:
+    """`aligntok study`: the paper's tokenizers and ablations at a laptop's size, with one generator on each; hours.
+
+    Args:
+        output: folder of the study. The same command continues an interrupted one. Several processes may share it when
+            they have different seeds; one thread each (OMP_NUM_THREADS=1) makes the most of a processor.
+        seeds: every row is trained once for each.
+        only: names of rows (recipes of configs/study); null = all.
+        samples: generated pictures behind every gFD and gKD.
+        guidance: scale of the guided column, on all channels.
+        sampling_steps: network evaluations per sample at which the finished generators are compared.
+        report: Markdown file to write from everything found in the output folder, with its pictures in a folder of
+            the same name; null = OUTPUT/study.md.
+        report_only: train and measure nothing.
+    """
+
+    output: str = "runs/study"
+    seeds: tuple[int, ...] = (0, 1, 2)
+    only: list[str] | None = None
+    samples: int = 256
+    guidance: float = 2.0
+    sampling_steps: tuple[int, ...] = (10, 20, 30, 50, 120, 250)
+    report: str | None = None
+    report_only: bool = False

@@ -11,8 +11,6 @@ import dataclasses
 import json
 import platform
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aligntok.clock import Clock
 from aligntok.config import PerceptualConfig, Recipe, SemanticConfig
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import load_center_crops, open_images
@@ -47,24 +46,6 @@ class Results:
 
     numbers: dict[str, Any] = field(default_factory=dict)
     pictures: dict[str, Tensor] = field(default_factory=dict)
-
-
-class Clock:
-    """Seconds per part, kept in OUTPUT/times.json so that a resumed run adds up."""
-
-    def __init__(self, file: Path) -> None:
-        self.file = file
-        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
-
-    @contextmanager
-    def part(self, name: str) -> Iterator[None]:
-        """Add the time of the block to part `name`, also where it is interrupted."""
-        began = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-            write_bytes(self.file, json.dumps(self.seconds, indent=1).encode())
 
 
 def quickstart(recipe: Recipe, command: str) -> Path:

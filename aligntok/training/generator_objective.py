@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -21,7 +21,10 @@ from aligntok.world import Place
 
 
 class GeneratorObjective:
-    """Trains `model` in place; `latents` gives the normalised latents [B, d, h, w] of a batch."""
+    """Trains `model` in place; `latents` gives the normalised latents [B, d, h, w] of a batch.
+
+    `snapshot(n)` is called after every `config.snapshot_every` steps, in every process; n steps are done by then.
+    """
 
     def __init__(
         self,
@@ -29,7 +32,9 @@ class GeneratorObjective:
         latents: FrozenOutput,
         config: GeneratorTrainingConfig,
         precision: Precision,
+        snapshot: Callable[[int], None] | None = None,
     ) -> None:
+        self.snapshot, self._step = snapshot, 0
         self.model, self.latents, self.config, self.precision = model.train(), latents, config, precision
         self.steps = config.steps
         self.ema = build_ema(model, config.ema_decay)
@@ -51,12 +56,16 @@ class GeneratorObjective:
         return {"model": self.optimizer}
 
     def phases(self, step: int) -> Iterator[Phase]:
+        self._step = step
         self.schedule.apply(self.optimizer, step)
         accumulate = self.config.training.accumulate
         yield Phase("generator", self.optimizer, self._loss, self.config.gradient_clip, self.trained, accumulate)
 
     def after_step(self) -> None:
         self.ema.update_parameters(self.model)
+        done, every = self._step + 1, self.config.snapshot_every
+        if self.snapshot is not None and every and done % every == 0:
+            self.snapshot(done)
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Values]:
         place = Place.from_rows(batch["rows"], self.config.training.batch_size)

@@ -1,6 +1,7 @@
 """Generator training from a configuration: LightningDiT on the latents of a finished tokenizer.
 
 OUTPUT/generator/config.json, model.safetensors     the averaged weights, what `aligntok sample` reads
+OUTPUT/snapshots/generator-N                        the same after N steps, with generator.snapshot_every
 OUTPUT/checkpoints/generator/step-N                 while it runs
 """
 
@@ -41,7 +42,7 @@ from aligntok.zoo import generator_class
 FORMAT = "aligntok.generator"
 PART = "generator"
 # Of the configuration, to the course of training; see `course`
-INDIFFERENT = ("tokenizer", "sampler", "training", "latents")
+INDIFFERENT = ("tokenizer", "sampler", "training", "latents", "snapshot_every")
 
 
 def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
@@ -72,14 +73,24 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     torch.manual_seed(training.seed)
     network = generator_class(config.model)
     model = network(config.model, tokenizer.latent_channels, grid).to(precision.device)
-    objective = GeneratorObjective(model, inputs.latents, config, precision)
+
+    def keep(place: Path) -> None:
+        """Write the averaged weights as a generator."""
+        weights = distributed.gather(objective.ema.module)
+        on_main(lambda: save_generator(place, model, weights, config.sampler, inputs.classes, belongs))
+
+    def snapshot(done: int) -> None:
+        keep(snapshot_folder(output, done))
+
+    belongs = tokenizer.fingerprint()
+    objective = GeneratorObjective(model, inputs.latents, config, precision, snapshot)
     decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
     mark = course(
         training,
         recipe.data,
         images=inputs.count,
         cache=inputs.cache,
-        tokenizer=tokenizer.fingerprint(),
+        tokenizer=belongs,
         generator=decisive,
     )
     checkpoints = Checkpoints(output / "checkpoints" / PART, training, mark)
@@ -98,11 +109,14 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     )
     telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, peak))
     train(PART, objective, inputs.source, training, precision.device, telemetry, checkpoints)
-    weights = distributed.gather(objective.ema.module)
-    belongs = tokenizer.fingerprint()
-    on_main(lambda: save_generator(folder, model, weights, config.sampler, inputs.classes, belongs))
+    keep(folder)
     on_main(checkpoints.remove)
     return folder
+
+
+def snapshot_folder(output: Path, steps: int) -> Path:
+    """Where training leaves the generator after `steps` steps."""
+    return output / "snapshots" / f"{PART}-{steps:08d}"
 
 
 @dataclass

@@ -1,0 +1,104 @@
+"""Rows of the study: one recipe of configs/study for one seed, in a folder of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aligntok.config import Recipe, from_dict
+from aligntok.errors import UserError
+from aligntok.files import unfinished_folder
+from aligntok.recipes import read_recipe, recipe_path
+from aligntok.training.train_tokenizer import STAGES
+
+COMPARED = {  # recipe: name in print
+    "vae": "VAE",
+    "va_vae": "VA-VAE, CNN",
+    "va_vae_vit": "VA-VAE, ViT",
+    "rae": "RAE",
+    "aligntok_d16": "AlignTok, d = 16",
+    "aligntok": "AlignTok, d = 32",
+    "aligntok_d64": "AlignTok, d = 64",
+}
+ABLATIONS = {  # against "aligntok"
+    "stage1_only": "Stage 1 only",
+    "w_sp_5": "w_sp = 5",
+    "w_sp_0": "w_sp = 0",
+    "before_adapter": "L_sp before the adapter",
+    "cosine": "cosine L_sp",
+    "lora": "LoRA on the encoder",
+    "random_encoder": "random encoder",
+    "three_stages": "with Stage 3",
+}
+NAMES = COMPARED | ABLATIONS
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tokenizer with its generator, for one seed."""
+
+    name: str
+    seed: int
+    output: Path  # of the whole study
+
+    @property
+    def folder(self) -> Path:
+        return self.output / self.name / f"seed-{self.seed}"
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether `train_rival` trains it."""
+        return "rival" in self._values()
+
+    def _values(self) -> dict[str, Any]:
+        return read_recipe(recipe_path(f"study/{self.name}"))
+
+    def recipe(self) -> Recipe:
+        """The row's recipe, with its seed and folder."""
+        recipe: Recipe = from_dict(Recipe, self._values())
+        recipe.output = str(self.folder)
+        for training in (recipe.tokenizer.training, recipe.generator.training, recipe.rival.training):
+            training.seed = self.seed
+        return recipe
+
+
+def choose(names: list[str] | None) -> list[str]:
+    """Names of the rows to run, in the order of the tables; None = all. UserError for an unknown one."""
+    unknown = [name for name in names or [] if name not in NAMES]
+    if unknown:
+        raise UserError(f"no row {', '.join(unknown)} in the study; its rows are {', '.join(NAMES)}")
+    return [name for name in NAMES if names is None or name in names]
+
+
+def borrow_stages(row: Row, others: list[Row]) -> None:
+    """Copy finished stages from rows that take the same course up to them: most ablations share Stage 1."""
+    for stage in STAGES:
+        place = row.folder / stage
+        if (place / "tokenizer" / "config.json").is_file():
+            continue
+        for other in others:
+            given = other.folder / stage
+            if (given / "tokenizer" / "config.json").is_file() and _course(row, stage) == _course(other, stage):
+                copy_folder(given / "discriminator", place / "discriminator")
+                copy_folder(given / "tokenizer", place / "tokenizer")  # last: it says that the stage is finished
+                break
+
+
+def _course(row: Row, stage: str) -> dict[str, Any]:
+    """All that decides how a row's tokenizer comes out of `stage`."""
+    recipe = row.recipe()
+    values = dataclasses.asdict(recipe.tokenizer)
+    stages = values.pop("stages")
+    until = STAGES[: STAGES.index(stage) + 1]
+    if until == ("stage1",):
+        del values["model"]["encoder"]["lora_rank"]  # the encoder is frozen
+    return values | {"stages": {name: stages[name] for name in until}, "data": dataclasses.asdict(recipe.data)}
+
+
+def copy_folder(source: Path, destination: Path) -> None:
+    """Copy the files of a folder; the copy is complete or absent."""
+    with unfinished_folder(destination) as unfinished:
+        for file in source.iterdir():
+            (unfinished / file.name).write_bytes(file.read_bytes())

@@ -1,0 +1,97 @@
+"""Training and measuring of the rows, the most telling first: all tokenizers, a generator on each, then the curves.
+
+Everything finished is found again: the same command continues an interrupted study. Several processes can share an
+output folder when they work on different seeds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aligntok.clock import Clock
+from aligntok.devices import choose_precision
+from aligntok.models.tokenizer import load_tokenizer
+from aligntok.options import StudyConfig
+from aligntok.study.measure import Bench, Point
+from aligntok.study.rows import COMPARED, Row, borrow_stages, choose, copy_folder
+from aligntok.training.distributed import refuse_several
+from aligntok.training.telemetry import Telemetry
+from aligntok.training.train_generator import PART, Generator, snapshot_folder, train_generator
+from aligntok.training.train_tokenizer import STAGES, train_tokenizer
+from aligntok.zoo.train import train_rival
+
+STAGE_BY_STAGE = "three_stages"  # the row whose stages are measured one by one
+
+
+def study(options: StudyConfig) -> None:
+    """`aligntok study`: see aligntok.options.StudyConfig."""
+    run(options)
+
+
+def run(options: StudyConfig) -> list[Row]:
+    """Train and measure what is missing; returns the rows."""
+    refuse_several("study")
+    output = Path(options.output)
+    rows = [Row(name, seed, output) for seed in options.seeds for name in choose(options.only)]
+    data = rows[0].recipe().data
+    bench = Bench(data, choose_precision("auto"), options.samples)
+    telemetry = Telemetry(output, log_every=1)
+    for part in (_tokenizer, _generator, _convergence, _sampling):
+        for number, row in enumerate(rows):
+            telemetry.say(f"study: {part.__name__[1:]} {number + 1} of {len(rows)}: {row.name}, seed {row.seed}")
+            part(row, rows, bench, options)
+    return rows
+
+
+def _tokenizer(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) -> None:
+    recipe = row.recipe()
+    if not row.is_rival:
+        borrow_stages(row, _relatives(row, rows))
+    with Clock(row.folder / "times.json").part("tokenizer"):
+        if row.is_rival:
+            train_rival(recipe)
+        else:
+            train_tokenizer(recipe)
+    bench.measure_tokenizer(row, "final", row.folder / "tokenizer")
+    if row.name == STAGE_BY_STAGE:
+        for stage in STAGES:
+            bench.measure_tokenizer(row, stage, row.folder / stage / "tokenizer")
+
+
+def _generator(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) -> None:
+    recipe = row.recipe()
+    for other in _relatives(row, rows):
+        _borrow_generator(row, other)
+    with Clock(row.folder / "times.json").part("generator"):
+        folder = train_generator(recipe)
+    for guidance in (1.0, options.guidance):
+        bench.measure_generator(row, folder, Point(recipe.generator.steps, recipe.generator.sampler.steps, guidance))
+    bench.draw_classes(row, folder, options.guidance)
+
+
+def _borrow_generator(row: Row, other: Row) -> None:
+    """Take over the generator of a row with the same latents and the same recipe: Stage 3 needs no new one."""
+    own, given = row.folder / PART, other.folder / PART
+    if (own / "config.json").is_file() or not (given / "config.json").is_file():
+        return
+    fingerprint = load_tokenizer(row.folder / "tokenizer").fingerprint()
+    if Generator(given).tokenizer_fingerprint == fingerprint and row.recipe().generator == other.recipe().generator:
+        copy_folder(given, own)
+
+
+def _convergence(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) -> None:
+    config = row.recipe().generator
+    if row.name in COMPARED:
+        for steps in range(config.snapshot_every, config.steps, config.snapshot_every):
+            point = Point(steps, config.sampler.steps, 1.0)
+            bench.measure_generator(row, snapshot_folder(row.folder, steps), point)
+
+
+def _sampling(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) -> None:
+    if row.name in COMPARED:
+        for steps in options.sampling_steps:
+            bench.measure_generator(row, row.folder / PART, Point(row.recipe().generator.steps, steps, 1.0))
+
+
+def _relatives(row: Row, rows: list[Row]) -> list[Row]:
+    return [other for other in rows if other.seed == row.seed and other.name != row.name]

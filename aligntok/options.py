@@ -181,7 +181,7 @@ class StudyConfig:
     output: str = "runs/study"
     seeds: tuple[int, ...] = (0, 1, 2)
     only: list[str] | None = None
-    samples: int = 256
+    samples: int = 192
     guidance: float = 2.0
     sampling_steps: tuple[int, ...] = (10, 20, 30, 50, 120, 250)
     report: str | None = None

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from aligntok import _cuda_toolkit as cuda_toolkit
 from aligntok.foreign import without_our_kernels
+from aligntok.machine import processor
 
 if TYPE_CHECKING:
     import torch
@@ -115,20 +116,12 @@ def _packages() -> Iterator[Row]:
             yield Row(section, name, version, f"does not import: {error}" if error else "")
 
 
-def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def _devices() -> Iterator[Row]:
     import torch
 
     section = "Devices"
     capability = torch.backends.cpu.get_cpu_capability()
-    yield Row(section, "cpu", _cpu_model(), f"{torch.get_num_threads()} threads, {capability}")
+    yield Row(section, "cpu", processor(), f"{torch.get_num_threads()} threads, {capability}")
     if torch.version.cuda is None:
         yield Row(section, "cuda", "none", f"torch {torch.__version__} is built without CUDA")
         return

@@ -27,6 +27,7 @@ from aligntok.evaluation.generation import Reference, draw, evaluate_generation
 from aligntok.evaluation.tokenizer import encode_all, encoder_probe, evaluate_probe, evaluate_reconstruction
 from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
+from aligntok.machine import processor
 from aligntok.models.tokenizer import AlignTok, load_tokenizer
 from aligntok.report.pictures import contact_sheet
 from aligntok.report.quickstart_page import build_page
@@ -194,7 +195,7 @@ def facts(training: TokenizerTraining, recipe: Recipe, command: str, clock: Cloc
     everything = training.images
     return {
         "machine": {
-            "processor": _processor(),
+            "processor": processor(),
             "threads": torch.get_num_threads(),
             "device": str(training.precision.device),
             "precision": training.precision.name,
@@ -216,13 +217,3 @@ def facts(training: TokenizerTraining, recipe: Recipe, command: str, clock: Cloc
             "licence": "MIT, Copyright (c) Microsoft Corporation" if recipe.data.path == "embedded" else "your own",
         },
     }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    names = (
-        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-        if info.is_file()
-        else []
-    )
-    return names[0] if names else platform.processor() or platform.machine()

@@ -1,7 +1,6 @@
 """What the figures were measured on: the machine's name, its bandwidth and its matmul rate."""
 
 import datetime
-import platform
 import shlex
 import statistics
 import sys
@@ -11,6 +10,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+
+from aligntok.machine import processor
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -30,12 +31,7 @@ def device_name() -> str:
     """The GPU, or the processor."""
     if CUDA:
         return torch.cuda.get_device_name()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        if names:
-            return names[0].partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    return processor()
 
 
 def machine_line() -> str:

@@ -7,7 +7,6 @@ measures.json: "tokenizers" by stage ("final" for a row's own): reconstruction, 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,10 +20,9 @@ from aligntok.data.images import load_center_crops, open_images
 from aligntok.devices import Precision
 from aligntok.evaluation.features import EfficientNetLite0, to_uint8
 from aligntok.evaluation.generation import Reference, draw, evaluate_generation
-from aligntok.evaluation.tokenizer import Measured, encode_all, encoder_probe, evaluate_probe, evaluate_reconstruction
+from aligntok.evaluation.tokenizer import Measured, encode_all, evaluate_probe, evaluate_reconstruction
 from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
-from aligntok.models.encoder import Encoder
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
 from aligntok.study.rows import Row
 from aligntok.training.train_generator import Generator
@@ -68,7 +66,6 @@ class Bench:
     def __init__(self, data: DataConfig, precision: Precision, samples: int) -> None:
         self.precision, self.samples = precision, samples
         images = open_images(data.path, data.max_images)
-        self.classes = images.classes
         self.held_out, _ = load_center_crops(images.split(data.held_out)[1], data.image_size)
         self.images, self.labels = load_center_crops(images, data.image_size)
         self.extractor = EfficientNetLite0().to(precision.device)
@@ -106,12 +103,6 @@ class Bench:
         probe = evaluate_probe(latents, self.labels)
         assert probe is not None, "the embedded images have twelve classes"
         return probe
-
-    def probe_encoder(self, tokenizer: StoredTokenizer) -> Measured | None:
-        """The probe on the encoder's own tokens; None for a tokenizer that has no vision transformer."""
-        if not isinstance(tokenizer.encoder, Encoder):
-            return None
-        return encoder_probe(tokenizer, self.images, self.labels, self.precision)
 
     def measure_generator(self, row: Row, folder: Path, point: Point) -> None:
         """gFD and gKD of the generator in `folder` through the row's tokenizer."""
@@ -159,11 +150,3 @@ def pictures_of(row: Row) -> dict[str, Tensor]:
     """uint8 pictures [n, 3, H, W] of a row by name; empty before the first measurement."""
     file = row.folder / PICTURES
     return load_file(file) if file.is_file() else {}
-
-
-def rows_with_measures(rows: list[Row]) -> Iterator[tuple[Row, dict[str, Any]]]:
-    """Rows that have been measured, with their numbers."""
-    for row in rows:
-        values = Measures(row).values
-        if values["tokenizers"]:
-            yield row, values

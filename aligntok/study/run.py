@@ -13,6 +13,7 @@ from aligntok.devices import choose_precision
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.options import StudyConfig
 from aligntok.study.measure import Bench, Point
+from aligntok.study.report import write_report
 from aligntok.study.rows import COMPARED, Row, borrow_stages, choose, copy_folder
 from aligntok.training.distributed import refuse_several
 from aligntok.training.telemetry import Telemetry
@@ -24,23 +25,24 @@ STAGE_BY_STAGE = "three_stages"  # the row whose stages are measured one by one
 
 
 def study(options: StudyConfig) -> None:
-    """`aligntok study`: see aligntok.options.StudyConfig."""
-    run(options)
-
-
-def run(options: StudyConfig) -> list[Row]:
-    """Train and measure what is missing; returns the rows."""
+    """`aligntok study`; the options are those of aligntok.options.StudyConfig."""
     refuse_several("study")
+    telemetry = Telemetry(options.output, log_every=1)
+    if not options.report_only:
+        run(options, telemetry)
+    telemetry.say(f"study: {write_report(options)}")
+
+
+def run(options: StudyConfig, telemetry: Telemetry) -> None:
+    """Train and measure what is missing."""
     output = Path(options.output)
     rows = [Row(name, seed, output) for seed in options.seeds for name in choose(options.only)]
     data = rows[0].recipe().data
     bench = Bench(data, choose_precision("auto"), options.samples)
-    telemetry = Telemetry(output, log_every=1)
     for part in (_tokenizer, _generator, _convergence, _sampling):
         for number, row in enumerate(rows):
             telemetry.say(f"study: {part.__name__[1:]} {number + 1} of {len(rows)}: {row.name}, seed {row.seed}")
             part(row, rows, bench, options)
-    return rows
 
 
 def _tokenizer(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) -> None:

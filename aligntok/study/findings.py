@@ -1,0 +1,152 @@
+"""The paper's findings, each as an order of rows by a metric, and whether it appeared in the study.
+
+Two rows are compared by their differences over the seeds that both have, d_1 ... d_n. The order "held" when their mean
+is on the paper's side and t = mean / (sd / sqrt(n)) passes Student's one-sided 5 % point; it is "reversed" when the
+same is true on the other side; else the difference is "within the noise". An order of several rows held when all
+neighbours did.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from dataclasses import dataclass
+
+from aligntok.study.results import GFD, PROBE, PSNR, RFD, Metric, Results
+from aligntok.study.rows import NAMES
+
+CRITICAL = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}
+HELD, REVERSED, NOISE, MISSING = "held", "reversed", "within the noise", "not measured"
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What the paper reports: rows from best to worst by a metric."""
+
+    text: str
+    paper: str  # its numbers (AlignTok tables of ablations and of tokenizers, ImageNet 256)
+    metric: Metric
+    order: tuple[str, ...]
+
+
+CLAIMS = (
+    Claim(
+        "the more the latents are tied to the encoder, the more a linear probe reads out of them",
+        "41.5 (Stage 1) > 40.6 (w_sp 5) > 35.1 (w_sp 1) > 9.5 % (w_sp 0)",
+        PROBE,
+        ("stage1_only", "w_sp_5", "aligntok", "w_sp_0"),
+    ),
+    Claim(
+        "and the worse they reconstruct",
+        "rFID .33 (w_sp 0) < .36 (w_sp 1) < .49 (w_sp 5) < 1.63 (Stage 1)",
+        RFD,
+        ("w_sp_0", "aligntok", "w_sp_5", "stage1_only"),
+    ),
+    Claim(
+        "the same by PSNR",
+        "17.34 dB after Stage 1, the lowest",
+        PSNR,
+        ("w_sp_0", "aligntok", "w_sp_5", "stage1_only"),
+    ),
+    Claim(
+        "generation is best in between: w_sp = 1 before w_sp = 5",
+        "gFID with guidance 2.19 < 2.48",
+        GFD,
+        ("aligntok", "w_sp_5"),
+    ),
+    Claim("w_sp = 1 before w_sp = 0", "2.19 < 3.05", GFD, ("aligntok", "w_sp_0")),
+    Claim("w_sp = 1 before Stage 1 alone", "2.19 < 3.00", GFD, ("aligntok", "stage1_only")),
+    Claim("generation: AlignTok before VA-VAE", "gFID 4.05 < 7.79", GFD, ("aligntok", "va_vae")),
+    Claim("generation: VA-VAE before the VAE", "7.79 < 10.17", GFD, ("va_vae", "vae")),
+    Claim(
+        "AlignTok before the same encoder trained from scratch by VA-VAE",
+        "4.05 < 8.21",
+        GFD,
+        ("aligntok", "va_vae_vit"),
+    ),
+    Claim(
+        "linear probe: AlignTok, VA-VAE with a ViT, VA-VAE, VAE",
+        "35.1 > 33.6 > 23.0 > 6.0 %",
+        PROBE,
+        ("aligntok", "va_vae_vit", "va_vae", "vae"),
+    ),
+    Claim(
+        "a loss after the adapter generates better than before it", "2.19 < 2.83", GFD, ("aligntok", "before_adapter")
+    ),
+    Claim("and keeps more for the probe", "35.1 > 15.6 %", PROBE, ("aligntok", "before_adapter")),
+    Claim("LoRA instead of the whole encoder reconstructs worse", "rFID .36 < 1.35", RFD, ("aligntok", "lora")),
+    Claim("and generates worse", "2.19 < 2.97", GFD, ("aligntok", "lora")),
+    Claim("64 channels reconstruct better than 32", "rFID .17 < .26", RFD, ("aligntok_d64", "aligntok")),
+    Claim("and tell a probe more", "47.0 > 35.1 %", PROBE, ("aligntok_d64", "aligntok")),
+    Claim("but are harder to generate", "gFID 4.05 < 5.24", GFD, ("aligntok", "aligntok_d64")),
+    Claim("Stage 3 reconstructs better", "rFID .26 < .36", RFD, ("three_stages", "aligntok")),
+    Claim(
+        "a pretrained encoder before a random one in the same recipe",
+        "the premise; no such row in the paper",
+        GFD,
+        ("aligntok", "random_encoder"),
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two rows on one metric: `difference` is positive where the first is better, as claimed."""
+
+    better: str
+    worse: str
+    differences: tuple[float, ...]
+    digits: int
+
+    @property
+    def verdict(self) -> str:
+        n = len(self.differences)
+        if n < 2:
+            return MISSING
+        mean, deviation = statistics.fmean(self.differences), statistics.stdev(self.differences)
+        t = math.copysign(math.inf, mean) if deviation == 0 and mean else mean * math.sqrt(n) / (deviation or 1.0)
+        if abs(t) < CRITICAL.get(n, 1.812):
+            return NOISE
+        return HELD if t > 0 else REVERSED
+
+    def __str__(self) -> str:
+        if not self.differences:
+            return f"{NAMES[self.better]} / {NAMES[self.worse]}: {MISSING}"
+        mean = statistics.fmean(self.differences)
+        agree = sum(d > 0 for d in self.differences)
+        return (
+            f"{NAMES[self.better]} before {NAMES[self.worse]} by {mean:.{self.digits}f} "
+            f"({agree} of {len(self.differences)} seeds): {self.verdict}"
+        )
+
+
+def compare(results: Results, claim: Claim) -> list[Comparison]:
+    """The neighbours of a claim's order, over the seeds that both have."""
+    found = []
+    for better, worse in zip(claim.order, claim.order[1:], strict=False):
+        sign = 1 if claim.metric.higher_is_better else -1
+        seeds = [seed for seed in results.seeds(better) if seed in results.seeds(worse)]
+        pairs = [(results.value(better, s, claim.metric), results.value(worse, s, claim.metric)) for s in seeds]
+        differences = tuple(sign * (a - b) for a, b in pairs if a is not None and b is not None)
+        found.append(Comparison(better, worse, differences, max(1, claim.metric.digits)))
+    return found
+
+
+def verdict(comparisons: list[Comparison]) -> str:
+    """Of a whole order: held, reversed in every pair, in part, within the noise, or not measured."""
+    found = {comparison.verdict for comparison in comparisons}
+    if len(found) == 1:
+        return found.pop()
+    if MISSING in found:
+        return MISSING
+    return "in part" if HELD in found else "did not hold"
+
+
+def same_latents(results: Results) -> tuple[int, int]:
+    """(seeds for which Stage 3 left the latents as they were, seeds looked at)."""
+    seeds = results.seeds("three_stages")
+    same = [
+        results.fingerprint("three_stages", s, "stage2") == results.fingerprint("three_stages", s, "stage3")
+        for s in seeds
+    ]
+    return sum(same), len(same)

@@ -1,0 +1,116 @@
+"""Plots of a study as PNG: curves with their spread over seeds, and what probes read against what comes back."""
+
+from __future__ import annotations
+
+import io
+import statistics
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from aligntok.report.svg import style
+from aligntok.study.measure import Point
+from aligntok.study.results import GFD, PROBE, PSNR, Results
+from aligntok.study.rows import ABLATIONS, COMPARED, NAMES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLORS = {  # by row; AlignTok in blues
+    "vae": "#808792",
+    "va_vae": "#b7791f",
+    "va_vae_vit": "#cc5548",
+    "rae": "#2a9270",
+    "aligntok_d16": "#8fb8dd",
+    "aligntok": "#2f7fc1",
+    "aligntok_d64": "#1c4f7c",
+}
+ABLATED = "#8a68c8"
+INK = "#1b1d21"
+
+
+def convergence(results: Results) -> bytes | None:
+    """gFD against the generator's training steps; None where no generator was measured underway."""
+
+    def wanted(point: Point) -> bool:
+        return point.sampling == results.plain.sampling and point.guidance == 1.0
+
+    return _curves(results, wanted, lambda point: point.trained, "training steps of the generator", log=False)
+
+
+def sampling(results: Results) -> bytes | None:
+    """gFD against the network evaluations per sample; None where only one number of them was measured."""
+
+    def wanted(point: Point) -> bool:
+        return point.trained == results.plain.trained and point.guidance == 1.0
+
+    return _curves(results, wanted, lambda point: point.sampling, "network evaluations per sample", log=True)
+
+
+def _curves(
+    results: Results, wanted: Callable[[Point], bool], place: Callable[[Point], int], label: str, log: bool
+) -> bytes | None:
+    """Mean over seeds as a line, lowest to highest as a band."""
+    with style():
+        figure, axes = _figure(6.4, 3.6)
+        for name in results.rows(COMPARED):
+            points = [point for point in results.points(name) if wanted(point)]
+            values = [results.curve(name, point, GFD) for point in points]
+            if len(points) < 2:
+                continue
+            x = [place(point) for point in points]
+            axes.plot(x, [statistics.fmean(v) for v in values], "o-", color=COLORS[name], label=NAMES[name], ms=3.5)
+            axes.fill_between(
+                x, [min(v) for v in values], [max(v) for v in values], color=COLORS[name], alpha=0.13, lw=0
+            )
+        if not axes.lines:
+            return None
+        if log:
+            _log_axis(axes, sorted({int(x) for line in axes.lines for x in line.get_xdata()}))
+        axes.set_xlabel(label)
+        axes.set_ylabel(f"{GFD.name}, no guidance")
+        axes.legend(fontsize=8, frameon=False)
+        return _png(figure)
+
+
+def _log_axis(axes: Axes, ticks: list[int]) -> None:
+    from matplotlib.ticker import NullFormatter
+
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [str(tick) for tick in ticks])
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def trade_off(results: Results) -> bytes | None:
+    """Probe accuracy of the latents against PSNR, mean and standard deviation over seeds of every row."""
+    with style():
+        figure, axes = _figure(6.4, 4.0)
+        for name in results.rows(COMPARED | ABLATIONS):
+            x, y = results.all_of(name, PSNR), results.all_of(name, PROBE)
+            color = COLORS.get(name, ABLATED)
+            place = statistics.fmean(x), statistics.fmean(y)
+            axes.errorbar(*place, _deviation(y), _deviation(x), fmt="o", color=color, ms=5, elinewidth=0.8)
+            axes.annotate(NAMES[name], place, (5, 4), textcoords="offset points", color=color, size=7.5)
+        axes.set_xlabel(f"{PSNR.name} of held-out pictures")
+        axes.set_ylabel("linear probe of the pooled latents")
+        return _png(figure)
+
+
+def _deviation(values: list[float]) -> float:
+    return statistics.stdev(values) if len(values) > 1 else 0.0
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update({key: INK for key in ("text.color", "axes.edgecolor", "axes.labelcolor")})
+    matplotlib.rcParams.update({"xtick.color": INK, "ytick.color": INK, "grid.color": INK})
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130, metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,0 +1,197 @@
+"""The study in Markdown: tables with spread over seeds, the paper's findings with verdicts, plots and pictures."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aligntok.data.geometry import to_unit_range
+from aligntok.data.images import load_center_crops, open_images
+from aligntok.files import write_bytes
+from aligntok.machine import processor
+from aligntok.options import StudyConfig
+from aligntok.report.pictures import grid
+from aligntok.study import plots
+from aligntok.study.findings import CLAIMS, compare, same_latents, verdict
+from aligntok.study.measure import Point, pictures_of
+from aligntok.study.results import GFD, METRICS, Results, spread
+from aligntok.study.rows import ABLATIONS, COMPARED, NAMES, Row
+
+STAGE_NAMES = {"stage1": "after Stage 1", "stage2": "after Stage 2", "stage3": "after Stage 3"}
+
+
+def write_report(options: StudyConfig) -> Path:
+    """Write the Markdown file and, in a folder of its name, plots, pictures and results.json; returns the file."""
+    file = Path(options.report or Path(options.output) / "study.md")
+    results = Results(Path(options.output), options.guidance)
+    folder = file.with_suffix("")
+    kept = [name for name, data in _pictures(results).items() if _keep(folder / name, data)]
+    text = "\n\n".join(_sections(results, options, folder.name, kept))
+    write_bytes(folder / "results.json", json.dumps(results.as_document(), indent=1).encode())
+    write_bytes(file, (text + "\n").encode())
+    return file
+
+
+def _keep(file: Path, data: bytes | None) -> bool:
+    if data is not None:
+        write_bytes(file, data)
+    return data is not None
+
+
+def _sections(results: Results, options: StudyConfig, folder: str, kept: list[str]) -> Iterator[str]:
+    yield "# The laptop study"
+    yield _head(results, options)
+    yield "## Tokenizers\n\n" + _table(results, COMPARED)
+    yield "## Ablations\n\nAgainst AlignTok, d = 32, w_sp = 1.\n\n" + _table(results, {"aligntok": ""} | ABLATIONS)
+    yield from _image(folder, kept, "trade_off.png", "linear probe against PSNR, one point for each row")
+    yield "## Stage by stage\n\n" + _stages(results)
+    yield "## The paper's findings at this size\n\n" + _findings(results)
+    yield "## Convergence\n\n" + _convergence(results)
+    yield from _image(folder, kept, "convergence.png", "gFD against training steps; bands: lowest to highest seed")
+    yield "## Sampling steps\n\n" + _sampling(results)
+    yield from _image(folder, kept, "sampling.png", "gFD against network evaluations; bands: lowest to highest seed")
+    yield "## Pictures"
+    yield from _image(folder, kept, "reconstructions.png", "held-out pictures above their reconstructions, first seed")
+    yield from _image(folder, kept, "samples.png", "one sample of every class, first seed, with guidance")
+    yield "## Protocols\n\n" + "\n".join(f"- {name}: {text}" for name, text in results.protocols().items())
+
+
+def _head(results: Results, options: StudyConfig) -> str:
+    recipe = results.recipe
+    command = f"aligntok study --seeds [{','.join(map(str, options.seeds))}] --samples {options.samples}"
+    hours = sum(results.seconds.values()) / 3600
+    seeds = {name: len(results.seeds(name)) for name in NAMES}
+    text = (
+        f"`{command}` on {processor()} ({platform.system()}, torch {torch.__version__}), one process of one thread for "
+        f"each seed, {time.strftime('%Y-%m-%d')}; {hours:.1f} processor-hours of training. Images: Fluent emoji at "
+        f"{recipe.data.image_size} px, 10 % held out. Every tokenizer has seen the same number of pictures when its "
+        f"latents are fixed (`configs/study/`), and the same generator is trained on each for "
+        f"{recipe.generator.steps} steps. Values are means over seeds ± their standard deviation."
+    )
+    short = {name: count for name, count in seeds.items() if count < len(options.seeds)}
+    if short:
+        listed = ", ".join(f"{NAMES[name]} ({count})" for name, count in short.items())
+        text += f" Fewer seeds than {len(options.seeds)}: {listed}."
+    return text
+
+
+def _table(results: Results, names: dict[str, str]) -> str:
+    head = ["tokenizer", "d", *(_arrow(metric.name, metric.higher_is_better) for metric in METRICS)]
+    lines = [head, ["---"] * len(head)]
+    for name in results.rows(names):
+        values = [spread(results.all_of(name, metric), metric.digits) for metric in METRICS]
+        lines.append([NAMES[name], str(results.channels(name)), *values])
+    return _markdown(lines)
+
+
+def _arrow(name: str, higher: bool) -> str:
+    return f"{name} {'↑' if higher else '↓'}"
+
+
+def _markdown(lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _stages(results: Results) -> str:
+    metrics = [metric for metric in METRICS if metric.kind != "generation"]
+    head = ["AlignTok, d = 32", *(_arrow(metric.name, metric.higher_is_better) for metric in metrics)]
+    lines = [head, ["---"] * len(head)]
+    for stage, text in STAGE_NAMES.items():
+        values = [spread(results.all_of("three_stages", metric, stage), metric.digits) for metric in metrics]
+        if any(values):
+            lines.append([text, *values])
+    same, looked = same_latents(results)
+    return f"{_markdown(lines)}\n\nLatents after Stage 3 equal to those before, to the bit: {same} of {looked} seeds."
+
+
+def _findings(results: Results) -> str:
+    lines = [["the paper", "its numbers", "metric here", "verdict", "pairs"], ["---"] * 5]
+    for claim in CLAIMS:
+        pairs = compare(results, claim)
+        lines.append([claim.text, claim.paper, claim.metric.name, f"**{verdict(pairs)}**", "; ".join(map(str, pairs))])
+    rule = (
+        "Differences are taken seed by seed; held and reversed need Student's one-sided 5 % point, anything less is "
+        "within the noise. An order of which some neighbours held, but not all, held in part."
+    )
+    return f"{rule}\n\n{_markdown(lines)}"
+
+
+def _convergence(results: Results) -> str:
+    steps = sorted({p.trained for name in results.rows(COMPARED) for p in results.points(name)})
+    points = [Point(step, results.plain.sampling, 1.0) for step in steps]
+    lines = _grid(results, points, [f"{step} steps" for step in steps])
+    return f"{GFD.name} without guidance.\n\n{lines}\n\n{_sooner(results, steps)}"
+
+
+def _sooner(results: Results, steps: list[int]) -> str:
+    """How many steps AlignTok needs for what VA-VAE has at the end."""
+    goal = results.curve("va_vae", results.plain, GFD)
+    if not goal:
+        return ""
+    for step in steps:
+        found = results.curve("aligntok", Point(step, results.plain.sampling, 1.0), GFD)
+        if found and statistics.fmean(found) <= statistics.fmean(goal):
+            return (
+                f"AlignTok reaches VA-VAE's value of {steps[-1]} steps ({statistics.fmean(goal):.0f}) "
+                f"by step {step} (the paper: about five times sooner)."
+            )
+    return f"AlignTok does not reach VA-VAE's value of {steps[-1]} steps (the paper: it does, about five times sooner)."
+
+
+def _sampling(results: Results) -> str:
+    evaluations = sorted({p.sampling for name in results.rows(COMPARED) for p in results.points(name)})
+    points = [Point(results.plain.trained, count, 1.0) for count in evaluations]
+    return f"{GFD.name} without guidance, after all training steps.\n\n" + _grid(
+        results, points, [str(count) for count in evaluations]
+    )
+
+
+def _grid(results: Results, points: list[Point], heads: list[str]) -> str:
+    lines = [["tokenizer", *heads], ["---"] * (1 + len(heads))]
+    for name in results.rows(COMPARED):
+        lines.append([NAMES[name], *(spread(results.curve(name, point, GFD), 0) for point in points)])
+    return _markdown(lines)
+
+
+def _pictures(results: Results) -> dict[str, bytes | None]:
+    return {
+        "trade_off.png": plots.trade_off(results),
+        "convergence.png": plots.convergence(results),
+        "sampling.png": plots.sampling(results),
+        "reconstructions.png": _sheet(results, "reconstructions"),
+        "samples.png": _sheet(results, "samples"),
+    }
+
+
+def _sheet(results: Results, what: str) -> bytes | None:
+    """One row of pictures for each tokenizer, of its first seed."""
+    rows: list[Tensor] = []
+    labels: list[str] = []
+    for name in results.rows(NAMES):
+        kept = pictures_of(Row(name, results.seeds(name)[0], results.output))
+        if what in kept:
+            rows.append(to_unit_range(kept[what]))
+            labels.append(NAMES[name])
+    if not rows:
+        return None
+    headings = None
+    if what == "reconstructions":
+        data = results.recipe.data
+        held_out = open_images(data.path, data.max_images).split(data.held_out)[1]
+        originals = load_center_crops(held_out.subset(list(range(len(rows[0])))), data.image_size)[0]
+        rows, labels = [to_unit_range(originals), *rows], ["Original", *labels]
+    else:
+        headings = {0: open_images(results.recipe.data.path).classes}
+    return grid(rows, labels, scale=1, headings=headings)
+
+
+def _image(folder: str, kept: list[str], name: str, text: str) -> Iterator[str]:
+    if name in kept:
+        yield f"![{text}]({folder}/{name})\n\n{text[0].upper()}{text[1:]}."

@@ -1,0 +1,130 @@
+"""The numbers of a study, read from its folder: one value for each row, seed and metric."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from aligntok.errors import UserError
+from aligntok.study.measure import Point
+from aligntok.study.rows import NAMES, Row
+
+EXTRACTOR = "EffNetLite0"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A number of the tables: where it lies in measures.json, and which way is better."""
+
+    name: str  # in print
+    kind: str  # "reconstruction", "probe" or "generation"
+    key: str
+    higher_is_better: bool
+    digits: int = 3
+    guided: bool = False  # of a generation: with the study's guidance
+
+
+PSNR = Metric("PSNR [dB]", "reconstruction", "PSNR [dB]", True, 2)
+SSIM = Metric("SSIM", "reconstruction", "SSIM", True)
+PERCEPTUAL = Metric("ST-LPIPS", "reconstruction", "ST-LPIPS", False)
+RFD = Metric(f"rFD-{EXTRACTOR}", "reconstruction", f"rFD-{EXTRACTOR}", False, 0)
+PROBE = Metric("probe", "probe", "mean", True)
+FLATTENED = Metric("probe, flattened", "probe", "flattened", True)
+GFD = Metric(f"gFD-{EXTRACTOR}", "generation", f"gFD-{EXTRACTOR}", False, 0)
+GKD = Metric(f"gKD-{EXTRACTOR}", "generation", f"gKD-{EXTRACTOR}", False)
+GUIDED = Metric(f"gFD-{EXTRACTOR}, guided", "generation", f"gFD-{EXTRACTOR}", False, 0, guided=True)
+METRICS = (PSNR, SSIM, PERCEPTUAL, RFD, PROBE, FLATTENED, GFD, GKD, GUIDED)
+
+
+class Results:
+    """All measures below `output`.
+
+    Args:
+        output: folder of the study.
+        guidance: scale of the guided columns.
+
+    Raises:
+        UserError: nothing has been measured there.
+    """
+
+    def __init__(self, output: Path, guidance: float) -> None:
+        self.output = output
+        self._values: dict[tuple[str, int], dict[str, Any]] = {}
+        self.seconds: dict[str, float] = {}
+        for name in NAMES:
+            for folder in sorted((output / name).glob("seed-*")):
+                if (folder / "measures.json").is_file():
+                    seed = int(folder.name.removeprefix("seed-"))
+                    self._values[name, seed] = json.loads((folder / "measures.json").read_text())
+                    for part, seconds in json.loads((folder / "times.json").read_text()).items():
+                        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+        if not self._values:
+            raise UserError(f"{output} holds no measured row of a study; run aligntok study --output {output} first")
+        first = next(iter(self._values))
+        self.recipe = Row(*first, output).recipe()
+        config = self.recipe.generator
+        self.plain = Point(config.steps, config.sampler.steps, 1.0)
+        self.guided = Point(config.steps, config.sampler.steps, guidance)
+
+    def rows(self, names: dict[str, str]) -> list[str]:
+        """Those of `names` that have been measured for some seed."""
+        return [name for name in names if self.seeds(name)]
+
+    def seeds(self, name: str) -> list[int]:
+        """Seeds that a row was measured for."""
+        return sorted(seed for row, seed in self._values if row == name)
+
+    def value(self, name: str, seed: int, metric: Metric, stage: str = "final") -> float | None:
+        """One number; None where it has not been measured."""
+        if metric.kind == "generation":
+            return self.generation(name, seed, self.guided if metric.guided else self.plain, metric)
+        measured = self._values.get((name, seed), {}).get("tokenizers", {}).get(stage)
+        return None if measured is None else measured[metric.kind][metric.key]
+
+    def generation(self, name: str, seed: int, point: Point, metric: Metric) -> float | None:
+        """One number of a generator at a point; None where it has not been measured."""
+        measured = self._values.get((name, seed), {}).get("generations", {}).get(str(point))
+        return None if measured is None else measured[metric.key]
+
+    def points(self, name: str) -> list[Point]:
+        """Points at which a row's generators have been measured for some seed."""
+        found = {p for seed in self.seeds(name) for p in self._values[name, seed]["generations"]}
+        return sorted(map(Point.parse, found), key=lambda p: (p.trained, p.sampling, p.guidance))
+
+    def curve(self, name: str, point: Point, metric: Metric) -> list[float]:
+        """Values at one point, one for each seed that has it."""
+        values = (self.generation(name, seed, point, metric) for seed in self.seeds(name))
+        return [value for value in values if value is not None]
+
+    def all_of(self, name: str, metric: Metric, stage: str = "final") -> list[float]:
+        """Values of a row, one for each seed that has it."""
+        values = (self.value(name, seed, metric, stage) for seed in self.seeds(name))
+        return [value for value in values if value is not None]
+
+    def fingerprint(self, name: str, seed: int, stage: str) -> str:
+        return self._values[name, seed]["tokenizers"][stage]["fingerprint"]
+
+    def channels(self, name: str) -> int:
+        return self._values[name, self.seeds(name)[0]]["tokenizers"]["final"]["channels"]
+
+    def protocols(self) -> dict[str, str]:
+        """How each kind of number was taken."""
+        merged: dict[str, str] = {}
+        for values in self._values.values():
+            merged |= values["protocols"]
+        return merged
+
+    def as_document(self) -> dict[str, Any]:
+        """Everything, for a JSON file."""
+        return {f"{name}/seed-{seed}": values for (name, seed), values in self._values.items()}
+
+
+def spread(values: list[float], digits: int) -> str:
+    """Mean and sample standard deviation over seeds, as text: `17.31 ± 0.05`."""
+    if not values:
+        return ""
+    mean = f"{statistics.fmean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {statistics.stdev(values):.{digits}f}"

@@ -58,8 +58,9 @@ def evaluate_reconstruction(
     network = _inception(inception, precision, telemetry)
     extractors: list[FeatureExtractor] = [] if network is None else [network]
     extractors.append(EfficientNetLite0().to(precision.device))
-    distance = build_perceptual(PerceptualConfig(kind=perceptual, weights=perceptual_weights))
-    distance = None if distance is None else distance.to(precision.device)
+    distance = None
+    if perceptual != "none":
+        distance = build_perceptual(PerceptualConfig(kind=perceptual, weights=perceptual_weights)).to(precision.device)
     with crops_with_bar(originals, image_size, "reconstructing", telemetry) as batches:
         measured = stream_reconstruction(tok, (pixels for pixels, _ in batches), precision, distance, extractors)
     share = f"held-out share {held_out:g} of {images}" if len(kept) else f"all of {images}"

@@ -193,7 +193,7 @@ def _report(found: Numbers, output: str | None) -> Numbers:
     for name, measured in found.items():
         table = Table(title=name, title_justify="left")
         for key in measured.values:
-            table.add_column(escape(key), justify="right")
+            table.add_column(escape(key), justify="right", overflow="fold")
         table.add_row(*(f"{value:.4f}" for value in measured.values.values()))
         console.print(table)
     for name, measured in found.items():

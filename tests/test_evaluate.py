@@ -11,11 +11,16 @@ from inception_weights import TinyInception
 
 from aligntok.cli import main
 from aligntok.config import LightningDiTConfig, SamplerConfig
+from aligntok.devices import choose_precision
+from aligntok.errors import UserError
 from aligntok.evaluation import generated
+from aligntok.evaluation import generation as generation_module
 from aligntok.evaluation.adm import sample_shape
+from aligntok.evaluation.generation import choose_labels
 from aligntok.evaluation.tokenizer import Measured
 from aligntok.models.lightning_dit import LightningDiT
-from aligntok.training.train_generator import save_generator
+from aligntok.models.tokenizer import load_tokenizer
+from aligntok.training.train_generator import Generator, save_generator
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +112,26 @@ def test_reconstruction_with_inception(run, tmp_path, inception):
 def generation(run: Path, *more: str | Path) -> int:
     pair = ("--generator", run / "generator", "--tokenizer", run / "tokenizer")
     return evaluate("generation", *pair, "--reference", run / "pictures", "--count", 9, *more)
+
+
+def test_batches_do_not_decide_what_is_drawn(run, monkeypatch):
+    """Pictures are those of one large batch, whatever is in memory at once."""
+    generator, tokenizer = Generator(run / "generator"), load_tokenizer(run / "tokenizer")
+    arguments = (generator, tokenizer, torch.arange(9) % 2, generator.sampler, choose_precision("cpu", "fp32"))
+    whole = generation_module.draw(*arguments, seed=3)
+    monkeypatch.setattr(generation_module, "SAMPLING_BATCH", 4)
+    parts = list(generation_module.stream_draw(*arguments, seed=3))
+    assert [len(part) for part in parts] == [4, 4, 1]
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-4, rtol=1e-4)
+
+
+def test_label_policies():
+    assert choose_labels("balanced", 7, 3).tolist() == [0, 1, 2, 0, 1, 2, 0]
+    random = choose_labels("random", 30_000, 3, seed=1)
+    assert torch.equal(random, choose_labels("random", 30_000, 3, seed=1)) and random[:9].bincount().tolist() != [3] * 3
+    assert (random.bincount() - 10_000).abs().max() < 400  # five standard deviations
+    with pytest.raises(UserError, match="expected random or balanced"):
+        choose_labels("all", 3, 3)
 
 
 def test_generation_without_inception_has_other_names_only(run, tmp_path, capsys):

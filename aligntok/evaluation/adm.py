@@ -209,7 +209,7 @@ def radii(features: Tensor, neighbours: int = NEIGHBOURS, block: int = 1000) -> 
 
 def _share_within(points: Tensor, centres: Tensor, reach: Tensor, block: int) -> float:
     inside = [(torch.cdist(part, centres) <= reach).any(dim=1) for part in points.split(block)]
-    return float(torch.cat(inside).double().mean())
+    return float(torch.cat(inside).cpu().double().mean())
 
 
 def _check_samples(path: str | Path, shape: tuple[int, ...], dtype: np.dtype) -> None:

@@ -52,7 +52,7 @@ class ImageFeatures:
             found = self.inception.everything(values)
             self.pooled.add(found.pooled)
             self.spatial.add(found.spatial.cpu())
-            self.score.add(found.logits)
+            self.score.add(found.logits.cpu())
         self.count += len(images)
 
     def add_all(self, batches: Iterable[Tensor]) -> ImageFeatures:

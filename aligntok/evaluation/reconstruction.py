@@ -25,9 +25,9 @@ _SSIM_WINDOW = 11  # px: Gaussian window with sigma 1.5, the original paper's an
 
 
 def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """[B, 3, H, W] in [-1, 1] twice -> dB per image [B], data range 2; infinite for equal images."""
-    error = (originals.double() - reconstructions.double()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(4 / error)
+    """[B, 3, H, W] in [-1, 1] twice -> dB per image [B] on the CPU, data range 2; infinite for equal images."""
+    error = (originals.float() - reconstructions.float()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / error.cpu().double())  # on the CPU: not every device has float64
 
 
 def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
@@ -82,7 +82,7 @@ class ReconstructionMetrics:
         if self.perceptual is not None:
             found[self.perceptual.label] = self.perceptual(originals, reconstructions)
         for name, value in found.items():
-            self._sums[name] = self._sums.get(name, 0.0) + value.double().cpu().sum().item()
+            self._sums[name] = self._sums.get(name, 0.0) + value.cpu().double().sum().item()
         self.count += len(originals)
         self._distances_found = None
         for extractor, *sets in self.extractors:

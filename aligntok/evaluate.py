@@ -95,10 +95,10 @@ def evaluate_generation(
     samples: DrawnSamples | StoredSamples
     if samples_file is not None:
         if generator is not None or npz is not None:
-            raise UserError("--samples-file measures samples that exist: leave out --generator and --npz")
+            raise UserError("--samples_file measures samples that exist: leave out --generator and --npz")
         samples = StoredSamples(samples_file, telemetry)
     elif generator is None or tokenizer is None:
-        raise UserError("evaluate generation needs --generator and --tokenizer, or --samples-file")
+        raise UserError("evaluate generation needs --generator and --tokenizer, or --samples_file")
     else:
         samples = DrawnSamples(generator, tokenizer, overrides, labels, count, seed, precision, telemetry)
     require_enough(samples.count, "samples")

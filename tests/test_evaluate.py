@@ -239,7 +239,7 @@ REFUSED = {
         "validation images themselves",
     ),
     "size": (["reconstruction", "--tokenizer", "{run}/tokenizer", "--image_size", "33"], "multiple of the tokenizer's"),
-    "nothing to measure": (["generation"], "--samples-file"),
+    "nothing to measure": (["generation"], "--samples_file"),
     "both": (["generation", "--samples_file", "s.npz", "--generator", "g"], "leave out --generator"),
     "another tokenizer": (
         ["generation", "--generator", "{run}/generator", "--tokenizer", "{run}/other"],

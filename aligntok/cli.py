@@ -20,7 +20,9 @@ from aligntok.errors import UserError
 from aligntok.options import (
     CacheLatentsConfig,
     ConvertConfig,
-    EvaluateConfig,
+    EvaluateGenerationConfig,
+    EvaluateProbeConfig,
+    EvaluateReconstructionConfig,
     ReconstructConfig,
     SampleConfig,
     StatisticsConfig,
@@ -43,7 +45,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   study             every rival and ablation at a laptop's size, with tables and plots; hours on two cores
   sample            pictures from a trained generator
   reconstruct       pictures through a tokenizer and back
-  evaluate          reconstruction, linear probe and generation metrics, each with its protocol
+  evaluate          reconstruction, generation or probe of a tokenizer, each number with its protocol; self-test
   statistics        latent statistics for a tokenizer that has none
   doctor            what is installed, built and selected here, and why not otherwise
 
@@ -210,11 +212,37 @@ def _reconstruct(arguments: list[str]) -> None:
     reconstruct(**asdict(options))
 
 
-def _evaluate(arguments: list[str]) -> None:
-    options = parse_options("evaluate", EvaluateConfig, arguments)
-    from aligntok.jobs import evaluate
+EVALUATE_HELP = """\
+usage: aligntok evaluate PART [options]        aligntok evaluate PART --help explains its options
 
-    evaluate(**asdict(options))
+  reconstruction    rFID, PSNR, SSIM, LPIPS of images and what a tokenizer makes of them
+  generation        gFID, sFID, IS, precision, recall of a generator or of a file of samples, by ADM's protocol
+  probe             linear probe of the latents, and their alignment with an encoder (CKNNA)
+  self-test         every metric on distributions with a known answer; needs no weights and no images
+
+FID, sFID, IS, precision and recall are those of the Inception network, whose weights no package carries: --inception.
+Without them, distances are taken from EfficientNet-Lite0 and say so in their names.
+"""
+
+
+def _evaluate(arguments: list[str]) -> None:
+    parts: dict[str, tuple[str, type | None]] = {
+        "reconstruction": ("evaluate_reconstruction", EvaluateReconstructionConfig),
+        "generation": ("evaluate_generation", EvaluateGenerationConfig),
+        "probe": ("evaluate_probe", EvaluateProbeConfig),
+        "self-test": ("evaluate_self_test", None),
+    }
+    part, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
+    if part in ("-h", "--help") or (part == "self-test" and rest):
+        print(EVALUATE_HELP, end="")
+        raise SystemExit(0)
+    if part not in parts:
+        raise UserError(f"evaluate {part!r}: expected one of {', '.join(parts)}{_nearest(part, parts)}")
+    name, options_class = parts[part]
+    options = {} if options_class is None else asdict(parse_options(f"evaluate {part}", options_class, rest))
+    import aligntok.evaluate
+
+    getattr(aligntok.evaluate, name)(**options)
 
 
 def _statistics(arguments: list[str]) -> None:

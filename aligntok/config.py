@@ -277,7 +277,7 @@ class GeneratorTrainingConfig:
 
 @dataclass
 class EvaluationConfig:
-    """What the quickstart measures at its end; `aligntok evaluate` takes the same numbers as options."""
+    """What the quickstart measures at its end; `aligntok evaluate generation` takes the same numbers."""
 
     samples: int = 384  # generated pictures behind gFD and gKD
     guidance: float = 2.0  # the guided column, on all channels

@@ -28,17 +28,29 @@ _LEFT_BEHIND = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{8}\.(?P<kind>tmp|old)")
 
 def write_bytes(path: str | Path, data: bytes) -> None:
     """Write one file atomically, making its folder where needed; raises UserError when the disk refuses."""
+    with unfinished_file(path) as unfinished:
+        unfinished.write_bytes(data)
+
+
+@contextmanager
+def unfinished_file(path: str | Path) -> Iterator[Path]:
+    """A hidden name to write under, which takes the place of `path` when the block ends well; else it is removed.
+
+    Raises:
+        UserError: the disk is full or not writable; an older `path` is untouched.
+    """
     path = Path(path)
     unfinished = _beside(path, "tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(data)
+        yield unfinished
         _flush(unfinished)
         os.replace(unfinished, path)
     except OSError as error:
+        raise _refused(path, error) from error
+    finally:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
-        raise _refused(path, error) from error
 
 
 def write_folder(

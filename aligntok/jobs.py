@@ -1,37 +1,25 @@
-"""The short jobs of the command line: sample, reconstruct, evaluate, statistics. Each prints what it did and where it
-is."""
+"""The short jobs of the command line: sample, reconstruct, statistics. Each prints what it did and where it is."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from aligntok.config import DataConfig, PerceptualConfig
+from aligntok.config import DataConfig
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import ImageSet, load_center_crops, open_images
 from aligntok.data.loading import report_skipped
 from aligntok.data.sources import MemorySource
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
-from aligntok.evaluation.adm import refuse_as_originals
-from aligntok.evaluation.features import EfficientNetLite0
-from aligntok.evaluation.generation import Reference, check_pair, describe, draw, evaluate_generation
-from aligntok.evaluation.tokenizer import (
-    decode_all,
-    encode_all,
-    encoder_probe,
-    evaluate_probe,
-    evaluate_reconstruction,
-)
+from aligntok.evaluation.generation import check_pair, describe, draw
+from aligntok.evaluation.tokenizer import decode_all, encode_all
 from aligntok.files import write_bytes
-from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
 from aligntok.report import pictures
 from aligntok.training.statistics import latent_statistics
@@ -110,49 +98,6 @@ def reconstruct(tokenizer: str, images: str, output: str, image_size: int, count
     Console(stderr=True).print(f"{output}: {len(pixels)} originals, each above its reconstruction", highlight=False)
 
 
-def evaluate(
-    tokenizer: str,
-    generator: str | None,
-    images: str,
-    held_out: float,
-    image_size: int,
-    samples: int,
-    guidance: tuple[float, ...],
-    output: str | None,
-    device: str,
-) -> dict[str, Any]:
-    """`aligntok evaluate`; prints tables, returns (and with `output` writes) the numbers with their protocols."""
-    refuse_as_originals(images)
-    precision = choose_precision(device)
-    tok = load_tokenizer(tokenizer).to(precision.device)
-    everything = open_images(images)
-    training, kept = everything.split(held_out)
-    measured_set = kept if len(kept) else training
-    pixels, _ = _load(measured_set, image_size, tok)
-    extractor = EfficientNetLite0().to(precision.device)
-    perceptual = build_perceptual(PerceptualConfig(kind="st-lpips-alex")).to(precision.device)
-    found = {"reconstruction": evaluate_reconstruction(tok, pixels, precision, perceptual, extractor)}
-    all_pixels, all_labels = _load(everything, image_size, tok)
-    probes = {
-        "probe of latents": evaluate_probe(encode_all(tok, all_pixels, precision), all_labels),
-        "probe of encoder": encoder_probe(tok, all_pixels, all_labels, precision),
-    }
-    found |= {name: measured for name, measured in probes.items() if measured is not None}
-    if generator is not None:
-        network, reference = Generator(generator), Reference.of(all_pixels, all_labels, extractor)
-        for scale in guidance:
-            found[f"generation, guidance {scale:g}"] = evaluate_generation(
-                network, tok, reference, samples, scale, extractor, precision
-            )
-    _print({name: measured.values for name, measured in found.items()})
-    for name, measured in found.items():
-        print(f"{name}: {measured.protocol}")
-    numbers = {name: {"values": m.values, "protocol": m.protocol} for name, m in found.items()}
-    if output is not None:
-        write_bytes(output, json.dumps(numbers, indent=1).encode())
-    return numbers
-
-
 def statistics(tokenizer: str, images: str, image_size: int, count: int, device: str) -> None:
     """`aligntok statistics`; completes the tokenizer folder in place."""
     precision = choose_precision(device)
@@ -164,23 +109,18 @@ def statistics(tokenizer: str, images: str, image_size: int, count: int, device:
     print(f"{tokenizer}: latent statistics of {len(pixels)} images stored")
 
 
-def _load(images: ImageSet, size: int, tokenizer: StoredTokenizer) -> tuple[Tensor, Tensor]:
-    if size % tokenizer.downsample:
+def check_size(size: int, tokenizer: StoredTokenizer) -> None:
+    """UserError unless a tokenizer can take images of this side."""
+    if size < 1 or size % tokenizer.downsample:
         raise UserError(
             f"image_size is {size}, expected a multiple of the tokenizer's downsampling {tokenizer.downsample}"
         )
+
+
+def _load(images: ImageSet, size: int, tokenizer: StoredTokenizer) -> tuple[Tensor, Tensor]:
+    check_size(size, tokenizer)
     telemetry = Telemetry(".", log_every=1)
     with telemetry.bar("reading images") as update:
         pixels, labels = load_center_crops(images, size, update)
     report_skipped(images, telemetry.say)
     return pixels, labels
-
-
-def _print(tables: dict[str, dict[str, float]]) -> None:
-    console = Console()
-    for name, values in tables.items():
-        table = Table(title=name, title_justify="left")
-        for key in values:
-            table.add_column(key, justify="right")
-        table.add_row(*(f"{value:.4f}" for value in values.values()))
-        console.print(table)

@@ -59,28 +59,110 @@ class ReconstructConfig:
 
 
 @dataclass
-class EvaluateConfig:
-    """`aligntok evaluate`: metrics of a tokenizer and, if given, of a generator on it.
+class EvaluateReconstructionConfig:
+    """`aligntok evaluate reconstruction`: PSNR, SSIM, a perceptual distance, and feature distances of what comes back.
 
     Args:
         tokenizer: folder written by train-tokenizer.
-        generator: folder written by train-generator; null = tokenizer only.
-        images: folder, .tar or "embedded": the reference of every metric.
-        held_out: share of the images kept out of training; reconstruction is measured on them. 0 = measure on all.
-        image_size: centre crops of this size.
-        samples: generated pictures behind gFD and gKD.
-        guidance: scales to evaluate the generator at.
+        images: the originals: folder, .tar or "embedded"; published rFID is that of ImageNet's validation images.
+        held_out: share of the images kept out of training, measured on alone; 0 = all.
+        image_size: centre crops of this size, a multiple of the tokenizer's downsampling.
+        perceptual: network of LPIPS (torchvision's weights) or of its shift-tolerant variant (carried by a package).
+        perceptual_weights: trunk weights of LPIPS by path; null = downloaded by torchvision.
+        inception: weights for rFID: a file or a URL; null = the published file, if it lies in torch.hub's cache.
         output: JSON file for the numbers; null = print only.
         device: auto, cpu, cuda or cuda:N.
     """
 
     tokenizer: str
-    generator: str | None = None
     images: str = "embedded"
     held_out: float = 0.0
     image_size: int = 256
-    samples: int = 1024
-    guidance: tuple[float, ...] = (1.0, 2.0)
+    perceptual: Literal["lpips-vgg", "lpips-alex", "st-lpips-alex", "st-lpips-vgg", "none"] = "st-lpips-alex"
+    perceptual_weights: str | None = None
+    inception: str | None = None
+    output: str | None = None
+    device: str = "auto"
+
+
+@dataclass
+class EvaluateGenerationConfig:
+    """`aligntok evaluate generation`: gFID, sFID, IS, precision and recall of samples by ADM's protocol.
+
+    Args:
+        generator: folder written by train-generator; with it the tokenizer that it was trained on.
+        tokenizer: folder of that tokenizer.
+        samples_file: .npz of samples (arr_0 uint8 [n, H, W, 3]) to measure instead of drawing some.
+        reference: ADM's reference batch (.npz with mu, sigma, mu_s, sigma_s), or folder, .tar or "embedded" of real
+            images, cut to the samples' size.
+        labels: of drawn samples: random (uniform, independent) or balanced (every class as often); balanced labels
+            give a lower FID.
+        count: samples to draw; 50,000 is what published numbers have.
+        steps: network evaluations per sample; null = the generator's own setting.
+        guidance: classifier-free guidance scale, 1 = none; null = the generator's own setting.
+        guidance_channels: null = the generator's own setting, 0 = all, 3 = the first three (the reference code's way).
+        guidance_interval: [from, to] of the times at which guidance acts; null = the generator's own setting.
+        seed: of noise, random labels and kernel subsets.
+        npz: file to keep drawn samples in, written before anything is measured; for ADM's own evaluator, for example.
+        inception: weights for gFID, sFID, IS, precision, recall: a file or a URL; null = the published file, if it
+            lies in torch.hub's cache. Without them there are gFD and gKD of EfficientNet-Lite0 only.
+        fidelity: also print torch-fidelity's numbers; drawn samples need --npz for it.
+        output: JSON file for the numbers; null = print only.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    generator: str | None = None
+    tokenizer: str | None = None
+    samples_file: str | None = None
+    reference: str = "embedded"
+    labels: Literal["random", "balanced"] = "random"
+    count: int = 50_000
+    steps: int | None = None
+    guidance: float | None = None
+    guidance_channels: int | None = None
+    guidance_interval: tuple[float, float] | None = None
+    seed: int = 0
+    npz: str | None = None
+    inception: str | None = None
+    fidelity: bool = False
+    output: str | None = None
+    device: str = "auto"
+
+
+@dataclass
+class EvaluateProbeConfig:
+    """`aligntok evaluate probe`: what a linear classifier reads out of the latents, and how they align with an encoder.
+
+    Args:
+        tokenizer: folder written by train-tokenizer.
+        images: labelled images of a small set (a sub-folder per class): cross-validated logistic regression.
+        train: training images of a large set, instead of `images`: a probe trained by minibatches...
+        val: ...and judged on these.
+        image_size: centre crops of this size, a multiple of the tokenizer's downsampling.
+        epochs: of the minibatch probe.
+        batch_size: of the minibatch probe.
+        encoder: timm name of the encoder that CKNNA compares with, vit_large_patch14_dinov2.lvd142m for example; null =
+            the tokenizer's own, as it is now.
+        encoder_weights: its weights: pretrained, embedded, random, or a file in timm's layout.
+        alignment_images: images that CKNNA is taken on, the first readable ones of `images` or `val`; 0 = no CKNNA.
+        neighbours: k of CKNNA.
+        seed: of folds, batches and initial weights.
+        output: JSON file for the numbers; null = print only.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    tokenizer: str
+    images: str = "embedded"
+    train: str | None = None
+    val: str | None = None
+    image_size: int = 256
+    epochs: int = 90
+    batch_size: int = 1024
+    encoder: str | None = None
+    encoder_weights: str = "pretrained"
+    alignment_images: int = 10_000
+    neighbours: int = 10
+    seed: int = 0
     output: str | None = None
     device: str = "auto"
 

@@ -75,8 +75,8 @@ def test_every_command_explains_itself(command, capsys):
         (["sample", "--generator", "/nowhere", "--tokenizer", "/nowhere"], "no generator at"),
         (["sample"], "generator"),
         (["reconstruct", "--tokenizer", "/nowhere"], "no tokenizer at"),
-        (["evaluate", "--tokenizer", "/nowhere"], "no tokenizer at"),
-        (["evaluate", "--tokenizer", "/nowhere", "--images", "adm.npz"], "validation images themselves"),
+        (["evaluate", "--tokenizer", "/nowhere"], "expected one of reconstruction, generation, probe, self-test"),
+        (["evaluate", "reconstruction", "--tokenizer", "/nowhere"], "no tokenizer at"),
     ],
 )
 def test_mistakes_end_with_one_line_and_status_2(arguments, message, capsys, tmp_path):

@@ -69,7 +69,7 @@ def test_a_second_call_trains_nothing_again(run, pictures, capsys):
     assert "already finished" in capsys.readouterr().err
 
 
-def test_sample_reconstruct_evaluate_and_statistics(run, pictures, tmp_path, capsys):
+def test_sample_reconstruct_and_evaluate(run, pictures, tmp_path, capsys):
     parts = ["--tokenizer", str(run / "tokenizer")]
     generator = ["--generator", str(run / "generator")]
     output = tmp_path / "samples.png"
@@ -82,23 +82,13 @@ def test_sample_reconstruct_evaluate_and_statistics(run, pictures, tmp_path, cap
     assert main(["reconstruct", *parts, *size, "--output", str(restored)]) == 0
     assert Image.open(restored).size[1] > 2 * 32
     numbers = tmp_path / "numbers.json"
-    command = [
-        "evaluate",
-        *parts,
-        *generator,
-        *size,
-        "--samples",
-        "16",
-        "--guidance",
-        "[1.0]",
-        "--output",
-        str(numbers),
-    ]
-    assert main(command) == 0
-    found = json.loads(numbers.read_text())
-    assert found.keys() == {"reconstruction", "probe of latents", "probe of encoder", "generation, guidance 1"}
-    assert all("n=" in measured["protocol"] for measured in found.values())
+    written = ["--output", str(numbers)]
+    assert main(["evaluate", "reconstruction", *parts, *size, *written]) == 0
+    assert "n=20" in json.loads(numbers.read_text())["reconstruction"]["protocol"]
     assert "broken.png" in capsys.readouterr().err
+    reference = ["--reference", str(pictures), "--count", "16", "--guidance", "2"]
+    assert main(["evaluate", "generation", *parts, *generator, *reference, *written]) == 0
+    assert "guidance 2" in json.loads(numbers.read_text())["generation, EffNetLite0"]["protocol"]
 
 
 def test_statistics_complete_a_tokenizer_in_place(run, pictures, tmp_path):

@@ -11,12 +11,10 @@ are compared with their originals. Source: guided-diffusion evaluations/evaluato
 
 from __future__ import annotations
 
-import hashlib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BytesIO
 from pathlib import Path
 from typing import IO
 
@@ -25,7 +23,7 @@ import torch
 from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.files import write_bytes
+from aligntok.files import digest, unfinished_file
 
 NEIGHBOURS = 3  # k of precision and recall
 SPLIT = 5_000  # samples per split of the Inception score
@@ -46,11 +44,12 @@ class Moments:
 
 @dataclass(frozen=True)
 class ReferenceBatch:
-    """Moments of pooled and of spatial features, the number of images in the file, and its SHA-256."""
+    """Moments of pooled and of spatial features; number and (height, width) of the images in the file; its SHA-256."""
 
     pooled: Moments
     spatial: Moments
     images: int
+    size: tuple[int, int]
     sha256: str
 
     @property
@@ -60,18 +59,44 @@ class ReferenceBatch:
 
 def write_samples(path: str | Path, images: Tensor) -> None:
     """Images uint8 [n, 3, H, W] -> .npz with arr_0 [n, H, W, 3], atomically."""
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-        raise UserError(f"expected uint8 images [n, 3, H, W], got {images.dtype} {list(images.shape)}")
-    memory = BytesIO()
-    np.savez(memory, images.permute(0, 2, 3, 1).contiguous().numpy())
-    write_bytes(path, memory.getvalue())
+    write_sample_batches(path, [images], len(images))
+
+
+def write_sample_batches(path: str | Path, batches: Iterable[Tensor], count: int) -> None:
+    """Batches uint8 [B, 3, H, W] of together `count` images -> .npz, atomically; memory holds one batch.
+
+    Raises:
+        UserError: other values, images of different sizes, or another number of them.
+    """
+    written, shape = 0, None
+    with unfinished_file(path) as unfinished, zipfile.ZipFile(unfinished, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            for images in batches:
+                if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+                    raise UserError(f"expected uint8 images [n, 3, H, W], got {images.dtype} {list(images.shape)}")
+                if shape is None:
+                    shape = images.shape[1:]
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (count, shape[1], shape[2], 3)}
+                    np.lib.format.write_array_header_1_0(file, header)
+                if images.shape[1:] != shape:
+                    raise UserError(f"images of {list(shape)} and of {list(images.shape[1:])} do not fit into one file")
+                file.write(images.permute(0, 2, 3, 1).contiguous().numpy().tobytes())
+                written += len(images)
+            if written != count or shape is None:
+                raise UserError(f"{written} images were made for {path}, which was to hold {count}")
+
+
+def sample_shape(path: str | Path) -> tuple[int, int, int]:
+    """(images, height, width) of a file of samples; its images are not read."""
+    with _opened(path) as archive, _member(archive, "arr_0", path) as (_, shape, dtype):
+        _check_samples(path, shape, dtype)
+        return shape[:3]
 
 
 def read_samples(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
     """Batches uint8 [B, 3, H, W] of arr_0; memory holds one batch, whatever the number of samples."""
     with _opened(path) as archive, _member(archive, "arr_0", path) as (file, shape, dtype):
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3:
-            raise UserError(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [n, H, W, 3]")
+        _check_samples(path, shape, dtype)
         size = int(np.prod(shape[1:]))
         for start in range(0, shape[0], batch_size):
             count = min(batch_size, shape[0] - start)
@@ -84,7 +109,8 @@ def read_samples(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
 
 def read_reference(path: str | Path) -> ReferenceBatch:
     """A reference batch; its images are left on the disk for `read_samples`. UserError if it is not one."""
-    with _opened(path) as archive, _member(archive, "arr_0", path) as (_, shape, _):
+    with _opened(path) as archive, _member(archive, "arr_0", path) as (_, shape, dtype):
+        _check_samples(path, shape, dtype)
         missing = [key for key in ("mu", "sigma", "mu_s", "sigma_s") if f"{key}.npy" not in archive.namelist()]
         if missing:
             raise UserError(
@@ -97,12 +123,8 @@ def read_reference(path: str | Path) -> ReferenceBatch:
         d = values[mean].numel()
         if values[mean].ndim != 1 or values[cov].shape != (d, d):
             raise UserError(f"{path}: {mean} {list(values[mean].shape)} and {cov} {list(values[cov].shape)} do not fit")
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
     pooled, spatial = Moments(values["mu"], values["sigma"]), Moments(values["mu_s"], values["sigma_s"])
-    return ReferenceBatch(pooled, spatial, shape[0], digest.hexdigest())
+    return ReferenceBatch(pooled, spatial, shape[0], shape[1:3], digest(path))
 
 
 def refuse_as_originals(path: str | Path) -> None:
@@ -187,7 +209,12 @@ def radii(features: Tensor, neighbours: int = NEIGHBOURS, block: int = 1000) -> 
 
 def _share_within(points: Tensor, centres: Tensor, reach: Tensor, block: int) -> float:
     inside = [(torch.cdist(part, centres) <= reach).any(dim=1) for part in points.split(block)]
-    return float(torch.cat(inside).double().mean())
+    return float(torch.cat(inside).cpu().double().mean())
+
+
+def _check_samples(path: str | Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or not shape[0]:
+        raise UserError(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [n, H, W, 3]")
 
 
 def _opened(path: str | Path) -> zipfile.ZipFile:

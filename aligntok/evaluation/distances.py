@@ -1,7 +1,8 @@
 """Distances between two sets of features: Frechet (as in FID) and kernel (as in KID).
 
-    FD = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)),    tr (S1 S2)^(1/2) = sum_i sqrt(eig_i(S1^(1/2) S2
-    S1^(1/2))) KD = unbiased MMD^2 with the kernel (x . y / d + 1)^3, mean over random subsets
+    FD = |m1 - m2|^2 + tr(S1 + S2 - 2 (S1 S2)^(1/2)),
+         tr (S1 S2)^(1/2) = sum_i sqrt(eig_i(S1^(1/2) S2 S1^(1/2)))
+    KD = unbiased MMD^2 with the kernel (x . y / d + 1)^3, mean over random subsets
 
 The symmetric form has real, non-negative eigenvalues; the general matrix square root of scipy, which some
 releases computed wrongly, is not used. Everything is float64.
@@ -15,11 +16,13 @@ import torch
 from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.evaluation.features import FeatureExtractor
+from aligntok.evaluation.features import FeatureExtractor, metric_name
+from aligntok.evaluation.reservoir import Reservoir
 
 # Sets up to this size have all their kernel values computed once and subsets picked from them: a third of the
 # time for 1300 samples, and at most 3 x 134 MB. Larger sets compute each subset's own.
 _WHOLE = 4096
+KEPT = 10_000  # rows that a set keeps for kernel distances: ten times a subset, 82 MB at 2048 features
 
 
 class GaussianStatistics:
@@ -168,23 +171,66 @@ def _unbiased_mmd2(xx: Tensor, yy: Tensor, xy: Tensor) -> Tensor:
     return within - 2 * xy.mean()
 
 
+class FeatureSet:
+    """Features [n, dimension] of a set of images that arrive in batches: moments of all of them, and `kept` rows.
+
+    Memory does not grow with n beyond `kept`; the rows are a uniform sample (all of them up to that number).
+    """
+
+    def __init__(self, dimension: int, kept: int = KEPT) -> None:
+        self.statistics = GaussianStatistics(dimension)
+        self._reservoir = Reservoir(kept, dimension)
+
+    def add(self, features: Tensor) -> None:
+        """Take in a batch. UserError on another width or on values that are not finite."""
+        features = features.cpu()
+        self.statistics.add(features)
+        self._reservoir.add(features)
+
+    @property
+    def count(self) -> int:
+        return self.statistics.count
+
+    @property
+    def rows(self) -> Tensor:
+        """[min(n, kept), dimension] float32."""
+        return self._reservoir.rows
+
+    @property
+    def sampled(self) -> str:
+        """What to print where not all rows were kept."""
+        return f" on a uniform sample of {len(self.rows)}" if len(self.rows) < self.count else ""
+
+
+def set_distances(
+    reference: FeatureSet, found: FeatureSet, extractor: FeatureExtractor, prefix: str, seed: int = 0
+) -> tuple[dict[str, float], str]:
+    """Both distances under their full names, and the protocol to print with them; see `feature_distances`."""
+    kernel = kernel_distance(reference.rows, found.rows, seed=seed)
+    metrics = {
+        metric_name(f"{prefix}FID", extractor): frechet_distance(reference.statistics, found.statistics),
+        metric_name(f"{prefix}KID", extractor): kernel.mean,
+    }
+    frechet_name, kernel_name = metrics
+    protocol = (
+        f"{extractor.protocol}; {frechet_name}: reference {reference.statistics.protocol}, "
+        f"against {found.statistics.protocol}; "
+        f"{kernel_name}: {kernel.protocol}{found.sampled}, seed {seed}, sd {kernel.std:.2g}"
+    )
+    return metrics, protocol
+
+
 def feature_distances(
     reference: Tensor, features: Tensor, extractor: FeatureExtractor, prefix: str, seed: int = 0
 ) -> tuple[dict[str, float], str]:
-    """Both distances under their full names, and the protocol to print with them.
+    """Both distances of features [n, d] and [m, d] in memory, and the protocol to print with them.
 
     `prefix` is "r" for reconstructions and "g" for generated images: {"rFD-EffNetLite0": ...,
-    "rKD-EffNetLite0": ...}.
+    "rKD-EffNetLite0": ...}; with ADM's Inception network they are called rFID and rKID.
     """
-    statistics = GaussianStatistics.of(reference), GaussianStatistics.of(features)
-    kernel = kernel_distance(reference, features, seed=seed)
-    metrics = {
-        f"{prefix}FD-{extractor.name}": frechet_distance(*statistics),
-        f"{prefix}KD-{extractor.name}": kernel.mean,
-    }
-    protocol = (
-        f"{extractor.protocol}; {prefix}FD: reference {statistics[0].protocol}, "
-        f"against {statistics[1].protocol}; "
-        f"{prefix}KD: {kernel.protocol}, seed {seed}, sd {kernel.std:.2g}"
-    )
-    return metrics, protocol
+    sets = []
+    for values in (reference, features):
+        found = FeatureSet(values.shape[-1], kept=len(values))
+        found.add(values)
+        sets.append(found)
+    return set_distances(*sets, extractor, prefix, seed)

@@ -21,6 +21,8 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from aligntok import assets
 from aligntok.errors import UserError
 
+INCEPTION = "Inception"  # the name that the Inception network has with the published weights, and only with them
+
 
 class FeatureExtractor(Protocol):
     """What a Frechet or kernel distance needs to know of a network."""
@@ -31,6 +33,13 @@ class FeatureExtractor(Protocol):
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> features [B, dimension], float32, without gradient."""
+
+
+def metric_name(metric: str, extractor: FeatureExtractor) -> str:
+    """What a number may be called: "gFID" becomes "gFD-EffNetLite0", "IS" "IS-..." for features other than ADM's."""
+    if extractor.name == INCEPTION:
+        return metric
+    return f"{metric.replace('ID', 'D')}-{extractor.name}"
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -94,7 +103,7 @@ class EfficientNetLite0(nn.Module):
     def _run(self, images: Tensor, features: bool) -> Tensor:
         if images.ndim != 4 or images.shape[1] != 3:
             raise UserError(f"expected images [B, 3, H, W], got {list(images.shape)}")
-        values = to_uint8(images).float()
+        values = to_uint8(images.to(self.network.conv_stem.weight.device)).float()
         if values.shape[2:] != (self.size, self.size):
             values = F.interpolate(values, size=(self.size, self.size), mode="bicubic", antialias=True)
         maps = self.network.forward_features((values.clamp_(0, 255) - 127) / 128)

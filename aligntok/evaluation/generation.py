@@ -1,8 +1,8 @@
-"""A generator: draw samples through its tokenizer, and measure their distance to real images."""
+"""A generator: draw samples through its tokenizer, and measure their distance to real images in memory."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -32,7 +32,6 @@ def check_pair(generator: Generator, tokenizer: StoredTokenizer) -> None:
         )
 
 
-@torch.no_grad()
 def draw(
     generator: Generator,
     tokenizer: StoredTokenizer,
@@ -44,24 +43,41 @@ def draw(
 ) -> Tensor:
     """Images [n, 3, H, W] float32 in [-1, 1] for labels [n]; picture i depends on the seed, i and its label
     alone."""
+    return torch.cat(list(stream_draw(generator, tokenizer, labels, sampler, precision, seed, progress)))
+
+
+@torch.no_grad()
+def stream_draw(
+    generator: Generator,
+    tokenizer: StoredTokenizer,
+    labels: Tensor,
+    sampler: SamplerConfig,
+    precision: Precision,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Iterator[Tensor]:
+    """The images of `draw` in batches [B, 3, H, W]; memory holds one of them."""
     check_pair(generator, tokenizer)
-    model, latents = generator.model.to(precision.device), []
-    source = torch.Generator().manual_seed(seed)
-    noise = torch.randn(len(labels), *generator.latent_shape, generator=source)
+    model, source = generator.model.to(precision.device), torch.Generator().manual_seed(seed)
     for start in range(0, len(labels), SAMPLING_BATCH):
-        chunk = slice(start, start + SAMPLING_BATCH)
+        chunk = labels[start : start + SAMPLING_BATCH]
+        noise = torch.randn(len(chunk), *generator.latent_shape, generator=source)
         with precision.autocast():
-            drawn = integrate(
-                model,
-                noise[chunk].to(precision.device),
-                labels[chunk].to(precision.device),
-                model.null_class,
-                sampler,
+            latents = integrate(
+                model, noise.to(precision.device), chunk.to(precision.device), model.null_class, sampler
             )
-        latents.append(drawn.cpu())
+        yield decode_all(tokenizer, latents.cpu(), precision)
         if progress is not None:
-            progress(min(start + SAMPLING_BATCH, len(labels)), len(labels))
-    return decode_all(tokenizer, torch.cat(latents), precision)
+            progress(start + len(chunk), len(labels))
+
+
+def choose_labels(policy: str, count: int, classes: int, seed: int = 0) -> Tensor:
+    """Labels [count] by the policy "random" (uniform, independent) or "balanced" (as equally often as can be)."""
+    if policy == "random":
+        return torch.randint(classes, (count,), generator=torch.Generator().manual_seed(seed))
+    if policy == "balanced":
+        return torch.arange(count) % classes
+    raise UserError(f"labels are {policy!r}, expected random or balanced")
 
 
 @dataclass

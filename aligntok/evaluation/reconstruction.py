@@ -4,17 +4,20 @@
     values)
 
 Both sides are first quantised to 8 bits, as if they had been saved to a file: numbers of a tensor and of
-its PNG agree.
+its PNG agree. What is kept of the images does not grow with their number: sums, moments of features, and a sample of
+features for the kernel distance.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from aligntok.errors import UserError
-from aligntok.evaluation.distances import feature_distances
+from aligntok.evaluation.distances import FeatureSet, set_distances
 from aligntok.evaluation.features import FeatureExtractor, to_uint8
 from aligntok.losses.perceptual import PerceptualDistance
 
@@ -22,9 +25,9 @@ _SSIM_WINDOW = 11  # px: Gaussian window with sigma 1.5, the original paper's an
 
 
 def psnr(originals: Tensor, reconstructions: Tensor) -> Tensor:
-    """[B, 3, H, W] in [-1, 1] twice -> dB per image [B], data range 2; infinite for equal images."""
-    error = (originals.double() - reconstructions.double()).square().mean(dim=(1, 2, 3))
-    return 10 * torch.log10(4 / error)
+    """[B, 3, H, W] in [-1, 1] twice -> dB per image [B] on the CPU, data range 2; infinite for equal images."""
+    error = (originals.float() - reconstructions.float()).square().mean(dim=(1, 2, 3))
+    return 10 * torch.log10(4 / error.cpu().double())  # on the CPU: not every device has float64
 
 
 def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
@@ -47,15 +50,19 @@ def quantise(images: Tensor) -> Tensor:
 class ReconstructionMetrics:
     """Accumulates over batches: `add(originals, reconstructions)`, then `compute()` and `protocol`.
 
-    `perceptual` adds "LPIPS" or "ST-LPIPS"; `extractor` adds rFD and rKD under its name (features of all
-    images are kept).
+    `perceptual` adds "LPIPS" or "ST-LPIPS"; every extractor adds rFD and rKD under its name.
     """
 
-    def __init__(self, perceptual: PerceptualDistance | None = None, extractor: FeatureExtractor | None = None) -> None:
+    def __init__(
+        self,
+        perceptual: PerceptualDistance | None = None,
+        extractor: FeatureExtractor | Sequence[FeatureExtractor] | None = None,
+    ) -> None:
         self.perceptual = perceptual
-        self.extractor = extractor
-        self._values: dict[str, list[Tensor]] = {}
-        self._features: tuple[list[Tensor], list[Tensor]] = ([], [])
+        given = extractor if isinstance(extractor, Sequence) else [] if extractor is None else [extractor]
+        self.extractors = [(found, FeatureSet(found.dimension), FeatureSet(found.dimension)) for found in given]
+        self.count = 0
+        self._sums: dict[str, float] = {}
         self._sizes: set[tuple[int, int]] = set()
         self._distances_found: tuple[dict[str, float], str] | None = None
 
@@ -75,36 +82,40 @@ class ReconstructionMetrics:
         if self.perceptual is not None:
             found[self.perceptual.label] = self.perceptual(originals, reconstructions)
         for name, value in found.items():
-            self._values.setdefault(name, []).append(value.double().cpu())
-        if self.extractor is not None:
-            self._distances_found = None
-            for images, kept in zip((originals, reconstructions), self._features, strict=True):
-                kept.append(self.extractor(images).cpu())
+            self._sums[name] = self._sums.get(name, 0.0) + value.cpu().double().sum().item()
+        self.count += len(originals)
+        self._distances_found = None
+        for extractor, *sets in self.extractors:
+            for images, features in zip((originals, reconstructions), sets, strict=True):
+                features.add(extractor(images))
 
     def compute(self) -> dict[str, float]:
         """Means over all images, and the feature distances. UserError before the first batch."""
-        if not self._values:
+        if not self.count:
             raise UserError("no images were added: reconstruction metrics need at least one batch")
-        metrics = {name: torch.cat(values).mean().item() for name, values in self._values.items()}
-        return metrics | self._distances()[0]
+        return {name: total / self.count for name, total in self._sums.items()} | self._distances()[0]
 
     @property
     def protocol(self) -> str:
         """What to print beside the numbers."""
-        count = sum(map(len, self._values.get("SSIM", [])))
         sizes = ", ".join(f"{height}x{width}" for height, width in sorted(self._sizes))
-        text = f"n={count}, {sizes} px, both sides 8-bit; PSNR averaged over images; SSIM with its border"
+        text = f"n={self.count}, {sizes} px, both sides 8-bit; PSNR averaged over images; SSIM with its border"
         if self.perceptual is not None:
             text += f"; {self.perceptual.label}: {self.perceptual.name}"
         distances = self._distances()[1]
         return f"{text}; {distances}" if distances else text
 
     def _distances(self) -> tuple[dict[str, float], str]:
-        if self.extractor is None or not self._values:
+        if not self.count:
             return {}, ""
         if self._distances_found is None:
-            reference, features = (torch.cat(kept) for kept in self._features)
-            self._distances_found = feature_distances(reference, features, self.extractor, prefix="r")
+            metrics: dict[str, float] = {}
+            protocols = []
+            for extractor, originals, reconstructions in self.extractors:
+                found, protocol = set_distances(originals, reconstructions, extractor, prefix="r")
+                metrics |= found
+                protocols.append(protocol)
+            self._distances_found = metrics, "; ".join(protocols)
         return self._distances_found
 
 

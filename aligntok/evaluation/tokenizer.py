@@ -3,6 +3,7 @@ probe)."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -65,15 +66,30 @@ def evaluate_reconstruction(
     reconstructions = decode_all(tokenizer, latents, precision)
     metrics = ReconstructionMetrics(perceptual, extractor)
     for original, reconstruction in zip(images.split(BATCH), reconstructions.split(BATCH), strict=True):
-        metrics.add(to_unit_range(original), reconstruction)
+        metrics.add(to_unit_range(original).to(precision.device), reconstruction.to(precision.device))
     return Measured(metrics.compute(), metrics.protocol, {"latents": latents, "reconstructions": reconstructions})
 
 
-def evaluate_probe(latents: Tensor, labels: Tensor) -> Measured | None:
+def stream_reconstruction(
+    tokenizer: Tokenizer,
+    batches: Iterable[Tensor],
+    precision: Precision,
+    perceptual: PerceptualDistance | None,
+    extractors: Sequence[FeatureExtractor],
+) -> Measured:
+    """The numbers of `evaluate_reconstruction` for uint8 batches [B, 3, H, W], of which none is kept."""
+    metrics = ReconstructionMetrics(perceptual, extractors)
+    for images in batches:
+        restored = decode_all(tokenizer, encode_all(tokenizer, images, precision), precision)
+        metrics.add(to_unit_range(images).to(precision.device), restored.to(precision.device))
+    return Measured(metrics.compute(), metrics.protocol)
+
+
+def evaluate_probe(latents: Tensor, labels: Tensor, seed: int = 0) -> Measured | None:
     """Linear probe on pooled (and on flattened) normalised latents [n, d, h, w]; None where there are no
     two classes."""
     try:
-        pooled, flattened = probe_latents(latents, labels)
+        pooled, flattened = probe_latents(latents, labels, seed=seed)
     except UserError:
         if len(labels.unique()) > 1:
             raise
@@ -83,13 +99,20 @@ def evaluate_probe(latents: Tensor, labels: Tensor) -> Measured | None:
 
 
 @torch.no_grad()
-def encoder_probe(tokenizer: StoredTokenizer, images: Tensor, labels: Tensor, precision: Precision) -> Measured | None:
-    """The same probe on the pooled tokens of a tokenizer's encoder, before the adapter; None where it has none."""
-    if len(labels.unique()) < 2 or not isinstance(tokenizer.encoder, Encoder):
-        return None
+def pooled_tokens(encoder: Encoder, images: Tensor, precision: Precision) -> Tensor:
+    """uint8 images [n, 3, H, W] -> mean of the encoder's tokens [n, C], float32 on the CPU."""
     pooled = []
     for batch in images.split(BATCH):
         with precision.autocast():
-            pooled.append(tokenizer.encoder(to_unit_range(batch).to(precision.device)).float().mean(1).cpu())
-    result = linear_probe(torch.cat(pooled), labels)
+            pooled.append(encoder(to_unit_range(batch).to(precision.device)).float().mean(1).cpu())
+    return torch.cat(pooled)
+
+
+def encoder_probe(
+    tokenizer: StoredTokenizer, images: Tensor, labels: Tensor, precision: Precision, seed: int = 0
+) -> Measured | None:
+    """The same probe on the pooled tokens of a tokenizer's encoder, before the adapter; None where it has none."""
+    if len(labels.unique()) < 2 or not isinstance(tokenizer.encoder, Encoder):
+        return None
+    result = linear_probe(pooled_tokens(tokenizer.encoder, images, precision), labels, seed=seed)
     return Measured({"mean": result.mean, "std": result.std}, result.protocol)

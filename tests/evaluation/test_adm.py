@@ -17,7 +17,9 @@ from aligntok.evaluation.adm import (
     read_reference,
     read_samples,
     refuse_as_originals,
+    sample_shape,
     spatial_features,
+    write_sample_batches,
     write_samples,
 )
 from aligntok.evaluation.distances import GaussianStatistics, frechet_distance
@@ -100,6 +102,30 @@ def test_samples_there_and_back(tmp_path):
     assert [len(batch) for batch in batches] == [3, 3, 1] and torch.equal(torch.cat(batches), images)
     np.savez_compressed(tmp_path / "c.npz", images.permute(0, 2, 3, 1).numpy())
     assert torch.equal(torch.cat(list(read_samples(tmp_path / "c.npz", 2))), images)
+
+
+def test_samples_of_a_stream(tmp_path):
+    images = torch.randint(0, 256, (7, 3, 5, 5), dtype=torch.uint8)
+    write_sample_batches(tmp_path / "s.npz", images.split(3), 7)
+    assert sample_shape(tmp_path / "s.npz") == (7, 5, 5)
+    assert torch.equal(torch.cat(list(read_samples(tmp_path / "s.npz"))), images)
+    before = (tmp_path / "s.npz").read_bytes()
+
+    def interrupted():
+        yield images
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_sample_batches(tmp_path / "s.npz", interrupted(), 14)
+    for batches, count, message in (
+        (images.split(3), 9, "7 images were made"),
+        ([], 0, "0 images were made"),
+        ([images, images[..., :4]], 14, "do not fit into one file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            write_sample_batches(tmp_path / "s.npz", batches, count)
+    assert [path.name for path in tmp_path.iterdir()] == ["s.npz"]  # no half-written copies
+    assert (tmp_path / "s.npz").read_bytes() == before
 
 
 def reference_arrays() -> dict[str, np.ndarray]:

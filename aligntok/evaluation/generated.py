@@ -1,0 +1,148 @@
+"""ADM's protocol on sets of any size: what is kept of generated and of real images, and the numbers between them.
+
+    gFID, gKID  Frechet and kernel distance of pooled features         sFID  Frechet distance of spatial features
+    IS          of the generated images alone, in splits of 5,000      precision, recall  with k = 3 neighbours
+
+Moments are exact whatever the number of images. Precision and recall need the features themselves: of all generated
+images up to 50,000 and of 10,000 real ones, which are ADM's own numbers, and of uniform samples of that size beyond.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import Tensor
+
+from aligntok.data.geometry import to_unit_range
+from aligntok.errors import UserError
+from aligntok.evaluation.adm import (
+    NEIGHBOURS,
+    SPLIT,
+    InceptionScore,
+    Moments,
+    ReferenceBatch,
+    precision_recall,
+)
+from aligntok.evaluation.distances import FeatureSet, GaussianStatistics, frechet_distance, set_distances
+from aligntok.evaluation.features import FeatureExtractor, metric_name
+from aligntok.evaluation.inception import SPATIAL_DIMENSION, Inception
+from aligntok.evaluation.tokenizer import Measured
+
+KEPT_SAMPLES = 50_000  # pooled features for precision and recall: ADM's sample count, 410 MB
+KEPT_REFERENCE = 10_000  # images of ADM's reference batch
+
+
+class ImageFeatures:
+    """What the protocol keeps of one set of images that arrive in batches."""
+
+    def __init__(self, inception: Inception | None, others: Sequence[FeatureExtractor], kept: int) -> None:
+        self.inception, self.others = inception, [(found, FeatureSet(found.dimension)) for found in others]
+        self.count = 0
+        if inception is not None:
+            self.pooled = FeatureSet(inception.dimension, kept)
+            self.spatial = GaussianStatistics(SPATIAL_DIMENSION)
+            self.score = InceptionScore()
+
+    def add(self, images: Tensor) -> None:
+        """Take in a batch uint8 [B, 3, H, W]."""
+        values = to_unit_range(images)
+        for extractor, features in self.others:
+            features.add(extractor(values))
+        if self.inception is not None:
+            found = self.inception.everything(values)
+            self.pooled.add(found.pooled)
+            self.spatial.add(found.spatial.cpu())
+            self.score.add(found.logits.cpu())
+        self.count += len(images)
+
+    def add_all(self, batches: Iterable[Tensor]) -> ImageFeatures:
+        for images in batches:
+            self.add(images)
+        return self
+
+
+def check_statistics(reference: ReferenceBatch, inception: Inception | None, size: int) -> None:
+    """UserError unless a reference batch can be compared with features of `inception` and images of side `size`."""
+    if inception is None:
+        raise UserError(
+            "a reference batch holds features of the Inception network, and there are no Inception weights here: give "
+            "them with --inception, or a folder of images as --reference"
+        )
+    widths = (reference.pooled.dimension, reference.spatial.dimension)
+    if widths != (inception.dimension, SPATIAL_DIMENSION):
+        raise UserError(
+            f"the reference batch holds features of another extractor: widths {widths[0]} and {widths[1]}, expected "
+            f"{inception.dimension} and {SPATIAL_DIMENSION} of the Inception network"
+        )
+    if not inception.published:
+        raise UserError(
+            f"the reference batch was made with the published Inception weights, and {inception.path} holds others "
+            f"(sha256 {inception.sha256[:16]}): their features cannot be compared"
+        )
+    if reference.size != (size, size):
+        raise UserError(f"the reference batch holds images of {reference.size[0]} px, the samples have {size} px")
+
+
+def compare_with_set(samples: ImageFeatures, reference: ImageFeatures, seed: int = 0) -> dict[str, Measured]:
+    """Every number between two sets of images whose features were taken by the same networks."""
+    found = {}
+    if samples.inception is not None:
+        metrics, protocol = set_distances(reference.pooled, samples.pooled, samples.inception, "g", seed)
+        found["generation, ADM protocol"] = _adm_numbers(
+            samples,
+            reference.spatial,
+            reference.pooled.rows,
+            metrics,
+            f"{protocol}; reference {reference.count} images",
+        )
+    for (extractor, made), (_, real) in zip(samples.others, reference.others, strict=True):
+        found[f"generation, {extractor.name}"] = Measured(*set_distances(real, made, extractor, "g", seed))
+    return found
+
+
+def compare_with_batch(
+    samples: ImageFeatures, reference: ReferenceBatch, images: Iterable[Tensor]
+) -> dict[str, Measured]:
+    """Every number against a reference batch, whose `images` (uint8 batches) serve precision and recall."""
+    inception = samples.inception
+    assert inception is not None  # check_statistics
+    pooled = FeatureSet(inception.dimension, KEPT_REFERENCE)
+    for batch in images:
+        pooled.add(inception(to_unit_range(batch)))
+    distance = frechet_distance(reference.pooled, samples.pooled.statistics)
+    protocol = f"{inception.protocol}; {samples.pooled.statistics.protocol}; {reference.protocol}"
+    metrics = {metric_name("gFID", inception): distance}
+    return {"generation, ADM protocol": _adm_numbers(samples, reference.spatial, pooled.rows, metrics, protocol)}
+
+
+def _adm_numbers(
+    samples: ImageFeatures,
+    spatial: Moments | GaussianStatistics,
+    real: Tensor,
+    metrics: dict[str, float],
+    protocol: str,
+) -> Measured:
+    inception, made = samples.inception, samples.pooled.rows
+    assert inception is not None
+    device = inception.network.fc.weight.device  # distances of 50,000 points are work for where the network is
+    precision, recall = precision_recall(real.to(device), made.to(device))
+    more = {
+        "sFID": frechet_distance(spatial, samples.spatial),
+        "IS": samples.score.compute(),
+        "precision": precision,
+        "recall": recall,
+    }
+    protocol += (
+        f"; sFID: first 7 channels behind Mixed_6d.branch1x1, {samples.spatial.protocol}; IS in splits of {SPLIT}; "
+        f"precision and recall: k={NEIGHBOURS}, {len(made)} samples, {len(real)} reference images"
+    )
+    return Measured(metrics | {metric_name(name, inception): value for name, value in more.items()}, protocol)
+
+
+def require_enough(count: int, what: str) -> None:
+    """UserError where there are too few images for a covariance, a subset of two and a third neighbour."""
+    if count <= NEIGHBOURS:
+        raise UserError(
+            f"{count} {what}: covariances, kernel subsets and neighbours need at least {NEIGHBOURS + 1}, and numbers "
+            "that can be compared with published ones 50,000"
+        )

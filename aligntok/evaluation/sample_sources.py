@@ -1,0 +1,135 @@
+"""Both sides of a comparison of generated with real images, as streams: samples drawn or stored, and a reference."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from aligntok.config import SamplerConfig
+from aligntok.data.images import open_images
+from aligntok.devices import Precision
+from aligntok.errors import UserError
+from aligntok.evaluation.adm import read_reference, read_samples, sample_shape, write_sample_batches
+from aligntok.evaluation.crops import crops_with_bar
+from aligntok.evaluation.features import EfficientNetLite0, FeatureExtractor, to_uint8
+from aligntok.evaluation.generated import (
+    KEPT_REFERENCE,
+    ImageFeatures,
+    check_statistics,
+    compare_with_batch,
+    compare_with_set,
+    require_enough,
+)
+from aligntok.evaluation.generation import check_pair, choose_labels, describe, stream_draw
+from aligntok.evaluation.inception import Inception
+from aligntok.evaluation.tokenizer import Measured
+from aligntok.models.tokenizer import load_tokenizer
+from aligntok.training.telemetry import Telemetry
+from aligntok.training.train_generator import Generator
+
+
+class DrawnSamples:
+    """Samples that a generator is about to make."""
+
+    def __init__(
+        self,
+        generator: str,
+        tokenizer: str,
+        overrides: dict[str, Any],
+        labels: str,
+        count: int,
+        seed: int,
+        precision: Precision,
+        telemetry: Telemetry,
+    ) -> None:
+        self.network, self.tokenizer = Generator(generator), load_tokenizer(tokenizer).to(precision.device)
+        check_pair(self.network, self.tokenizer)
+        self.sampler: SamplerConfig = replace(self.network.sampler, **overrides)
+        self.count, self.seed, self.precision, self.telemetry = count, seed, precision, telemetry
+        self.labels = choose_labels(labels, count, len(self.network.classes), seed)
+        height, width = (self.tokenizer.downsample * side for side in self.network.latent_shape[1:])
+        self.size = _square(height, width, generator)
+        self.protocol = (
+            f"{describe(self.sampler)}; {labels} labels of {len(self.network.classes)} classes, seed {seed}; "
+            f"{precision.name} autocast, saved as 8-bit"
+        )
+
+    def batches(self, title: str) -> Iterator[Tensor]:
+        """uint8 [B, 3, H, W], drawn as they are asked for."""
+        with self.telemetry.bar(f"drawing, {title}") as update:
+            for images in stream_draw(
+                self.network, self.tokenizer, self.labels, self.sampler, self.precision, self.seed, update
+            ):
+                yield to_uint8(images)
+
+    def store(self, path: str) -> StoredSamples:
+        """Draw all of them into a file, which is complete and safe before anything is measured."""
+        write_sample_batches(path, self.batches("writing"), self.count)
+        self.telemetry.say(f"{path}: {self.count} samples")
+        stored = StoredSamples(path, self.telemetry)
+        stored.protocol = f"{self.protocol}; {stored.protocol}"
+        return stored
+
+
+class StoredSamples:
+    """Samples in an .npz file."""
+
+    def __init__(self, path: str, telemetry: Telemetry) -> None:
+        self.path, self.telemetry = path, telemetry
+        self.count, height, width = sample_shape(path)
+        self.size = _square(height, width, path)
+        self.protocol = f"{self.count} of {path}"
+
+    def batches(self, title: str) -> Iterator[Tensor]:
+        """uint8 [B, 3, H, W], read as they are asked for."""
+        done = 0
+        with self.telemetry.bar(title) as update:
+            for images in read_samples(self.path):
+                yield images
+                done += len(images)
+                update(done, self.count)
+
+
+class RealImages:
+    """Real images, or ADM's statistics of some; everything about them is checked and measured before samples are."""
+
+    def __init__(
+        self, given: str, size: int, inception: Inception | None, precision: Precision, telemetry: Telemetry
+    ) -> None:
+        self.given, self.size, self.telemetry = given, size, telemetry
+        self.batch = read_reference(given) if given.endswith(".npz") else None
+        if self.batch is not None:
+            check_statistics(self.batch, inception, size)
+            require_enough(self.batch.images, "reference images")
+            self.extractors: list[FeatureExtractor] = []
+            self.count = self.batch.images
+            telemetry.say(f"reference: {given}, sha256 {self.batch.sha256}")
+            return
+        self.set = open_images(given)
+        self.extractors = [EfficientNetLite0().to(precision.device)]
+        self.features = ImageFeatures(inception, self.extractors, KEPT_REFERENCE).add_all(self.images())
+        self.count = self.features.count
+        require_enough(self.count, "reference images")
+
+    def images(self) -> Iterator[Tensor]:
+        """uint8 batches [B, 3, H, W], from the first one on."""
+        if self.batch is not None:
+            yield from StoredSamples(self.given, self.telemetry).batches("reference")
+            return
+        with crops_with_bar(self.set, self.size, "reference", self.telemetry) as batches:
+            yield from (pixels for pixels, _ in batches)
+
+    def compare(self, made: ImageFeatures, seed: int) -> dict[str, Measured]:
+        """Every number between these and the generated images."""
+        if self.batch is not None:
+            return compare_with_batch(made, self.batch, self.images())
+        return compare_with_set(made, self.features, seed)
+
+
+def _square(height: int, width: int, what: str) -> int:
+    if height != width:
+        raise UserError(f"{what} has images of {width}x{height} px, expected square ones like centre crops")
+    return height

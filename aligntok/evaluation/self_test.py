@@ -1,0 +1,118 @@
+"""Every metric on distributions whose answer is known, without any weights: does this installation count right?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import log10
+
+import torch
+from torch import Tensor
+
+from aligntok.evaluation.adm import InceptionScore, precision_recall
+from aligntok.evaluation.alignment import cknna
+from aligntok.evaluation.distances import FeatureSet, GaussianStatistics, frechet_distance, kernel_distance
+from aligntok.evaluation.probe import linear_probe
+from aligntok.evaluation.reconstruction import psnr, ssim
+from aligntok.evaluation.trained_probe import train_probe
+
+
+@dataclass(frozen=True)
+class Check:
+    """One metric on one distribution: what theory says, what was found, and how far apart they may be."""
+
+    metric: str
+    case: str
+    expected: float
+    found: float
+    tolerance: float
+
+    @property
+    def passed(self) -> bool:
+        return abs(self.found - self.expected) <= self.tolerance  # False for NaN
+
+
+def self_test(progress: Callable[[int, int], None] | None = None) -> list[Check]:
+    """All checks, in seconds; deterministic."""
+    groups = (_reconstruction, _frechet, _kernel, _scores, _neighbours, _alignment, _probes)
+    checks: list[Check] = []
+    for done, group in enumerate(groups, start=1):
+        checks += group()
+        if progress is not None:
+            progress(done, len(groups))
+    return checks
+
+
+def _normal(n: int, d: int, seed: int) -> Tensor:
+    return torch.randn(n, d, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _reconstruction() -> Iterator[Check]:
+    black, grey = torch.full((1, 3, 32, 32), -1.0), torch.full((1, 3, 32, 32), -0.8)
+    yield Check("PSNR [dB]", "an error of a tenth of the range", 20.0, psnr(black, grey).item(), 1e-4)
+    noise = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    found = psnr(torch.zeros(1, 3, 32, 32), noise).item()
+    yield Check("PSNR [dB]", "uniform noise against its mean: 10 log10(12)", 10 * log10(12), found, 0.15)
+    yield Check("SSIM", "equal images", 1.0, ssim(noise, noise).item(), 1e-5)
+    # Constant images: only the luminance term is left, (2 a b + C1) / (a^2 + b^2 + C1) with C1 = 0.01^2
+    flat = 1e-4 / (0.1**2 + 1e-4)
+    yield Check("SSIM", "constant images 0 and 0.1", flat, ssim(black, grey).item(), 1e-4)
+
+
+def _frechet() -> Iterator[Check]:
+    mean, scales = torch.tensor([1.0, 2.0, 0.0, 0.0]).double(), torch.tensor([1.0, 2.0, 3.0, 0.5]).double()
+    points = _normal(60_000, 4, 0)
+    theory = float(mean.square().sum() + (scales - 1).square().sum())
+    streamed = FeatureSet(4, kept=100)
+    for batch in (points * scales + mean).split(997):
+        streamed.add(batch)
+    found = frechet_distance(GaussianStatistics.of(_normal(60_000, 4, 1)), streamed.statistics)
+    yield Check("Frechet distance", "two Gaussians: |m|^2 + sum (s - 1)^2", theory, found, 0.15)
+    same = GaussianStatistics.of(points)
+    yield Check("Frechet distance", "a set and itself", 0.0, frechet_distance(same, same), 1e-9)
+
+
+def _kernel() -> Iterator[Check]:
+    same = kernel_distance(_normal(2000, 8, 0), _normal(2000, 8, 1), subsets=50)
+    spread = 4 * same.std / 50**0.5  # of the mean over subsets that hardly overlap
+    yield Check("kernel distance", "two sets of one Gaussian: unbiased, so 0", 0.0, same.mean, spread)
+    # x = c against y = -c, constant: k(x, x) + k(y, y) - 2 k(x, y) = 2 * (c^2 + 1)^3 - 2 * (1 - c^2)^3, c = 1
+    ones = torch.ones(10, 8, dtype=torch.float64)
+    yield Check("kernel distance", "two opposite points: 2 * 2^3", 16.0, kernel_distance(ones, -ones).mean, 1e-9)
+
+
+def _scores() -> Iterator[Check]:
+    certain, unsure = InceptionScore(100), InceptionScore(100)
+    certain.add(1e3 * torch.eye(10).repeat(20, 1))
+    unsure.add(torch.zeros(200, 10))
+    yield Check("Inception score", "certain and balanced: the number of classes", 10.0, certain.compute(), 1e-9)
+    yield Check("Inception score", "uniform: 1", 1.0, unsure.compute(), 1e-9)
+
+
+def _neighbours() -> Iterator[Check]:
+    a = _normal(300, 6, 0)
+    for name, other, expected in (("equal sets", a.clone(), 1.0), ("sets far apart", a + 1000, 0.0)):
+        for metric, found in zip(("precision", "recall"), precision_recall(a, other), strict=True):
+            yield Check(metric, name, expected, found, 0.0)
+    half = torch.cat([a[:150], a[:150] + 1000])  # half of the samples are impossible
+    yield Check("precision", "half of the samples are far away", 0.5, precision_recall(a[:150], half)[0], 0.0)
+    yield Check("recall", "half of the reference is far away", 0.5, precision_recall(half, a[:150])[1], 0.0)
+
+
+def _alignment() -> Iterator[Check]:
+    a = _normal(1000, 16, 0)
+    rotation = torch.linalg.qr(_normal(16, 16, 2))[0]
+    yield Check("CKNNA", "features and themselves", 1.0, cknna(a, a), 1e-9)
+    yield Check("CKNNA", "features and themselves rotated", 1.0, cknna(a, a @ rotation), 1e-9)
+    yield Check("CKNNA", "independent features", 0.0, cknna(a, _normal(1000, 16, 1)), 0.02)
+
+
+def _probes() -> Iterator[Check]:
+    labels = torch.arange(600) % 3
+    centres = 20 * torch.eye(3, 8, dtype=torch.float64)
+    clear, noise = _normal(600, 8, 0) + centres[labels], _normal(600, 8, 1)
+    yield Check("linear probe", "classes far apart", 1.0, linear_probe(clear, labels).mean, 0.0)
+    yield Check("linear probe", "noise, three classes", 1 / 3, linear_probe(noise, labels).mean, 0.08)
+    for name, x, expected, tolerance in (("classes far apart", clear, 1.0, 0.0), ("noise", noise, 1 / 3, 0.12)):
+        found = train_probe((x[:400], labels[:400]), (x[400:], labels[400:]), epochs=20)
+        yield Check("trained probe", name, expected, found.accuracy, tolerance)

@@ -1,0 +1,56 @@
+"""The self-test passes here, and fails where a metric counts wrongly."""
+
+import pytest
+import torch
+
+from aligntok.cli import main
+from aligntok.evaluation import self_test
+
+
+def test_every_metric_passes_on_the_command_line(capsys):
+    assert main(["evaluate", "self-test"]) == 0
+    printed = capsys.readouterr().out
+    for metric in (
+        "PSNR [dB]",
+        "SSIM",
+        "Frechet distance",
+        "kernel distance",
+        "Inception score",
+        "precision",
+        "recall",
+        "CKNNA",
+        "linear probe",
+        "trained probe",
+    ):
+        assert metric in printed
+    assert "FAIL" not in printed and "of 23 checks passed" in printed
+
+
+WRONG = {
+    "psnr": ("_reconstruction", lambda a, b: torch.tensor([19.0])),
+    "ssim": ("_reconstruction", lambda a, b: torch.tensor([0.9])),
+    "frechet_distance": ("_frechet", lambda a, b: 1.0),
+    "cknna": ("_alignment", lambda a, b: 0.5),
+    "precision_recall": ("_neighbours", lambda a, b: (0.7, 0.7)),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_a_wrong_metric_is_found(name, monkeypatch):
+    group, wrong = WRONG[name]
+    assert all(check.passed for check in getattr(self_test, group)())
+    monkeypatch.setattr(self_test, name, wrong)
+    assert not all(check.passed for check in getattr(self_test, group)())
+
+
+def test_a_failure_ends_with_status_1(monkeypatch, capsys):
+    failure = self_test.Check("SSIM [x]", "case", 1.0, 0.0, 0.1)
+    monkeypatch.setattr("aligntok.evaluate.self_test", lambda update: [failure])
+    with pytest.raises(SystemExit) as done:
+        main(["evaluate", "self-test"])
+    printed = capsys.readouterr().out
+    assert done.value.code == 1 and "FAIL" in printed and "0 of 1 checks" in printed and "SSIM [x]" in printed
+
+
+def test_not_a_number_is_no_pass():
+    assert not self_test.Check("metric", "case", 0.0, float("nan"), 1.0).passed

@@ -1,6 +1,7 @@
 """What the study measures of a row, each number once: it is kept in the row's folder and not measured again.
 
-measures.json: "tokenizers" by stage ("final" for a row's own): reconstruction, probe, fingerprint of the latents;
+measures.json: "tokenizers" by stage ("final" for a row's own): reconstruction, probe, alignment to the pretrained
+encoder, fingerprint of the latents;
 "generations" by point: (training steps, sampling steps, guidance); "protocols" by kind.
 """
 
@@ -15,14 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from aligntok.config import DataConfig, PerceptualConfig
+from aligntok.config import PerceptualConfig, Recipe
 from aligntok.data.images import load_center_crops, open_images
 from aligntok.devices import Precision
+from aligntok.evaluation.alignment import NEIGHBOURS, cknna
 from aligntok.evaluation.features import EfficientNetLite0, to_uint8
 from aligntok.evaluation.generation import Reference, draw, evaluate_generation
-from aligntok.evaluation.tokenizer import Measured, encode_all, evaluate_probe, evaluate_reconstruction
+from aligntok.evaluation.tokenizer import Measured, encode_all, evaluate_probe, evaluate_reconstruction, pooled_tokens
 from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
+from aligntok.models.encoder import Encoder
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
 from aligntok.study.rows import Row
 from aligntok.training.train_generator import Generator
@@ -63,14 +66,16 @@ class Measures:
 class Bench:
     """Images, networks and precision that all rows are measured with."""
 
-    def __init__(self, data: DataConfig, precision: Precision, samples: int) -> None:
+    def __init__(self, recipe: Recipe, precision: Precision, samples: int) -> None:
         self.precision, self.samples = precision, samples
+        data, self.encoder = recipe.data, recipe.tokenizer.model.encoder
         images = open_images(data.path, data.max_images)
         self.held_out, _ = load_center_crops(images.split(data.held_out)[1], data.image_size)
         self.images, self.labels = load_center_crops(images, data.image_size)
         self.extractor = EfficientNetLite0().to(precision.device)
         self.perceptual = build_perceptual(PerceptualConfig(kind="st-lpips-alex")).to(precision.device)
         self._reference: Reference | None = None
+        self._tokens: Tensor | None = None
 
     @property
     def reference(self) -> Reference:
@@ -79,30 +84,42 @@ class Bench:
             self._reference = Reference.of(self.images, self.labels, self.extractor)
         return self._reference
 
+    @property
+    def tokens(self) -> Tensor:
+        """Pooled tokens [n, C] of the pretrained encoder for all images: what latents are aligned to."""
+        if self._tokens is None:
+            encoder = Encoder(self.encoder).to(self.precision.device).eval().requires_grad_(False)
+            self._tokens = pooled_tokens(encoder, self.images, self.precision)
+        return self._tokens
+
     def measure_tokenizer(self, row: Row, stage: str, folder: Path) -> None:
-        """Reconstruction and probe of the tokenizer in `folder`; `stage` is "final" or the name of a stage."""
+        """What is missing of a tokenizer's numbers; `stage` is "final" or the name of the stage that wrote `folder`."""
         measures = Measures(row)
-        if stage in measures.values["tokenizers"]:
+        known = measures.values["tokenizers"].setdefault(stage, {})
+        if {"reconstruction", "probe", "alignment"} <= known.keys():
             return
         tokenizer = load_tokenizer(folder).to(self.precision.device)
-        reconstruction = evaluate_reconstruction(
-            tokenizer, self.held_out, self.precision, self.perceptual, self.extractor
-        )
-        found = {"reconstruction": reconstruction, "probe": self._probe(tokenizer)}
-        measures.values["tokenizers"][stage] = {name: measured.values for name, measured in found.items()} | {
-            "fingerprint": tokenizer.fingerprint(),
-            "channels": tokenizer.latent_channels,
-        }
-        measures.values["protocols"] |= {name: measured.protocol for name, measured in found.items()}
-        measures.save()
-        if stage == "final":
-            keep_pictures(row, reconstructions=reconstruction.extra["reconstructions"][:SHOWN])
-
-    def _probe(self, tokenizer: StoredTokenizer) -> Measured:
+        known |= {"fingerprint": tokenizer.fingerprint(), "channels": tokenizer.latent_channels}
+        found: dict[str, Measured] = {}
+        if "reconstruction" not in known:
+            networks = (self.precision, self.perceptual, self.extractor)
+            found["reconstruction"] = evaluate_reconstruction(tokenizer, self.held_out, *networks)
+            if stage == "final":
+                keep_pictures(row, reconstructions=found["reconstruction"].extra["reconstructions"][:SHOWN])
         latents = encode_all(tokenizer, self.images, self.precision)
-        probe = evaluate_probe(latents, self.labels)
-        assert probe is not None, "the embedded images have twelve classes"
-        return probe
+        if "probe" not in known:
+            probe = evaluate_probe(latents, self.labels)
+            assert probe is not None, "the images have several classes"
+            found["probe"] = probe
+        if "alignment" not in known:
+            aligned = cknna(latents.mean(dim=(2, 3)), self.tokens)
+            protocol = f"CKNNA, k={NEIGHBOURS}, pooled latents against pooled tokens of {self.encoder.name}"
+            found["alignment"] = Measured(
+                {"CKNNA": aligned}, f"{protocol}, block {self.encoder.layer}; n={len(latents)}"
+            )
+        known |= {kind: measured.values for kind, measured in found.items()}
+        measures.values["protocols"] |= {kind: measured.protocol for kind, measured in found.items()}
+        measures.save()
 
     def measure_generator(self, row: Row, folder: Path, point: Point) -> None:
         """gFD and gKD of the generator in `folder` through the row's tokenizer."""

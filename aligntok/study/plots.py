@@ -25,7 +25,7 @@ COLORS = {  # by row; AlignTok in blues
     "aligntok": "#2f7fc1",
     "aligntok_d64": "#1c4f7c",
 }
-ABLATED = "#8a68c8"
+ABLATED, MARKERS = "#8a68c8", "s^vDP*Xh"  # one marker for each ablation
 INK = "#1b1d21"
 
 
@@ -84,13 +84,13 @@ def _log_axis(axes: Axes, ticks: list[int]) -> None:
 def trade_off(results: Results) -> bytes | None:
     """Probe accuracy of the latents against PSNR, mean and standard deviation over seeds of every row."""
     with style():
-        figure, axes = _figure(6.4, 4.0)
+        figure, axes = _figure(7.4, 4.0)
         for name in results.rows(COMPARED | ABLATIONS):
             x, y = results.all_of(name, PSNR), results.all_of(name, PROBE)
-            color = COLORS.get(name, ABLATED)
-            place = statistics.fmean(x), statistics.fmean(y)
-            axes.errorbar(*place, _deviation(y), _deviation(x), fmt="o", color=color, ms=5, elinewidth=0.8)
-            axes.annotate(NAMES[name], place, (5, 4), textcoords="offset points", color=color, size=7.5)
+            color, marker = (COLORS[name], "o") if name in COLORS else (ABLATED, MARKERS[list(ABLATIONS).index(name)])
+            place = statistics.fmean(x), statistics.fmean(y), _deviation(y), _deviation(x)
+            axes.errorbar(*place, fmt=marker, color=color, ms=5, elinewidth=0.8, label=NAMES[name])
+        axes.legend(fontsize=7.5, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
         axes.set_xlabel(f"{PSNR.name} of held-out pictures")
         axes.set_ylabel("linear probe of the pooled latents")
         return _png(figure)

@@ -194,4 +194,4 @@ def _sheet(results: Results, what: str) -> bytes | None:
 
 def _image(folder: str, kept: list[str], name: str, text: str) -> Iterator[str]:
     if name in kept:
-        yield f"![{text}]({folder}/{name})\n\n{text[0].upper()}{text[1:]}."
+        yield f"![{text}]({folder}/{name})"

@@ -20,7 +20,7 @@ class Metric:
     """A number of the tables: where it lies in measures.json, and which way is better."""
 
     name: str  # in print
-    kind: str  # "reconstruction", "probe" or "generation"
+    kind: str  # "reconstruction", "probe", "alignment" or "generation"
     key: str
     higher_is_better: bool
     digits: int = 3
@@ -33,10 +33,11 @@ PERCEPTUAL = Metric("ST-LPIPS", "reconstruction", "ST-LPIPS", False)
 RFD = Metric(f"rFD-{EXTRACTOR}", "reconstruction", f"rFD-{EXTRACTOR}", False, 0)
 PROBE = Metric("probe", "probe", "mean", True)
 FLATTENED = Metric("probe, flattened", "probe", "flattened", True)
+CKNNA = Metric("CKNNA", "alignment", "CKNNA", True)
 GFD = Metric(f"gFD-{EXTRACTOR}", "generation", f"gFD-{EXTRACTOR}", False, 0)
 GKD = Metric(f"gKD-{EXTRACTOR}", "generation", f"gKD-{EXTRACTOR}", False)
 GUIDED = Metric(f"gFD-{EXTRACTOR}, guided", "generation", f"gFD-{EXTRACTOR}", False, 0, guided=True)
-METRICS = (PSNR, SSIM, PERCEPTUAL, RFD, PROBE, FLATTENED, GFD, GKD, GUIDED)
+METRICS = (PSNR, SSIM, PERCEPTUAL, RFD, PROBE, FLATTENED, CKNNA, GFD, GKD, GUIDED)
 
 
 class Results:
@@ -82,7 +83,7 @@ class Results:
         if metric.kind == "generation":
             return self.generation(name, seed, self.guided if metric.guided else self.plain, metric)
         measured = self._values.get((name, seed), {}).get("tokenizers", {}).get(stage)
-        return None if measured is None else measured[metric.kind][metric.key]
+        return None if measured is None else measured.get(metric.kind, {}).get(metric.key)
 
     def generation(self, name: str, seed: int, point: Point, metric: Metric) -> float | None:
         """One number of a generator at a point; None where it has not been measured."""

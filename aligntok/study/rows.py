@@ -35,6 +35,11 @@ ABLATIONS = {  # against "aligntok"
 NAMES = COMPARED | ABLATIONS
 
 
+def values_of(name: str) -> dict[str, Any]:
+    """Values of the recipe configs/study/NAME.yaml with its bases."""
+    return read_recipe(recipe_path(f"study/{name}"))
+
+
 @dataclass(frozen=True)
 class Row:
     """One tokenizer with its generator, for one seed."""
@@ -50,14 +55,11 @@ class Row:
     @property
     def is_rival(self) -> bool:
         """Whether `train_rival` trains it."""
-        return "rival" in self._values()
-
-    def _values(self) -> dict[str, Any]:
-        return read_recipe(recipe_path(f"study/{self.name}"))
+        return "rival" in values_of(self.name)
 
     def recipe(self) -> Recipe:
         """The row's recipe, with its seed and folder."""
-        recipe: Recipe = from_dict(Recipe, self._values())
+        recipe: Recipe = from_dict(Recipe, values_of(self.name))
         recipe.output = str(self.folder)
         for training in (recipe.tokenizer.training, recipe.generator.training, recipe.rival.training):
             training.seed = self.seed

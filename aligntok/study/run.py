@@ -9,12 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 
 from aligntok.clock import Clock
+from aligntok.config import Recipe, from_dict
 from aligntok.devices import choose_precision
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.options import StudyConfig
 from aligntok.study.measure import Bench, Point
 from aligntok.study.report import write_report
-from aligntok.study.rows import COMPARED, Row, borrow_stages, choose, copy_folder
+from aligntok.study.rows import COMPARED, Row, borrow_stages, choose, copy_folder, values_of
 from aligntok.training.distributed import refuse_several
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.train_generator import PART, Generator, snapshot_folder, train_generator
@@ -37,8 +38,8 @@ def run(options: StudyConfig, telemetry: Telemetry) -> None:
     """Train and measure what is missing."""
     output = Path(options.output)
     rows = [Row(name, seed, output) for seed in options.seeds for name in choose(options.only)]
-    data = rows[0].recipe().data
-    bench = Bench(data, choose_precision("auto"), options.samples)
+    base: Recipe = from_dict(Recipe, values_of("base"))
+    bench = Bench(base, choose_precision("auto"), options.samples)
     for part in (_tokenizer, _generator, _convergence, _sampling):
         for number, row in enumerate(rows):
             telemetry.say(f"study: {part.__name__[1:]} {number + 1} of {len(rows)}: {row.name}, seed {row.seed}")

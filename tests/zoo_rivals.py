@@ -21,6 +21,7 @@ from aligntok.config import (
 )
 
 TINY_VIT = "vit_tiny_patch16_224.augreg_in21k"
+KINDS = ("va-vae", "rae", "maetok", "repa-e")  # trained by two processes and by one
 
 
 def tiny_vit(**more) -> EncoderConfig:

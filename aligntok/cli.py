@@ -40,7 +40,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   train-generator   LightningDiT on the latents of a trained tokenizer
   cache-latents     latents of an image set, computed once: Stage 3 and the generator then need no encoder
   plan              what a recipe will take: parameters, memory per GPU, FLOPs, hours, before anything runs
-  train-rival       a VAE, VA-VAE or RAE instead, in the same loop on the same images, to compare with
+  train-rival       VAE, VA-VAE, RAE, MAETok or REPA-E instead, in the same loop on the same images, to compare with
   convert           published weights of VA-VAE, LightningDiT, RAE, DiT^DH, FLUX, SD become folders for all commands
   study             every rival and ablation at a laptop's size, with tables and plots; hours on two cores
   sample            pictures from a trained generator

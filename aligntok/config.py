@@ -359,11 +359,65 @@ class RivalStageConfig:
 
 
 @dataclass
+class MAETokConfig:
+    """MAETok (arXiv 2502.03444): 128 latent tokens in a row from two ViT-B/16."""
+
+    image_size: int = 256  # one model, one size: the decoder's queries are as many as its patches
+    patch_size: int = 16
+    latent_tokens: int = 128
+    latent_channels: int = 32
+    width: int = 768
+    depth: int = 12
+    heads: int = 12
+
+    @property
+    def side(self) -> int:
+        """Patches along one side."""
+        return self.image_size // self.patch_size
+
+
+def _clip() -> EncoderConfig:
+    return EncoderConfig(name="vit_base_patch16_clip_224.openai")
+
+
+@dataclass
+class MAETokLossConfig:
+    """What MAETok hides in training, and which features of the hidden patches shallow decoders predict."""
+
+    mask_share: tuple[float, float] = (0.4, 0.6)  # of the patches; MAETok's enc_token_drop and its maximum
+    auxiliary_weight: float = 1.0  # on the sum of the features' losses (MAETok's code adds them as they are)
+    auxiliary_depth: int = 3  # "shallow"; the size of MAETok's auxiliary decoders is not in the sources at hand
+    auxiliary_width: int = 192  # likewise
+    auxiliary_heads: int = 3
+    hog: bool = True  # predict histograms of oriented gradients
+    dino: EncoderConfig | None = field(default_factory=EncoderConfig)  # DINOv2's tokens; null = not; its size: ours
+    clip: EncoderConfig | None = field(default_factory=_clip)  # CLIP's tokens; null = not; its size: ours
+
+
+def _dinov2_base() -> EncoderConfig:
+    return EncoderConfig(name="vit_base_patch14_dinov2.lvd142m")
+
+
+@dataclass
+class RepaEConfig:
+    """REPA-E (arXiv 2504.10483): what joint training adds to a VAE's and a generator's; lines of train_repae.py."""
+
+    tokenizer: str | None = None  # folder of the VAE to start with, any with a posterior; None = rival.vae, untrained
+    encoder: EncoderConfig = field(default_factory=_dinov2_base)  # frozen: DINOv2-B
+    depth: int = 8  # generator's blocks before the stream that is aligned [594]
+    projector_width: int = 2048  # hidden layers of the projector (REPA)
+    generator_weight: float = 0.5  # REPA loss of the generator [608]
+    tokenizer_weight: float = 1.5  # REPA loss of the VAE [610]
+    bridge_momentum: float = 0.1  # of the BatchNorm between VAE and generator [558]
+
+
+@dataclass
 class RivalConfig:
     """A rival of AlignTok, trained in the same loop on the same data by `aligntok train-rival`."""
 
-    kind: Literal["vae", "va-vae", "rae"] = "vae"
-    vae: VAEConfig = field(default_factory=VAEConfig)  # kinds "vae" and "va-vae"
+    # "repa-e" also trains the generator of the recipe: generator.model, flow, learning rate, betas, clip and averages
+    kind: Literal["vae", "va-vae", "rae", "maetok", "repa-e"] = "vae"
+    vae: VAEConfig = field(default_factory=VAEConfig)  # kinds "vae", "va-vae" and "repa-e"
     kl_weight: float = 1e-6  # on the KL divergence summed over a latent, against a loss summed over pixels: LDM, VA-VAE
     alignment: AlignmentConfig = field(default_factory=AlignmentConfig)  # kind "va-vae"
     rae: RAEConfig = field(default_factory=RAEConfig)  # kind "rae"
@@ -375,6 +429,9 @@ class RivalConfig:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     betas: tuple[float, float] = (0.5, 0.9)
     statistics_images: int = 10_000
+    maetok: MAETokConfig = field(default_factory=MAETokConfig)  # this and the next: kind "maetok"
+    maetok_loss: MAETokLossConfig = field(default_factory=MAETokLossConfig)
+    repa_e: RepaEConfig = field(default_factory=RepaEConfig)  # kind "repa-e"; its losses.gan_weight is not adaptive
 
 
 @dataclass

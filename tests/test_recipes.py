@@ -14,7 +14,7 @@ from aligntok.models.decoder import Decoder
 from aligntok.models.encoder import Encoder
 from aligntok.recipes import merge, read_recipe, recipe_path, shipped
 
-RIVALS = ["imagenet256_rae", "imagenet256_va_vae", "imagenet256_vae"]
+RIVALS = [f"imagenet256_{name}" for name in ("maetok", "rae", "repa_e", "va_vae", "vae")]
 SHIPPED = [name for name in shipped() if name not in RIVALS]
 
 

@@ -9,8 +9,11 @@ from aligntok.config import (
     DecoderConfig,
     DinoDiscriminatorConfig,
     EncoderConfig,
+    MAETokConfig,
+    MAETokLossConfig,
     RAEConfig,
     Recipe,
+    RepaEConfig,
     RivalConfig,
     RivalStageConfig,
     VAEConfig,
@@ -18,6 +21,7 @@ from aligntok.config import (
 )
 
 TINY_VIT = "vit_tiny_patch16_224.augreg_in21k"
+KINDS = ("va-vae", "rae", "maetok", "repa-e")  # trained by two processes and by one
 
 
 def tiny_vit(**more) -> EncoderConfig:
@@ -38,6 +42,16 @@ def tiny_dino() -> DinoDiscriminatorConfig:
     return DinoDiscriminatorConfig(tiny_vit(final_norm=False), input_size=32, taps=(0, 1), kernel=3)
 
 
+def tiny_maetok() -> MAETokConfig:
+    return MAETokConfig(image_size=32, patch_size=16, latent_tokens=6, latent_channels=5, width=32, depth=1, heads=2)
+
+
+def tiny_maetok_loss(**more) -> MAETokLossConfig:
+    """Shallow decoders of HOG and of one vision transformer."""
+    options = {"dino": tiny_vit(), "clip": None} | more
+    return MAETokLossConfig(auxiliary_width=16, auxiliary_depth=1, auxiliary_heads=1, **options)
+
+
 def rival_recipe(folder: Path, images: Path, kind: str, **rival) -> Recipe:
     """A rival in a few seconds: 32 px, 4 steps, every loss switched on from the third."""
     recipe = tiny_recipe(folder, images)
@@ -51,7 +65,12 @@ def rival_recipe(folder: Path, images: Path, kind: str, **rival) -> Recipe:
         losses=recipe.tokenizer.losses,
         stage=RivalStageConfig(steps=4, learning_rate=1e-3, gan_start=2, ema_decay=0.9),
         training=recipe.tokenizer.training,
+        maetok=tiny_maetok(),
+        maetok_loss=tiny_maetok_loss(),
+        repa_e=RepaEConfig(encoder=tiny_vit(), depth=1, projector_width=16),
     )
+    if kind == "repa-e":
+        recipe.rival.stage.ema_decay = None
     for name, value in rival.items():
         setattr(recipe.rival, name, value)
     return recipe

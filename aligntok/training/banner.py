@@ -74,18 +74,24 @@ def tokenizer_kernels(losses: LossConfig, stage: StageConfig, encoder: Encoder, 
     return f"kernels: {_chosen(operators, device)}; attention: timm's, {'written out' if short else 'sdpa'}"
 
 
-def rival_kernels(losses: LossConfig, stage: RivalStageConfig, decoder: nn.Module, device: torch.device) -> str:
-    """The operators that a rival's training uses; its transformers are timm's."""
+def rival_kernels(
+    losses: LossConfig, stage: RivalStageConfig, decoder: nn.Module, device: torch.device, adaptive: bool = True
+) -> str:
+    """The operators that a rival's training uses; its transformers are timm's.
+
+    Args:
+        adaptive: whether its adversarial loss has the adaptive weight.
+    """
     own = ["group_norm_silu"] if isinstance(decoder, Decoder) else []
-    return f"kernels: {_chosen([*own, *_of_losses(losses, stage)], device)}"
+    return f"kernels: {_chosen([*own, *_of_losses(losses, stage, adaptive)], device)}"
 
 
-def _of_losses(losses: LossConfig, stage: StageConfig | RivalStageConfig) -> list[str]:
+def _of_losses(losses: LossConfig, stage: StageConfig | RivalStageConfig, adaptive: bool = True) -> list[str]:
     operators = []
     if losses.perceptual.kind != "none":
         operators.append("lpips_distance")
     if stage.gan_start < stage.steps and losses.gan_weight > 0:
-        operators += ["gan_loss", "norm_ratio"]
+        operators += ["gan_loss", "norm_ratio"] if adaptive else ["gan_loss"]
     return operators
 
 

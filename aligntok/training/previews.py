@@ -6,6 +6,7 @@ as it was, to the bit: random state, train and eval modes and gradients are rest
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from aligntok.diffusion.sampler import integrate
 from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.report.pictures import by_class, sheet
 from aligntok.training.generator_objective import GeneratorObjective
-from aligntok.training.tokenizer_objective import TokenizerObjective
+from aligntok.training.tokenizer_objective import AutoencoderObjective
 
 PICTURES = 8  # reconstructed in a preview
 CLASSES, PER_CLASS = 12, 2  # drawn in a preview
@@ -50,7 +51,7 @@ def undisturbed(device: torch.device, *networks: nn.Module) -> Iterator[None]:
 class TokenizerPreview:
     """PNG of originals above their reconstructions; `images` are the held-out ones, or others where none are."""
 
-    def __init__(self, objective: TokenizerObjective, images: ImageSet, size: int, precision: Precision) -> None:
+    def __init__(self, objective: AutoencoderObjective, images: ImageSet, size: int, precision: Precision) -> None:
         self.objective, self.images, self.size, self.precision = objective, images, size, precision
         self._originals: Tensor | None = None
 
@@ -63,16 +64,17 @@ class TokenizerPreview:
         return self._originals
 
     def __call__(self) -> bytes:
-        encoder, adapter, decoder = (self._part(name) for name in ("encoder", "adapter", "decoder"))
-        grid = self.objective.tokenizer.grid(self.originals)
-        images = self.originals.to(self.precision.device)
-        with undisturbed(self.precision.device, encoder, adapter, decoder), self.precision.autocast():
-            restored = decoder(adapter(encoder(images), grid)).float().cpu()
+        device, tokenizer = self.precision.device, self._averaged()
+        with undisturbed(device, tokenizer), self.precision.autocast():
+            restored = tokenizer.reconstruct(tokenizer.raw_latents(self.originals.to(device))).float().cpu()
         return _sheet([self.originals, restored], ["Original", "Reconstruction"])
 
-    def _part(self, name: str) -> nn.Module:
-        averaged = {} if self.objective.ema is None else dict(self.objective.ema.module.named_children())
-        return averaged.get(name, getattr(self.objective.tokenizer, name))
+    def _averaged(self) -> StoredTokenizer:
+        """The tokenizer with moving averages in the place of the parts that have them; weights are not copied."""
+        shown = copy.copy(self.objective.tokenizer)
+        averages = {} if self.objective.ema is None else dict(self.objective.ema.module.named_children())
+        shown._modules = {name: averages.get(name, part) for name, part in shown._modules.items()}
+        return shown
 
 
 class GeneratorPreview:

@@ -67,7 +67,7 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     precision = choose_precision(training.device, training.precision)
     tokenizer = load_tokenizer(config.tokenizer or output / "tokenizer").to(precision.device).requires_grad_(False)
     inputs = _inputs(recipe, tokenizer, precision, telemetry)
-    _check_classes(config.model, inputs.classes)
+    check_classes(config.model, inputs.classes)
     size = recipe.data.image_size
     grid = tokenizer.grid(torch.empty(1, 3, size, size, device="meta"))  # (h, w) of the latents
     torch.manual_seed(training.seed)
@@ -167,7 +167,7 @@ def _cached_inputs(recipe: Recipe, tokenizer: StoredTokenizer) -> _Inputs:
     return _Inputs(source, latents_in_batch, origin.classes, origin.image_set, len(numbers), cache.fingerprint)
 
 
-def _check_classes(model: LightningDiTConfig, classes: list[str]) -> None:
+def check_classes(model: LightningDiTConfig, classes: list[str]) -> None:
     """Fill in the number of classes from the images where the recipe leaves it open."""
     if model.classes is None:
         model.classes = len(classes)

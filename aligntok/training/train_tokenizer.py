@@ -296,9 +296,10 @@ def training_perceptual(config: PerceptualConfig, device: torch.device) -> nn.Mo
 
 
 def check_size(size: int, factor: int) -> None:
+    """Raise UserError unless images of that side are a whole number of the downsampling `factor`."""
     if size < factor or size % factor:
         raise UserError(
-            f"data.image_size is {size}, expected a multiple of encoder.downsample = {factor}: "
+            f"data.image_size is {size}, expected a multiple of the downsampling {factor}: "
             f"use {max(1, size // factor) * factor} or {(size // factor + 1) * factor}"
         )
 

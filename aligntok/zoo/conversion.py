@@ -19,7 +19,7 @@ from aligntok.errors import UserError
 
 Sources = Callable[[str], Sequence[str]]  # our name -> theirs; empty for what the file does not hold
 HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16, 1536: 24, 1792: 28, 2048: 16}  # width -> heads of the published networks
-FEW = 4  # keys that an error names
+FEW = 3  # keys that an error names
 
 
 @dataclass
@@ -104,11 +104,12 @@ def fill(
     missing = sorted(wanted - state.keys())
     misshapen, filled = [], {}
     for name, theirs in plan.items():
-        if all(part in state for part in theirs):
-            value = torch.cat([state[part] for part in theirs])
-            if value.shape != own[name].shape:
-                shapes = f"{list(value.shape)}, expected {list(own[name].shape)}"
-                misshapen.append(f"{theirs[0]}{' and others' if len(theirs) > 1 else ''} {shapes}")
+        expected = [own[name].shape[0] // len(theirs), *own[name].shape[1:]] if len(theirs) > 1 else own[name].shape
+        held = [part for part in theirs if part in state]
+        wrong = [part for part in held if list(state[part].shape) != list(expected)]
+        misshapen += [f"{part} {list(state[part].shape)}, expected {list(expected)}" for part in wrong]
+        if held == list(theirs) and not wrong:
+            value = state[theirs[0]] if len(theirs) == 1 else torch.cat([state[part] for part in theirs])
             filled[name] = value.to(own[name].dtype)
     faults = (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
     if missing or unexpected or misshapen:
@@ -119,10 +120,20 @@ def fill(
 
 
 def require(state: dict[str, Tensor], name: str, path: Path, what: str) -> Tensor:
-    """A tensor that sizes are read from; UserError where it is missing."""
+    """A tensor of the file; UserError where it is missing."""
     if name not in state:
         raise UserError(f"{path} is not a {what} of the published layout: {name} is missing (has {_few(list(state))})")
     return state[name]
+
+
+def require_shape(state: dict[str, Tensor], name: str, path: Path, what: str, axes: int) -> torch.Size:
+    """Shape of a tensor that sizes are read from; UserError where it is missing, empty or has not so many axes."""
+    shape = require(state, name, path, what).shape
+    if len(shape) != axes or 0 in shape:
+        raise UserError(
+            f"{path} is not a {what} of the published layout: {name} is {list(shape)}, expected {axes} axes"
+        )
+    return shape
 
 
 def count(state: dict[str, Tensor], pattern: str) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from aligntok.config import LightningDiTConfig, SamplerConfig
 from aligntok.errors import UserError
 from aligntok.training.train_generator import save_generator
-from aligntok.zoo.conversion import Report, fill, heads_of, read_tensors, renamed, require, side_of
+from aligntok.zoo.conversion import Report, fill, heads_of, read_tensors, renamed, require_shape, side_of
 from aligntok.zoo.convert_lightningdit import RULES, tokenizer_fingerprint, trunk
 from aligntok.zoo.dit_dh import DiTDH
 
@@ -32,7 +32,7 @@ def convert(source: Path, output: Path, *, tokenizer: str | None = None) -> Repo
         UserError: a file that cannot be read or does not fit; no tokenizer, or one of other latents.
     """
     state = read_tensors(source, ("ema", "model", "state_dict"))
-    fingerprint = tokenizer_fingerprint(tokenizer, require(state, "s_embedder.proj.weight", source, WHAT).shape[1])
+    fingerprint = tokenizer_fingerprint(tokenizer, require_shape(state, "s_embedder.proj.weight", source, WHAT, 4)[1])
     model = build(state, source)
     report = fill(model, state, lambda name: sources(name, model.config.depth), IGNORED, source, WHAT)
     side = model.latent_size[0]
@@ -46,13 +46,13 @@ def convert(source: Path, output: Path, *, tokenizer: str | None = None) -> Repo
 
 def build(state: dict[str, Tensor], path: Path) -> DiTDH:
     """A network of the sizes that the tensors have."""
-    width, channels, patch, _ = require(state, "s_embedder.proj.weight", path, WHAT).shape
-    head_width = require(state, "x_embedder.proj.weight", path, WHAT).shape[0]
-    widths = [len(value) for name, value in state.items() if re.match(r"blocks\.\d+\.norm1\.weight", name)]
+    width, channels, patch, _ = require_shape(state, "s_embedder.proj.weight", path, WHAT, 4)
+    head_width = require_shape(state, "x_embedder.proj.weight", path, WHAT, 4)[0]
+    widths = [value.numel() for name, value in state.items() if re.match(r"blocks\.\d+\.norm1\.weight", name)]
     head_depth = HEAD_DEPTH if head_width == width else widths.count(head_width)
     if not 0 < head_depth < len(widths):
         raise UserError(f"{path} is not a {WHAT}: of its {len(widths)} blocks {head_depth} are {head_width} wide")
-    side = side_of(require(state, "pos_embed", path, WHAT).shape[1], path) * patch
+    side = side_of(require_shape(state, "pos_embed", path, WHAT, 3)[1], path) * patch
     config = LightningDiTConfig(
         depth=len(widths) - head_depth,
         head_depth=head_depth,

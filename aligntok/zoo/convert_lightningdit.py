@@ -25,7 +25,7 @@ from aligntok.errors import UserError
 from aligntok.models.lightning_dit import TIME_FEATURES, LightningDiT, time_frequencies
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.training.train_generator import save_generator
-from aligntok.zoo.conversion import Report, count, fill, heads_of, read_tensors, renamed, require, side_of
+from aligntok.zoo.conversion import Report, count, fill, heads_of, read_tensors, renamed, require_shape, side_of
 
 WHAT = "LightningDiT"
 IGNORED = {r"feat_rope\.": "tables of rotary positions, computed here"}
@@ -56,7 +56,7 @@ def convert(source: Path, output: Path, *, tokenizer: str | None = None, preset:
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}, expected one of {', '.join(PRESETS)}")
     state = read_tensors(source, ("ema", "model", "state_dict"))
-    fingerprint = tokenizer_fingerprint(tokenizer, require(state, "x_embedder.proj.weight", source, WHAT).shape[1])
+    fingerprint = tokenizer_fingerprint(tokenizer, require_shape(state, "x_embedder.proj.weight", source, WHAT, 4)[1])
     model = build(state, source)
     report = fill(model, state, sources, IGNORED, source, WHAT)
     turn(model)
@@ -73,16 +73,16 @@ def trunk(state: dict[str, Tensor], path: Path, what: str, width: int, patch: in
         "width": width,
         "heads": heads_of(width, path),
         "patch_size": patch,
-        "classes": require(state, "y_embedder.embedding_table.weight", path, what).shape[0] - 1,
+        "classes": require_shape(state, "y_embedder.embedding_table.weight", path, what, 2)[0] - 1,
         "qk_norm": "blocks.0.attn.q_norm.weight" in state,
-        "shift": require(state, "blocks.0.adaLN_modulation.1.weight", path, what).shape[0] == 6 * width,
+        "shift": require_shape(state, "blocks.0.adaLN_modulation.1.weight", path, what, 2)[0] == 6 * width,
     }
 
 
 def build(state: dict[str, Tensor], path: Path) -> LightningDiT:
     """A network of the sizes that the tensors have."""
-    width, channels, patch, _ = require(state, "x_embedder.proj.weight", path, WHAT).shape
-    side = side_of(require(state, "pos_embed", path, WHAT).shape[1], path) * patch
+    width, channels, patch, _ = require_shape(state, "x_embedder.proj.weight", path, WHAT, 4)
+    side = side_of(require_shape(state, "pos_embed", path, WHAT, 3)[1], path) * patch
     config = LightningDiTConfig(depth=count(state, r"blocks\.(\d+)\."), **trunk(state, path, WHAT, width, patch))
     return LightningDiT(config, channels, (side, side))
 

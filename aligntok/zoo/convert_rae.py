@@ -15,7 +15,17 @@ from torch import Tensor
 
 from aligntok.config import EncoderConfig, RAEConfig, ViTDecoderConfig
 from aligntok.errors import UserError
-from aligntok.zoo.conversion import Report, count, fill, heads_of, read_tensors, renamed, require, side_of
+from aligntok.zoo.conversion import (
+    Report,
+    count,
+    fill,
+    heads_of,
+    read_tensors,
+    renamed,
+    require,
+    require_shape,
+    side_of,
+)
 from aligntok.zoo.rae import RAE
 
 WHAT = "RAE decoder"
@@ -57,7 +67,7 @@ def convert(
     state = read_tensors(source, ("model", "state_dict"))
     state = {re.sub(r"^decoder\.(?=decoder_|trainable)", "", name): value for name, value in state.items()}
     rae = RAE(config_of(state, source, EncoderConfig(encoder, encoder_weights, antialias=False)))
-    channels = require(state, "decoder_embed.weight", source, WHAT).shape[1]
+    channels = require_shape(state, "decoder_embed.weight", source, WHAT, 2)[1]
     if channels != rae.latent_channels:
         raise UserError(
             f"{source} decodes {channels} channels, {encoder} has {rae.latent_channels}: give its --encoder"
@@ -75,17 +85,17 @@ def convert(
 
 def config_of(state: dict[str, Tensor], path: Path, encoder: EncoderConfig) -> RAEConfig:
     """The sizes that the tensors have."""
-    width = require(state, "decoder_embed.weight", path, WHAT).shape[0]
-    patch = side_of(require(state, "decoder_pred.weight", path, WHAT).shape[0] // 3, path)
+    width = require_shape(state, "decoder_embed.weight", path, WHAT, 2)[0]
+    patch = side_of(require_shape(state, "decoder_pred.weight", path, WHAT, 2)[0] // 3, path)
     decoder = ViTDecoderConfig(
         size="custom",
         depth=count(state, r"decoder_layers\.(\d+)\."),
         width=width,
         heads=heads_of(width, path),
-        hidden=require(state, "decoder_layers.0.intermediate.dense.weight", path, WHAT).shape[0],
+        hidden=require_shape(state, "decoder_layers.0.intermediate.dense.weight", path, WHAT, 2)[0],
         patch_size=patch,
     )
-    side = side_of(require(state, "decoder_pos_embed", path, WHAT).shape[1] - 1, path)
+    side = side_of(require_shape(state, "decoder_pos_embed", path, WHAT, 3)[1] - 1, path)
     encoder.downsample = patch
     return RAEConfig(encoder=encoder, decoder=decoder, image_size=side * patch)
 

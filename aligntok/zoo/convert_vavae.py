@@ -13,7 +13,7 @@ from torch import Tensor
 
 from aligntok.config import DecoderConfig, VAEConfig
 from aligntok.errors import UserError
-from aligntok.zoo.conversion import Report, count, fill, read_tensors, require
+from aligntok.zoo.conversion import Report, count, fill, read_tensors, require, require_shape
 from aligntok.zoo.ldm_keys import ldm_names
 from aligntok.zoo.published import STATISTICS
 from aligntok.zoo.vae import VAE
@@ -50,12 +50,17 @@ def convert(source: Path, output: Path, *, statistics: str | None = None) -> Rep
 
 def config_of(state: dict[str, Tensor], path: Path) -> VAEConfig:
     """The sizes of a network in LDM's layout."""
-    base = require(state, "encoder.conv_in.weight", path, WHAT).shape[0]
-    d = require(state, "post_quant_conv.weight", path, WHAT).shape[0]
+    base = require_shape(state, "encoder.conv_in.weight", path, WHAT, 4)[0]
+    d = require_shape(state, "post_quant_conv.weight", path, WHAT, 4)[0]
     levels, blocks = count(state, r"encoder\.down\.(\d+)\."), count(state, r"encoder\.down\.0\.block\.(\d+)\.")
-    firsts = [require(state, f"encoder.down.{i}.block.0.conv1.weight", path, WHAT).shape[0] for i in range(levels)]
+    firsts = [require_shape(state, f"encoder.down.{i}.block.0.conv1.weight", path, WHAT, 4)[0] for i in range(levels)]
     if base % GROUPS:
         raise UserError(f"{path} has {base} base channels, expected a multiple of {GROUPS} as in LDM")
+    if not firsts or any(first % base for first in firsts):
+        raise UserError(
+            f"{path} has levels of {firsts} channels, expected at least one level, and multiples of the {base} base "
+            "channels as in LDM"
+        )
     attention = tuple(i for i in range(levels) if f"encoder.down.{i}.attn.0.norm.weight" in state)
     networks = DecoderConfig(
         base_channels=base,

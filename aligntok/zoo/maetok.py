@@ -6,11 +6,13 @@ Image tokens get two-dimensional rotary positions with learned frequencies (RoPE
 latent tokens get none but what they learn themselves. In training a share of the patches is overwritten by one learned
 token. There is no KL. Latents lie in a row, [B, d, 1, K], so that the generator takes them like any others.
 Sizes: Hhhhhhao/continuous_tokenizer as of the release of MAETok's training code; both halves are ViT-B/16.
+
+There is no converter of MAETok's published weights: the names and layout of their tensors are not in the sources that
+this was written from, and nothing here can check a guess at them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,28 +21,13 @@ from timm.models.eva import EvaBlock
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from aligntok.config import MAETokConfig
 from aligntok.errors import UserError
 from aligntok.models.tokenizer import StoredTokenizer
 
 NORM_EPS = 1e-6  # ViT
 INIT_STD = 0.02  # of linear layers and learned tokens (ViT)
 TEMPERATURE = 10.0  # of the rotary frequencies' start (RoPE-ViT; MAETok's rope_theta)
-
-
-@dataclass
-class MAETokConfig:
-    image_size: int = 256  # one model, one size: the decoder's queries are as many as its patches
-    patch_size: int = 16
-    latent_tokens: int = 128
-    latent_channels: int = 32
-    width: int = 768
-    depth: int = 12
-    heads: int = 12
-
-    @property
-    def side(self) -> int:
-        """Patches along one side."""
-        return self.image_size // self.patch_size
 
 
 class Trunk(nn.Module):

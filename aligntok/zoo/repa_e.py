@@ -1,6 +1,6 @@
 """REPA-E (arXiv 2504.10483): a VAE and the generator on its latents trained together.
 
-    tokenizer:      L1 + LPIPS + w_gan L_gan + w_kl KL + w_vae (1 - cos(g(h_k(z_t)), f))         generator frozen
+    tokenizer:      L1 + w_p LPIPS + w_g L_gan + w_kl KL / (3 H W) + w_vae (1 - cos(g(h_k(z_t)), f))   generator frozen
     discriminator:  hinge
     generator:      |v - (z_1 - z_0)|^2 + w_gen (1 - cos(g(h_k(z_t)), f))                        z_0 without gradient
 
@@ -8,6 +8,8 @@ z is a sample of the posterior, normalised by a BatchNorm without scale and bias
 stream after k blocks, g a projector, f the tokens of a frozen encoder. The diffusion loss never reaches the VAE; the
 alignment does, through the bridge's running statistics and with the generator's weights held. Times, noise and dropped
 labels are the same in both passes. At the end the bridge's statistics become the tokenizer's latent statistics.
+L_gan has a plain weight here, not an adaptive one. REPA-E's weight of KL, 1e-6, stands beside means over pixels: it is
+1e-6 x 3 H W in the terms of `rival.kl_weight`, which is LDM's.
 Sources: REPA-E train_repae.py:555-610 and configs/l1_lpips_kl_gan.yaml (weights, order, what is detached).
 """
 
@@ -15,48 +17,70 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 
-from aligntok.config import FlowConfig
+from aligntok import collectives
+from aligntok.config import GeneratorTrainingConfig, RivalConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
-from aligntok.devices import Precision, optimizer_is_fused
-from aligntok.diffusion.flow import drop_labels, sample_time
+from aligntok.devices import Precision
+from aligntok.diffusion.flow import drop_labels, sample_time, shift_time
 from aligntok.errors import UserError
 from aligntok.kernels import flow_interpolate, flow_loss, gan_loss, noise_key
 from aligntok.losses.semantic import semantic_loss
+from aligntok.models.blocks import prepare, restore
 from aligntok.models.lightning_dit import LightningDiT
-from aligntok.models.tokenizer import StoredTokenizer
+from aligntok.training.distributed import replicate
 from aligntok.training.ema import build_ema
-from aligntok.training.objective import Phase, Schedule, Values, parameter_group
+from aligntok.training.objective import Phase, Schedule, Values, build_optimizer, parameter_group
+from aligntok.world import current
+from aligntok.zoo.objectives import VAEObjective
+from aligntok.zoo.vae import VAE
 
 
-@dataclass
-class RepaEConfig:
-    """Defaults: REPA-E's; numbers in brackets are lines of train_repae.py."""
+class Bridge(nn.Module):
+    """BatchNorm without scale and bias over the rows of all processes.
 
-    steps: int = 400_000
-    learning_rate: float = 1e-4  # of all three [555, 573-581]
-    betas: tuple[float, float] = (0.9, 0.999)  # AdamW without decay
-    warmup_steps: int = 0
-    gradient_clip: float = 1.0  # [569]
-    ema_decay: float = 0.9999  # of the generator
-    depth: int = 8  # k: blocks before the stream that is aligned [594]
-    projector_width: int = 2048  # hidden layers of g (REPA)
-    generator_weight: float = 0.5  # REPA loss of the generator [608]
-    tokenizer_weight: float = 1.5  # REPA loss of the VAE [610]
-    perceptual_weight: float = 1.0  # configs/l1_lpips_kl_gan.yaml, with the two below
-    gan_weight: float = 0.1  # from the first step, not adaptive
-    kl_weight: float = 1e-6  # on the divergence summed over the latent
-    bridge_momentum: float = 0.1  # of the BatchNorm [558]
-    flow: FlowConfig = field(default_factory=lambda: FlowConfig(time_sampling="uniform", direction_weight=0.0))  # SiT
+        z = (raw - mean) / sqrt(var + eps)         batch statistics in training, which move the running ones
+
+    Args:
+        mean, std: [d], the running statistics to start with.
+    """
+
+    eps = 1e-5  # nn.BatchNorm2d's
+
+    def __init__(self, mean: Tensor, std: Tensor, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("running_mean", mean.clone())
+        self.register_buffer("running_var", std.square())
+
+    def forward(self, raw: Tensor) -> Tensor:
+        """Raw latents [B, d, h, w], float32 and without gradient -> normalised ones."""
+        if not self.training:
+            return self.running(raw)
+        mean = collectives.mean(raw.mean((0, 2, 3)))
+        variance = collectives.mean((raw - mean[:, None, None]).square().mean((0, 2, 3)))
+        count = raw.numel() // raw.shape[1] * current().size
+        self.running_mean.lerp_(mean, self.momentum)
+        self.running_var.lerp_(variance * (count / (count - 1)), self.momentum)
+        return self._normalised(raw, mean, variance)
+
+    def running(self, raw: Tensor) -> Tensor:
+        """Normalised by the running statistics, which stay as they are; gradients pass."""
+        return self._normalised(raw, self.running_mean, self.running_var)
+
+    @property
+    def statistics(self) -> tuple[Tensor, Tensor]:
+        """(mean, std) [d] with which a tokenizer normalises as `running` does."""
+        return self.running_mean, (self.running_var + self.eps).sqrt()
+
+    def _normalised(self, raw: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
+        return (raw - mean[:, None, None]) * torch.rsqrt(variance + self.eps)[:, None, None]
 
 
 class AlignedGenerator(nn.Module):
@@ -69,7 +93,7 @@ class AlignedGenerator(nn.Module):
     def __init__(self, model: LightningDiT, depth: int, hidden: int, features: int) -> None:
         super().__init__()
         if not 1 <= depth <= len(model.blocks):
-            raise UserError(f"repa depth is {depth}, the generator has {len(model.blocks)} blocks")
+            raise UserError(f"rival.repa_e.depth is {depth}, the generator has {len(model.blocks)} blocks")
         self.model = model
         self.depth = depth
         width = model.patches.out_channels
@@ -103,170 +127,146 @@ class AlignedGenerator(nn.Module):
 
 
 class Draws(NamedTuple):
-    """What the first phase of a step hands to the others."""
+    """What the first phase of a step hands to the generator's."""
 
     latents: Tensor  # raw, without gradient
-    reconstruction: Tensor
     features: Tensor
     t: Tensor
     key: Tensor
     labels: Tensor
+    first: int  # number of the first row
 
 
-class RepaEObjective:
+class RepaEObjective(VAEObjective):
     """Trains tokenizer, discriminator and generator in place; see the module's docstring.
 
     Args:
-        tokenizer: a VAE of this package, with latent statistics for the bridge to start with.
+        tokenizer: any with a posterior, with latent statistics for the bridge to start with.
         discriminator, perceptual: as in tokenizer training; no perceptual loss if None.
+        config: stage, losses and KL weight of the VAE and the discriminator, weights of the alignment.
         model: the generator.
+        generator: its learning rate and schedule, betas, clip, averages and flow.
         features: gives the frozen encoder's tokens [B, N, C] of a batch, one for each token of the generator.
-        feature_width: C.
+        channels: C.
     """
 
     def __init__(
         self,
-        tokenizer: StoredTokenizer,
+        tokenizer: VAE,
         discriminator: nn.Module,
         perceptual: nn.Module | None,
-        model: LightningDiT,
-        features: FrozenOutput,
-        feature_width: int,
-        config: RepaEConfig,
+        config: RivalConfig,
         precision: Precision,
+        model: LightningDiT,
+        generator: GeneratorTrainingConfig,
+        features: FrozenOutput,
+        channels: int,
     ) -> None:
         if not hasattr(tokenizer, "posterior"):
             raise UserError(f"REPA-E trains a VAE, and {type(tokenizer).__name__} has no posterior to sample")
+        if config.stage.ema_decay is not None:
+            raise UserError(
+                "rival.stage.ema_decay is given, but the generator learns the latents of the VAE's weights and not of "
+                "their averages: set it to null (generator.ema_decay is the generator's)"
+            )
         tokenizer._require_statistics()
-        self.tokenizer, self.discriminator, self.perceptual = tokenizer, discriminator, perceptual
-        self.model, self.features, self.config, self.precision = model, features, config, precision
-        self.steps = config.steps
-        self.schedule = Schedule(config.steps, config.warmup_steps)
-        generator = AlignedGenerator(model, config.depth, config.projector_width, feature_width)
-        self.generator = generator.to(precision.device).train()
-        self.bridge = nn.BatchNorm2d(tokenizer.latent_channels, affine=False, momentum=config.bridge_momentum)
-        self.bridge.to(precision.device).running_mean.copy_(tokenizer.latent_mean)
-        self.bridge.running_var.copy_(tokenizer.latent_std.square())
-        tokenizer.train().requires_grad_(True)
-        self.ema = build_ema(model, config.ema_decay)
-        parts = {"tokenizer": tokenizer, "discriminator": discriminator, "generator": self.generator}
-        self._optimizers = {name: self._optimizer(part) for name, part in parts.items()}
-        self._draws: Draws | None = None
-
-    def _optimizer(self, part: nn.Module) -> Optimizer:
-        group = parameter_group(part.parameters(), self.config.learning_rate)
-        fused = optimizer_is_fused(self.precision.device)
-        return AdamW([group], betas=self.config.betas, weight_decay=0.0, fused=fused)
+        super().__init__(tokenizer, discriminator, perceptual, config, precision)
+        settings, training = config.repa_e, config.training
+        self.model, self.settings, self.features = model, generator, features
+        aligned = AlignedGenerator(model, settings.depth, settings.projector_width, channels)
+        self.generator = aligned.to(precision.device).train()
+        bridge = Bridge(tokenizer.latent_mean, tokenizer.latent_std, settings.bridge_momentum)
+        self.bridge = bridge.to(precision.device).train()
+        self.generator_ema = build_ema(model, generator.ema_decay)
+        prepare(model.blocks, training.checkpointing, training.compile)
+        self.replicated = replicate({"generator": self.generator})
+        self.generator_schedule = Schedule(self.steps, generator.warmup_steps, generator.final_learning_rate)
+        group = parameter_group(self.generator.parameters(), generator.learning_rate)
+        self.generator_optimizer = build_optimizer([group], generator.betas, training, precision.device)
+        judges = (*discriminator.parameters(), *self.generator.parameters())
+        self._judges = [parameter for parameter in judges if parameter.requires_grad]
+        self._draws: dict[int, Draws] = {}  # of this step, by their first row
 
     def modules(self) -> dict[str, nn.Module]:
-        return {
-            "tokenizer": self.tokenizer,
-            "discriminator": self.discriminator,
-            "generator": self.generator,
-            "bridge": self.bridge,
-            "ema": self.ema,
-        }
+        own = {"generator": self.generator, "bridge": self.bridge, "generator_ema": self.generator_ema}
+        return super().modules() | own
 
     def optimizers(self) -> dict[str, Optimizer]:
-        return self._optimizers
+        return super().optimizers() | {"generator": self.generator_optimizer}
 
     def phases(self, step: int) -> Iterator[Phase]:
-        losses = {
-            "tokenizer": self._tokenizer_loss,
-            "discriminator": self._discriminator_loss,
-            "generator": self._generator_loss,
-        }
-        for name, loss in losses.items():
-            self.schedule.apply(self._optimizers[name], step)
-            yield Phase(name, self._optimizers[name], loss, self.config.gradient_clip)
-        self._draws = None
+        for phase in super().phases(step):
+            # In its backward pass too, where checkpointed blocks run again
+            self._hold(phase.name == "autoencoder")
+            yield phase
+        self._hold(False)
+        self.generator_schedule.apply(self.generator_optimizer, step)
+        clip, accumulate = self.settings.gradient_clip, self.training.accumulate
+        yield Phase("generator", self.generator_optimizer, self._generator_loss, clip, self.replicated, accumulate)
+        self._draws.clear()
+
+    def _hold(self, on: bool) -> None:
+        """Whether gradients flow through discriminator and generator without reaching their weights."""
+        for parameter in self._judges:
+            parameter.requires_grad_(not on)
 
     def after_step(self) -> None:
-        self.ema.update_parameters(self.model)
+        super().after_step()
+        self.generator_ema.update_parameters(self.model)
 
     def finish(self) -> None:
         """The bridge's running statistics become the tokenizer's: its `encode` is what the generator was trained on."""
-        deviation = (self.bridge.running_var + self.bridge.eps).sqrt()
-        self.tokenizer.set_statistics(self.bridge.running_mean, deviation)
-        self.tokenizer.eval().requires_grad_(False)
+        super().finish()
+        restore(self.model.blocks)
+        self.tokenizer.set_statistics(*self.bridge.statistics)
 
-    def _tokenizer_loss(self, batch: Batch) -> tuple[Tensor, Values]:
-        images, config = batch["images"], self.config
-        with self.precision.autocast():
-            posterior = self.tokenizer.posterior(images)
-            raw = posterior.sample().float()
-            output = self.tokenizer.reconstruct(raw).float()
-        draws = self._draw(batch, raw, output)
-        values = {"l1": (output - images).abs().mean(), "kl": posterior.kl().mean()}
-        with held(self.discriminator, self.generator), self.precision.autocast():
-            values["gan"], _ = gan_loss.generator_loss(self.discriminator(output), "hinge")
-            values["align_tokenizer"] = self._alignment(self._running_bridge(raw), draws)
-            if self.perceptual is not None:
-                values["perceptual"] = self.perceptual(output, images).float().mean()
-        weights = {
-            "l1": 1.0,
-            "perceptual": config.perceptual_weight,
-            "kl": config.kl_weight,
-            "gan": config.gan_weight,
-            "align_tokenizer": config.tokenizer_weight,
-        }
-        loss = sum(weights[name] * value for name, value in values.items())
-        return loss, {name: value.detach() for name, value in values.items()}
+    def _reconstruction_loss(self, batch: Batch) -> tuple[Tensor, Values]:
+        return self._tokenizer_loss(batch, adversarial=False)
 
-    def _discriminator_loss(self, batch: Batch) -> tuple[Tensor, Values]:
-        assert self._draws is not None, "the tokenizer's phase comes first"
+    def _adversarial_loss(self, batch: Batch) -> tuple[Tensor, Values]:
+        return self._tokenizer_loss(batch, adversarial=True)
+
+    def _tokenizer_loss(self, batch: Batch, adversarial: bool) -> tuple[Tensor, Values]:
+        raw, output, loss, values = self._pass(batch)
+        draws = self._draw_times(batch, raw)
+        self._fakes[draws.first] = output.detach()
+        reconstruction, parts = self._reconstruction(output, batch)
+        loss, values = loss + reconstruction, values | parts
         with self.precision.autocast():
-            real, fake = self.discriminator(batch["images"]), self.discriminator(self._draws.reconstruction)
-        loss, stats = gan_loss.discriminator_loss(real, fake, "hinge")
-        return loss, {"discriminator": loss.detach(), "logits_real": stats[0], "logits_fake": stats[1]}
+            if adversarial:
+                gan, _ = gan_loss.generator_loss(self.discriminator(output), self.losses.gan)
+                loss = loss + self.losses.gan_weight * gan
+                values["gan"] = gan.detach()
+            noisy = flow_interpolate(self.bridge.running(raw), draws.t, draws.key, first_image=draws.first)
+            align = self._distance(self.generator.project(noisy, draws.t, draws.labels), draws)
+        return loss + self.config.repa_e.tokenizer_weight * align, values | {"align_tokenizer": align.detach()}
 
     def _generator_loss(self, batch: Batch) -> tuple[Tensor, Values]:
-        assert self._draws is not None, "the tokenizer's phase comes first"
-        draws = self._draws
-        with torch.autocast(draws.latents.device.type, enabled=False):
-            data = self.bridge(draws.latents)
+        draws = self._draws[self._place(batch).first]  # of the tokenizer's phase
+        data, flow = self.bridge(draws.latents), self.settings.flow
         with self.precision.autocast():
-            velocity, projected = self.generator(flow_interpolate(data, draws.t, draws.key), draws.t, draws.labels)
-        loss, parts = flow_loss(velocity, data, draws.key, self.config.flow.direction_weight)
-        align = semantic_loss(self._checked(projected, draws), draws.features, "cosine", channel_dim=2)
-        values = {"mse": parts[0], "align_generator": align.detach(), "loss": loss.detach()}
-        return loss + self.config.generator_weight * align, values
+            noisy = flow_interpolate(data, draws.t, draws.key, first_image=draws.first)
+            velocity, projected = self.generator(noisy, draws.t, draws.labels)
+        loss, parts = flow_loss(velocity, data, draws.key, flow.direction_weight, first_image=draws.first)
+        align = self._distance(projected, draws)
+        values = {"mse": parts[0], "align_generator": align.detach()}
+        return loss + self.config.repa_e.generator_weight * align, values
 
-    def _draw(self, batch: Batch, raw: Tensor, output: Tensor) -> Draws:
-        """Times, noise and labels of the step, kept for its other phases."""
-        device = raw.device
-        t = sample_time(len(raw), self.config.flow.time_sampling, device)
-        labels = drop_labels(batch["labels"], self.model.config.label_dropout, self.model.null_class)
-        features = self.features(batch).float()
-        self._draws = Draws(raw.detach(), output.detach(), features, t, noise_key(device), labels)
-        return self._draws
-
-    def _running_bridge(self, raw: Tensor) -> Tensor:
-        """Normalised by the running statistics, which the tokenizer's phase leaves as they are."""
-        return F.batch_norm(raw, self.bridge.running_mean, self.bridge.running_var, eps=self.bridge.eps)
-
-    def _alignment(self, latents: Tensor, draws: Draws) -> Tensor:
-        projected = self.generator.project(flow_interpolate(latents, draws.t, draws.key), draws.t, draws.labels)
-        return semantic_loss(self._checked(projected, draws), draws.features, "cosine", channel_dim=2)
+    def _draw_times(self, batch: Batch, raw: Tensor) -> Draws:
+        """Times, noise and labels of these rows, kept for the generator's phase."""
+        place, flow, device = self._place(batch), self.settings.flow, raw.device
+        t = place.of(sample_time(place.batch_size, flow.time_sampling, device))
+        labels = drop_labels(batch["labels"], self.model.config.label_dropout, self.model.null_class, place)
+        t, key = shift_time(t, flow.time_shift), noise_key(device)
+        draws = Draws(raw.detach(), self.features(batch).float(), t, key, labels, place.first)
+        self._draws[place.first] = draws
+        return draws
 
     @staticmethod
-    def _checked(projected: Tensor, draws: Draws) -> Tensor:
+    def _distance(projected: Tensor, draws: Draws) -> Tensor:
         if projected.shape != draws.features.shape:
             raise UserError(
                 f"the encoder gives features {list(draws.features.shape)}, the generator's stream is projected to "
                 f"{list(projected.shape)}: choose image size, patch size and encoder for one grid of tokens"
             )
-        return projected
-
-
-@contextmanager
-def held(*modules: nn.Module) -> Iterator[None]:
-    """Gradients flow through `modules` and not into their parameters, for what is computed inside."""
-    learned = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for parameter in learned:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in learned:
-            parameter.requires_grad_(True)
+        return semantic_loss(projected, draws.features, "cosine", channel_dim=2)

@@ -41,6 +41,21 @@ def test_a_kind_of_step_is_counted_once_and_kept(tmp_path):
     assert FlopLedger(tmp_path / "flops.json", "stage2", start=7)._wanted
 
 
+def test_counting_changes_no_bit(tmp_path):
+    """SiLU's gradient too, which the counter would take apart."""
+    network = torch.nn.Sequential(torch.nn.Linear(32, 24), torch.nn.SiLU(), torch.nn.Linear(24, 8))
+    x, found = torch.randn(48, 32, generator=torch.Generator().manual_seed(0)), []
+    for counted in (False, True):
+        ledger = FlopLedger(tmp_path / "flops.json", "generator", start=0)
+        if counted:
+            ledger.begin()
+        given = x.clone().requires_grad_()
+        network(given).square().sum().backward()
+        found.append(given.grad)
+        ledger.abandon()
+    assert torch.equal(*found)
+
+
 def test_a_failed_step_leaves_no_counter_behind(tmp_path):
     ledger = FlopLedger(tmp_path / "flops.json", "stage1", start=0)
     ledger.begin()

@@ -198,7 +198,7 @@ def test_rae_decoder_and_its_statistics(tmp_path):
     torch.save(state, file)
     mean, var = torch.randn(192, 2, 2), torch.rand(192, 2, 2)
     torch.save({"mean": mean, "var": var}, statistics)
-    options = {"encoder": TINY_VIT, "encoder_weights": "random", "statistics": str(statistics)}
+    options = RANDOM | {"statistics": str(statistics)}
     report = convert("rae-decoder", file, tmp_path / "rae", **options)
     assert report.converted == len(state) - 1 and sum(report.ignored.values()) == 1
     rae = load_tokenizer(tmp_path / "rae")
@@ -240,6 +240,70 @@ def test_what_does_not_fit_is_named(change, message, tmp_path):
     assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
 
 
+RANDOM = {"encoder": TINY_VIT, "encoder_weights": "random"}
+# Layout -> tensors, and one of them that sizes are read from, one that is not, one that goes into a packed qkv
+LAYOUTS = {
+    "hustvl-vavae": (vavae_state, "post_quant_conv.weight", "decoder.conv_out.bias", "decoder.mid.attn_1.k.weight"),
+    "hustvl-lightningdit": (lightningdit_state, "pos_embed", "blocks.1.norm2.weight", "blocks.0.attn.qkv.bias"),
+    "rae-ditdh": (ditdh_state, "x_embedder.proj.weight", "s_projector.bias", "blocks.2.attn.qkv.weight"),
+    "rae-decoder": (
+        rae_state,
+        "decoder_embed.weight",
+        "decoder_norm.bias",
+        "decoder_layers.0.attention.attention.key.weight",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def latents_of_four_channels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("vavae")
+    torch.save(vavae_state(), folder / "vavae.pt")
+    torch.save({"mean": torch.zeros(4), "std": torch.ones(4)}, folder / "stats.pt")
+    convert("hustvl-vavae", folder / "vavae.pt", folder / "t", statistics=str(folder / "stats.pt"))
+    return str(folder / "t")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_converter_names_what_does_not_fit(layout, latents_of_four_channels, tmp_path):
+    """Missing, unexpected and misshapen tensors, whatever they are for: one line with their names, nothing written."""
+    build, *names = LAYOUTS[layout]
+    options = RANDOM if layout == "rae-decoder" else {"tokenizer": latents_of_four_channels}
+    options = {} if layout == "hustvl-vavae" else options
+    original = build()
+
+    def refused(state) -> str:
+        torch.save(state, tmp_path / "x.pt")
+        with pytest.raises(UserError) as raised:
+            convert(layout, tmp_path / "x.pt", tmp_path / "out", **options)
+        assert "\n" not in str(raised.value) and not (tmp_path / "out").exists()
+        return str(raised.value)
+
+    assert "1 unexpected: some.thing" in refused(original | {"some.thing": torch.zeros(1)})
+    four = refused(original | {f"other{index}": torch.zeros(1) for index in range(4)})
+    assert "4 unexpected: other0, other1, other2, ..." in four, "the first three"
+    for name in names:
+        assert name in refused({key: value for key, value in original.items() if key != name}), "missing"
+        for wrong in (torch.zeros(()), torch.zeros(0), original[name][None]):
+            assert name in refused(original | {name: wrong}), (name, list(wrong.shape))
+    _, other, packed = names
+    for name in (other, packed):
+        longer = torch.cat([original[name], original[name][:1]])
+        assert f"1 misshapen: {name} {list(longer.shape)}, expected {list(original[name].shape)}" in refused(
+            original | {name: longer}
+        )
+
+
+def test_levels_that_are_not_ldms_are_refused(tmp_path):
+    state = vavae_state()
+    torch.save({key: value for key, value in state.items() if "encoder.down" not in key}, tmp_path / "none.pt")
+    narrow = {"encoder.down.1.block.0.conv1.weight": torch.zeros(40, 32, 3, 3)}
+    torch.save(state | narrow, tmp_path / "narrow.pt")
+    for name, found in (("none", r"levels of \[\]"), ("narrow", r"levels of \[32, 40, 64\] channels")):
+        with pytest.raises(UserError, match=found):
+            convert("hustvl-vavae", tmp_path / f"{name}.pt", tmp_path / "out")
+
+
 class Evil:
     def __reduce__(self):
         return (print, ("executed",))
@@ -255,7 +319,6 @@ def bad_files(folder):
     torch.save(rae_state() | {"decoder_pos_embed": torch.zeros(1, 5, 384)}, folder / "positions.pt")
     torch.save({"mean": torch.zeros(3), "std": torch.ones(3)}, folder / "stat3.pt")
     torch.save(lightningdit_state(1), folder / "dit.pt")
-    random = {"encoder": TINY_VIT, "encoder_weights": "random"}
     yield "evil.ckpt", "hustvl-vavae", {}, "cannot be read without executing code"
     yield "cut.safetensors", "hustvl-vavae", {}, "cannot be read"
     yield "list.pt", "hustvl-vavae", {}, "holds no state dict"
@@ -263,10 +326,10 @@ def bad_files(folder):
     yield "vavae.pt", "somebody", {}, "expected one of hustvl-vavae"
     yield "vavae.pt", "hustvl-vavae", {"preset": "64ep"}, "--preset means nothing to --from hustvl-vavae"
     yield "vavae.pt", "hustvl-vavae", {"statistics": str(folder / "stat3.pt")}, "3 channels, expected 4"
-    yield "vavae.pt", "rae-decoder", random, "decoder_embed.weight is missing"
-    yield "rae.pt", "rae-decoder", random | {"encoder": "vit_small_patch16_224"}, "192 channels, .* has 384"
-    yield "positions.pt", "rae-decoder", random, "not the sin-cos table"
-    yield "rae.pt", "rae-decoder", random | {"statistics": str(folder / "stat3.pt")}, "var is missing"
+    yield "vavae.pt", "rae-decoder", RANDOM, "decoder_embed.weight is missing"
+    yield "rae.pt", "rae-decoder", RANDOM | {"encoder": "vit_small_patch16_224"}, "192 channels, .* has 384"
+    yield "positions.pt", "rae-decoder", RANDOM, "not the sin-cos table"
+    yield "rae.pt", "rae-decoder", RANDOM | {"statistics": str(folder / "stat3.pt")}, "var is missing"
     yield "dit.pt", "hustvl-lightningdit", {}, "belongs to a tokenizer"
     yield "dit.pt", "hustvl-lightningdit", {"preset": "1ep"}, "--preset is '1ep'"
     yield "dit.pt", "rae-ditdh", {}, "s_embedder.proj.weight is missing"

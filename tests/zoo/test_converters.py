@@ -163,6 +163,30 @@ def test_flux_files_that_do_not_fit(tmp_path, change, message):
     assert "\n" not in str(caught.value) and not (tmp_path / "t").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s.pop("quant_conv.bias"), r"1 missing: quant_conv\.bias"),
+        (lambda s: s.update({"a": torch.zeros(1), "b": torch.zeros(1)}), "2 unexpected: a, b"),
+        (lambda s: s.update({"quant_conv.bias": torch.zeros(9)}), r"1 misshapen: quant_conv\.bias \[9\] instead of"),
+        (lambda s: s.update({"quant_conv.bias": torch.zeros(())}), r"1 misshapen: quant_conv\.bias \[\] instead of"),
+        (
+            lambda s: s.update({"encoder.mid_block.attentions.0.to_k.weight": torch.zeros(3, 3)}),
+            r"1 misshapen: encoder\.mid_block\.attentions\.0\.to_k\.weight \[3, 3\]",
+        ),
+    ],
+)
+def test_diffusers_files_that_do_not_fit(tmp_path, change, message):
+    model = peer((8, 16), 4, 4)
+    model.save_pretrained(tmp_path / "vae")
+    state = model.state_dict()
+    change(state)
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "vae" / convert_diffusers.WEIGHTS[0])
+    with pytest.raises(UserError, match=message) as caught:
+        convert_diffusers.convert(tmp_path / "vae", tmp_path / "t")
+    assert "\n" not in str(caught.value) and not (tmp_path / "t").exists()
+
+
 class Hostile:
     def __reduce__(self):
         return exec, ("raise SystemExit('executed')",)

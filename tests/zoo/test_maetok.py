@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from skimage.feature import hog as peer_hog
 from timm.models.vision_transformer import VisionTransformer
 
-from aligntok.config import FlowConfig, LightningDiTConfig
+from aligntok.config import FlowConfig, LightningDiTConfig, MAETokConfig
 from aligntok.devices import choose_precision
 from aligntok.diffusion.flow import training_loss
 from aligntok.errors import UserError
@@ -17,7 +17,7 @@ from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.training.train_generator import Generator, train_generator
 from aligntok.zoo.hog import hog, hog_width
-from aligntok.zoo.maetok import MAETok, MAETokConfig, draw_mask
+from aligntok.zoo.maetok import MAETok, draw_mask
 
 
 def tiny_config() -> MAETokConfig:

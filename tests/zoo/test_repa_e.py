@@ -7,7 +7,19 @@ import torch
 from torch.nn import functional as F
 from zoo_helpers import tiny_encoder, tiny_run
 
-from aligntok.config import DecoderConfig, DiscriminatorConfig, LightningDiTConfig
+from aligntok.config import (
+    DecoderConfig,
+    DiscriminatorConfig,
+    FlowConfig,
+    GeneratorTrainingConfig,
+    LightningDiTConfig,
+    LossConfig,
+    MAETokConfig,
+    RepaEConfig,
+    RivalConfig,
+    RivalStageConfig,
+    TrainingConfig,
+)
 from aligntok.data.frozen import FrozenNetwork
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
@@ -16,8 +28,8 @@ from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.zoo import repa_e
 from aligntok.zoo.autoencoder_kl import AutoencoderKL, AutoencoderKLConfig
-from aligntok.zoo.maetok import MAETok, MAETokConfig
-from aligntok.zoo.repa_e import AlignedGenerator, RepaEConfig, RepaEObjective
+from aligntok.zoo.maetok import MAETok
+from aligntok.zoo.repa_e import AlignedGenerator, Bridge, RepaEObjective
 
 PRECISION = choose_precision("cpu", "fp32")
 
@@ -30,21 +42,41 @@ def randomised(module: torch.nn.Module) -> torch.nn.Module:
     return module
 
 
-def objective(**changes) -> RepaEObjective:
+def objective(steps: int = 3, training: dict | None = None, **changes) -> RepaEObjective:
+    """`changes` are of RepaEConfig; the adversary is there from the first step."""
     torch.manual_seed(0)
     network = DecoderConfig(base_channels=8, channel_multipliers=(1, 2), blocks=1, groups=4, attention_levels=())
     tokenizer = AutoencoderKL(AutoencoderKLConfig(latent_channels=3, network=network, scale=2.0, shift=0.1))
     model = LightningDiTConfig(size="custom", depth=3, width=32, heads=2, patch_size=2, classes=2)
+    config = RivalConfig(
+        kind="repa-e",
+        kl_weight=1e-3 * 3 * 16 * 16,
+        losses=LossConfig(gan_weight=0.1),
+        stage=RivalStageConfig(steps=steps, gan_start=0),
+        training=TrainingConfig(**{"batch_size": 4, "precision": "fp32"} | (training or {})),
+        repa_e=RepaEConfig(**{"depth": 2, "projector_width": 24} | changes),
+    )
+    flow = FlowConfig(time_sampling="uniform", direction_weight=0.0)
+    generator = GeneratorTrainingConfig(model=model, flow=flow, ema_decay=0.9)
     model = randomised(LightningDiT(model, 3, (8, 8)))
     discriminator = PatchDiscriminator(DiscriminatorConfig(base_channels=8, layers=1))
-    options = {"steps": 3, "depth": 2, "projector_width": 24, "ema_decay": 0.9, "kl_weight": 1e-3} | changes
     features = FrozenNetwork(tiny_encoder(4), PRECISION)  # 16 px images at f4: 4 x 4 tokens
-    return RepaEObjective(tokenizer, discriminator, None, model, features, 192, RepaEConfig(**options), PRECISION)
+    return RepaEObjective(tokenizer, discriminator, None, config, PRECISION, model, generator, features, 192)
 
 
 def pictures() -> dict[str, torch.Tensor]:
     images = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
-    return {"images": images, "labels": torch.tensor([0, 1, 0])}
+    return {"images": images, "labels": torch.tensor([0, 1, 0]), "rows": torch.arange(3)}
+
+
+def tokenizers_phase(made: RepaEObjective, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Loss and backward pass of the tokenizer's phase of a step, the others left out; its values."""
+    found = {}
+    for phase in made.phases(0):
+        if phase.name == "autoencoder":
+            loss, found = phase.loss(batch)
+            loss.backward()
+    return found
 
 
 def gradients(module: torch.nn.Module) -> list[torch.Tensor | None]:
@@ -53,9 +85,8 @@ def gradients(module: torch.nn.Module) -> list[torch.Tensor | None]:
 
 def test_the_tokenizers_loss_reaches_the_tokenizer_alone():
     made = objective()
-    loss, values = made._tokenizer_loss(pictures())
-    loss.backward()
-    assert {"l1", "kl", "gan", "align_tokenizer"} == values.keys()
+    values = tokenizers_phase(made, pictures())
+    assert {"l1", "kl", "gan", "align_tokenizer", "latent_std"} == values.keys()
     assert all(g is not None and g.abs().sum() > 0 for g in gradients(made.tokenizer))
     for held in (made.generator, made.discriminator, made.bridge):
         assert all(g is None for g in gradients(held))
@@ -70,7 +101,7 @@ def test_alignment_reaches_the_encoder_and_not_the_decoder():
     for weight in (0.0, 1.5):
         made = objective(tokenizer_weight=weight)
         torch.manual_seed(2)
-        made._tokenizer_loss(pictures())[0].backward()
+        tokenizers_phase(made, pictures())
         found.append(made.tokenizer)
     without, with_alignment = found
     for a, b in zip(gradients(without.decoder), gradients(with_alignment.decoder), strict=True):
@@ -81,7 +112,7 @@ def test_alignment_reaches_the_encoder_and_not_the_decoder():
 
 def test_the_diffusion_loss_never_reaches_the_tokenizer():
     made, batch = objective(), pictures()
-    made._tokenizer_loss(batch)
+    made._adversarial_loss(batch)
     loss, _ = made._generator_loss(batch)
     loss.backward()
     assert all(g is None for g in gradients(made.tokenizer)) and all(g is None for g in gradients(made.discriminator))
@@ -97,9 +128,9 @@ def test_the_bridge_starts_from_the_tokenizer_and_moves_in_the_generators_phase(
     mean, variance = made.bridge.running_mean.clone(), made.bridge.running_var.clone()
     torch.testing.assert_close(mean, torch.full((3,), 0.1))
     torch.testing.assert_close(variance, torch.full((3,), 0.25))
-    made._tokenizer_loss(batch)
+    made._adversarial_loss(batch)
     assert torch.equal(made.bridge.running_mean, mean) and torch.equal(made.bridge.running_var, variance)
-    raw = made._draws.latents
+    raw = made._draws[0].latents
     made._generator_loss(batch)
     torch.testing.assert_close(made.bridge.running_mean, 0.9 * mean + 0.1 * raw.mean((0, 2, 3)))
     flat = raw.transpose(0, 1).flatten(1)
@@ -111,24 +142,26 @@ def test_both_phases_see_the_same_times_noise_and_labels(monkeypatch):
     calls, models = [], []
     original = repa_e.flow_interpolate
     monkeypatch.setattr(
-        repa_e, "flow_interpolate", lambda data, t, key: calls.append((data, t, key)) or original(data, t, key)
+        repa_e,
+        "flow_interpolate",
+        lambda data, t, key, **more: calls.append((data, t, key)) or original(data, t, key, **more),
     )
     made.model.blocks[0].register_forward_pre_hook(lambda block, given: models.append(given[2]))  # the condition
-    made._tokenizer_loss(batch)
+    made._adversarial_loss(batch)
     made._generator_loss(batch)
     (running, t1, key1), (normalised, t2, key2) = calls
     assert torch.equal(t1, t2) and torch.equal(key1, key2)
     assert torch.equal(models[0], models[1])
-    torch.testing.assert_close(running, (made._draws.latents - 0.1) * 2, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(running, (made._draws[0].latents - 0.1) * 2, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(normalised.mean((0, 2, 3)), torch.zeros(3), atol=1e-5, rtol=0)
     assert not normalised.requires_grad and running.requires_grad
 
 
 def test_losses_are_those_of_the_formula():
     made, batch = objective(), pictures()
-    made._tokenizer_loss(batch)
-    draws, reference = made._draws, copy.deepcopy(made)
-    _, values = made._generator_loss(batch)
+    made._adversarial_loss(batch)
+    draws, reference = made._draws[0], copy.deepcopy(made)
+    loss, values = made._generator_loss(batch)
     data = (draws.latents - draws.latents.mean((0, 2, 3), keepdim=True)) / (
         draws.latents.var((0, 2, 3), correction=0, keepdim=True) + reference.bridge.eps
     ).sqrt()
@@ -139,7 +172,7 @@ def test_losses_are_those_of_the_formula():
     features = F.normalize(draws.features, dim=-1)
     align = 1 - (F.normalize(projected, dim=-1) * features).sum(-1).mean()
     torch.testing.assert_close(values["align_generator"], align, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(values["loss"], values["mse"])
+    torch.testing.assert_close(loss, values["mse"] + 0.5 * values["align_generator"])
 
 
 @torch.no_grad()
@@ -193,13 +226,59 @@ def test_refusals():
         objective(depth=8)
     config = MAETokConfig(image_size=16, patch_size=8, latent_tokens=2, latent_channels=2, width=8, depth=1, heads=1)
     made = objective()
-    arguments = (made.discriminator, None, made.model, made.features, 192, made.config, PRECISION)
+    before = (made.discriminator, None, made.config, PRECISION)
+    behind = (made.model, made.settings, made.features, 192)
     with pytest.raises(UserError, match="MAETok has no posterior"):
-        RepaEObjective(MAETok(config), *arguments)
+        RepaEObjective(MAETok(config), *before, *behind)
     tokenizer = made.tokenizer
     tokenizer.latent_std.fill_(float("nan"))
     with pytest.raises(UserError, match="aligntok statistics"):
-        RepaEObjective(tokenizer, *arguments)
+        RepaEObjective(tokenizer, *before, *behind)
     made.features = lambda batch: torch.zeros(3, 9, 192)
     with pytest.raises(UserError, match=r"features \[3, 9, 192\].*\[3, 16, 192\]"):
-        made._tokenizer_loss(pictures())
+        made._adversarial_loss(pictures())
+
+
+def test_the_bridge_is_a_batch_norm():
+    torch.manual_seed(0)
+    mean, std, x = torch.randn(3), torch.rand(3) + 0.5, torch.randn(4, 3, 5, 6) * 3 + 1
+    peer = torch.nn.BatchNorm2d(3, affine=False, momentum=0.3)
+    peer.running_mean.copy_(mean)
+    peer.running_var.copy_(std.square())
+    ours = Bridge(mean, std, 0.3)
+    torch.testing.assert_close(ours(x), peer(x))
+    torch.testing.assert_close(ours.running_mean, peer.running_mean)
+    torch.testing.assert_close(ours.running_var, peer.running_var)
+    torch.testing.assert_close(ours.eval()(x), peer.eval()(x))
+    shift, scale = ours.statistics
+    torch.testing.assert_close(ours(x), (x - shift[:, None, None]) / scale[:, None, None])
+
+
+def test_rows_have_the_same_draws_however_the_batch_is_shared_out():
+    """A step in two micro-batches sees the times, labels and latents of the step in one."""
+    found = []
+    for rows in ([0, 1, 2, 3], [0, 1], [2, 3]):
+        made = objective()
+        torch.manual_seed(4)
+        images = torch.linspace(-1, 1, 4 * 3 * 256).view(4, 3, 16, 16)[rows]
+        labels = torch.tensor([0, 1, 1, 0])[rows]
+        made._reconstruction_loss({"images": images, "labels": labels, "rows": torch.tensor(rows)})
+        found.append(made._draws[rows[0]])
+    for name in ("latents", "t", "labels"):
+        whole, first, second = (getattr(draws, name) for draws in found)
+        torch.testing.assert_close(whole, torch.cat([first, second]), atol=1e-5, rtol=1e-5)
+    assert torch.equal(found[0].key, found[2].key)
+
+
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_recomputed_blocks_give_the_same_gradients(checkpointing):
+    found = []
+    for mode in ("none", checkpointing):
+        made, batch = objective(training={"checkpointing": mode}), pictures()
+        torch.manual_seed(1)
+        for phase in made.phases(0):
+            phase.loss(batch)[0].backward()
+        found.append([*gradients(made.together), *gradients(made.generator)])
+        made.finish()
+        assert all("forward" not in vars(block) for block in made.model.blocks)
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

@@ -1,24 +1,33 @@
 """Rivals in the one loop: what each trains, its losses, resuming, and a generator on its latents."""
 
+import copy
+import io
 import signal
 
 import pytest
 import torch
 from helpers import write_pictures
-from zoo_rivals import rival_recipe, tiny_vae
+from PIL import Image
+from safetensors.torch import load_file
+from zoo_rivals import rival_recipe, tiny_maetok_loss, tiny_vae, tiny_vit
 
 from aligntok.cli import parse_recipe
+from aligntok.data.images import load_center_crops, open_images
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
+from aligntok.evaluation.generation import check_pair, draw
 from aligntok.losses.adversarial import DELTA
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.training.guard import Interrupted
+from aligntok.training.previews import TokenizerPreview
 from aligntok.training.telemetry import PartLog, Telemetry
 from aligntok.training.train_generator import Generator, train_generator
 from aligntok.zoo import generator_class
 from aligntok.zoo.objectives import RAEObjective, VAEObjective, VAVAEObjective
+from aligntok.zoo.repa_e import RepaEObjective
 from aligntok.zoo.train import build_rival, train_rival
+from aligntok.zoo.vae import VAE
 
 
 @pytest.fixture(scope="module")
@@ -110,6 +119,7 @@ RUNS = {
     "vae": {"l1", "kl", "latent_std", "gan", "gan_weight", "discriminator"},
     "va-vae": {"l1", "kl", "alignment", "alignment_weight", "gan", "discriminator"},
     "rae": {"l1", "latent_std", "gan", "gan_weight", "discriminator"},
+    "maetok": {"l1", "latent_std", "hog", "dino", "gan", "gan_weight", "discriminator"},
 }
 
 
@@ -128,7 +138,7 @@ def test_a_run_ends_with_a_tokenizer_that_a_generator_can_be_trained_on(kind, tm
     recipe.generator.model.head_heads = 2
     generator = Generator(train_generator(recipe))
     assert generator.tokenizer_fingerprint == loaded.fingerprint()
-    assert generator.latent_shape == (loaded.latent_channels, 2, 2)
+    assert generator.latent_shape == (loaded.latent_channels, *((1, 6) if kind == "maetok" else (2, 2)))
     velocity = generator.model(torch.randn(1, *generator.latent_shape), torch.tensor([0.5]), torch.tensor([0]))
     assert velocity.shape == (1, *generator.latent_shape)
 
@@ -142,8 +152,18 @@ def test_discriminator_may_start_before_the_generator_meets_it(tmp_path, picture
     assert ["gan" in r for r in records] == [False, False, True, True]
 
 
-def test_resumed_equals_uninterrupted(tmp_path, pictures, monkeypatch):
-    straight = train_rival(rival_recipe(tmp_path / "a", pictures, "va-vae")).state_dict()
+def tensors(folder) -> dict[str, torch.Tensor]:
+    """Every weight of a finished run: the tokenizer's and, of REPA-E, the generator's."""
+    files = sorted(folder.glob("*/model.safetensors"))
+    return {f"{file.parent.name}/{k}": v for file in files for k, v in load_file(file).items()}
+
+
+@pytest.mark.parametrize("kind", ["va-vae", "maetok", "repa-e"])
+def test_resumed_and_watched_equals_uninterrupted(kind, tmp_path, pictures, monkeypatch):
+    """Neither an interruption nor a preview changes a bit."""
+    straight = rival_recipe(tmp_path / "a", pictures, kind)
+    straight.rival.training.preview_every = 0
+    train_rival(straight)
     original = PartLog.step
 
     def step_then_signal(self, done, values, images):
@@ -151,12 +171,100 @@ def test_resumed_equals_uninterrupted(tmp_path, pictures, monkeypatch):
         if done == 3:
             signal.raise_signal(signal.SIGINT)
 
+    watched = rival_recipe(tmp_path / "b", pictures, kind)
+    watched.rival.training.preview_every = 2
     with monkeypatch.context() as patch:
         patch.setattr(PartLog, "step", step_then_signal)
         with pytest.raises(Interrupted):
-            train_rival(rival_recipe(tmp_path / "b", pictures, "va-vae"))
-    resumed = train_rival(rival_recipe(tmp_path / "b", pictures, "va-vae")).state_dict()
+            train_rival(copy.deepcopy(watched))
+    assert not (tmp_path / "b" / "tokenizer").exists()
+    train_rival(watched)
+    straight, resumed = tensors(tmp_path / "a"), tensors(tmp_path / "b")
+    assert straight.keys() == resumed.keys() and len(straight) > 40
     assert [name for name in straight if not torch.equal(straight[name], resumed[name])] == []
+    early, late = (tmp_path / "b" / "previews" / f"rival-{step:08d}.png" for step in (2, 4))
+    assert Image.open(early).size == Image.open(late).size and early.read_bytes() != late.read_bytes()
+    assert not (tmp_path / "a" / "previews").exists()
+
+
+def test_repa_e_ends_with_a_tokenizer_and_the_generator_on_it(tmp_path, pictures):
+    recipe = rival_recipe(tmp_path, pictures, "repa-e")
+    recipe.generator.sampler.steps = 3
+    tokenizer = train_rival(recipe)
+    records = Telemetry(tmp_path, 1).records()
+    always = {"l1", "kl", "align_tokenizer", "align_generator", "mse", "grad_norm_generator"}
+    assert [r["step"] for r in records] == [1, 2, 3, 4] and all(always <= r.keys() for r in records)
+    assert ["gan" in r for r in records] == ["discriminator" in r for r in records] == [False, False, True, True]
+    loaded, generator = load_tokenizer(tmp_path / "tokenizer"), Generator(tmp_path / "generator")
+    assert generator.tokenizer_fingerprint == loaded.fingerprint() == tokenizer.fingerprint()
+    assert generator.classes == ["disc", "square"] and generator.latent_shape == (4, 2, 2)
+    assert not (tmp_path / "checkpoints" / "rival").exists()
+    check_pair(generator, loaded)
+    labels = torch.tensor([0, 1])
+    drawn = draw(generator, loaded, labels, generator.sampler, choose_precision("cpu", "fp32"), 0)
+    assert drawn.shape == (2, 3, 32, 32) and drawn.isfinite().all()
+    before = (tmp_path / "generator" / "model.safetensors").read_bytes()
+    assert train_rival(recipe).fingerprint() == loaded.fingerprint() and train_generator(recipe)
+    assert (tmp_path / "generator" / "model.safetensors").read_bytes() == before, "finished, so it is left alone"
+
+
+def stored_vae(folder, seed: int = 0) -> VAE:
+    """A VAE with latent statistics, in `folder`."""
+    torch.manual_seed(seed)
+    vae = VAE(tiny_vae())
+    vae.set_statistics(torch.randn(4), torch.rand(4) + 0.5)
+    vae.save(folder)
+    return vae
+
+
+def test_repa_e_goes_on_with_a_stored_tokenizer(tmp_path, pictures):
+    start = stored_vae(tmp_path / "vae")
+    recipe = rival_recipe(tmp_path / "joint", pictures, "repa-e")
+    recipe.rival.repa_e.tokenizer = str(tmp_path / "vae")
+    recipe.rival.stage.steps, recipe.rival.stage.learning_rate = 1, 1e-6
+    recipe.rival.repa_e.bridge_momentum = 0.0
+    found = train_rival(recipe)
+    torch.testing.assert_close(found.latent_mean, start.latent_mean)
+    torch.testing.assert_close(found.latent_std, (start.latent_std.square() + 1e-5).sqrt())
+    for name, value in start.encoder.state_dict().items():
+        torch.testing.assert_close(found.encoder.state_dict()[name], value, rtol=0, atol=5e-6)
+
+
+def test_repa_e_does_not_go_on_with_another_generator_or_start(tmp_path, pictures, monkeypatch):
+    stored_vae(tmp_path / "one", 1)
+    stored_vae(tmp_path / "two", 2)
+
+    def joint(start: str, width: int):
+        recipe = rival_recipe(tmp_path / "joint", pictures, "repa-e")
+        recipe.rival.repa_e.tokenizer = str(tmp_path / start)
+        recipe.rival.stage.steps, recipe.rival.training.checkpoint_every = 2, 1
+        recipe.generator.model.width = width
+        return recipe
+
+    def stop(self):
+        raise RuntimeError("power cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RepaEObjective, "finish", stop)
+        with pytest.raises(RuntimeError, match="power cut"):
+            train_rival(joint("one", 32))
+    with pytest.raises(UserError, match=r"generator\.model\.width"):
+        train_rival(joint("one", 64))
+    with pytest.raises(UserError, match=r"repa_e\.tokenizer"):
+        train_rival(joint("two", 32))
+
+
+def test_a_preview_shows_the_averages(tmp_path, pictures):
+    made, batch = objective("va-vae", tmp_path, pictures)
+    preview = TokenizerPreview(made, open_images(str(pictures)), 32, made.precision)
+    with torch.no_grad():
+        for parameter in made.ema.module["decoder"].parameters():
+            parameter.zero_()
+        made.ema.module["decoder"].conv_out.bias.fill_(0.5)
+        shown = preview._averaged()
+        assert torch.equal(shown.reconstruct(shown.raw_latents(batch["images"])), torch.full((4, 3, 32, 32), 0.5))
+        assert shown.encoder is made.ema.module["encoder"] and made.tokenizer.decoder is not shown.decoder
+    assert Image.open(io.BytesIO(preview())).width > 8 * 32
 
 
 def test_vit_encoder_trains(tmp_path, pictures):
@@ -168,8 +276,6 @@ def test_element_statistics_are_those_of_the_training_images(tmp_path, pictures)
     recipe = rival_recipe(tmp_path, pictures, "rae")
     recipe.data.flip, recipe.rival.stage.steps, recipe.data.held_out = False, 1, 0.0
     tokenizer = train_rival(recipe)
-    from aligntok.data.images import load_center_crops, open_images
-
     pixels, _ = load_center_crops(open_images(str(pictures)), 32)
     raw = tokenizer.raw_latents(pixels / 127.5 - 1)
     torch.testing.assert_close(tokenizer.latent_mean, raw.mean(0), atol=2e-3, rtol=1e-3)
@@ -190,17 +296,48 @@ def test_refusals(tmp_path, pictures):
     with pytest.raises(UserError, match="expected the tokenizer's 16"):
         train_rival(recipe)
     recipe = rival_recipe(tmp_path, pictures, "gan")
-    with pytest.raises(UserError, match="expected vae, va-vae or rae"):
+    with pytest.raises(UserError, match="expected vae, va-vae, rae, maetok or repa-e"):
         train_rival(recipe)
+    recipe = rival_recipe(tmp_path, pictures, "maetok")
+    recipe.data.image_size = 64
+    with pytest.raises(UserError, match=r"rival\.maetok\.image_size is 32"):
+        train_rival(recipe)
+    settings = tiny_maetok_loss(dino=None, clip=tiny_vit(downsample=8))
+    with pytest.raises(UserError, match=r"rival\.maetok_loss\.clip\.downsample is 8, expected the tokenizer's 16"):
+        train_rival(rival_recipe(tmp_path, pictures, "maetok", maetok_loss=settings))
 
 
-@pytest.mark.parametrize(("name", "kind"), [("vae", "vae"), ("va_vae", "va-vae"), ("rae", "rae")])
+def test_refusals_of_repa_e(tmp_path, pictures):
+    recipe = rival_recipe(tmp_path, pictures, "repa-e")
+    recipe.rival.stage.ema_decay = 0.9
+    with pytest.raises(UserError, match=r"rival\.stage\.ema_decay is given.*set it to null"):
+        train_rival(recipe)
+    recipe = rival_recipe(tmp_path, pictures, "repa-e")
+    recipe.generator.model.classes = 1
+    with pytest.raises(UserError, match=r"2 classes, but generator\.model\.classes is 1"):
+        train_rival(recipe)
+    recipe = rival_recipe(tmp_path, pictures, "repa-e")
+    recipe.rival.repa_e.depth = 8
+    with pytest.raises(UserError, match=r"rival\.repa_e\.depth is 8, the generator has 1 blocks"):
+        train_rival(recipe)
+    recipe.rival.repa_e.tokenizer = str(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="no tokenizer at"):
+        train_rival(recipe)
+    assert not (tmp_path / "tokenizer").exists() and not (tmp_path / "generator").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [("vae", "vae"), ("va_vae", "va-vae"), ("rae", "rae"), ("maetok", "maetok"), ("repa_e", "repa-e")],
+)
 def test_shipped_recipes(name, kind):
     recipe = parse_recipe("train-rival", ["--config", f"imagenet256_{name}"])
     assert recipe.rival.kind == kind
     with torch.device("meta"):
         tokenizer = build_rival(recipe.rival)
         assert (tokenizer.latent_channels, tokenizer.downsample) == ((768 if kind == "rae" else 32), 16)
-        model = generator_class(recipe.generator.model)(recipe.generator.model, tokenizer.latent_channels, (16, 16))
-    expected = 838.676 if kind == "rae" else 675.257
+        size = tokenizer.grid(torch.empty(1, 3, 256, 256))
+        assert size == ((1, 128) if kind == "maetok" else (16, 16))
+        model = generator_class(recipe.generator.model)(recipe.generator.model, tokenizer.latent_channels, size)
+    expected = {"rae": 838.676, "maetok": 675.109}.get(kind, 675.257)  # MAETok's has 128 positions, not 256
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(expected, abs=0.01)

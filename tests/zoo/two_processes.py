@@ -1,19 +1,17 @@
-"""What each of two processes runs for test_distributed_rivals.py: VA-VAE and RAE. Arguments: pictures, OUTPUT."""
+"""What each of two processes runs for test_distributed_rivals.py. Arguments: pictures, OUTPUT."""
 
 import sys
 from pathlib import Path
 
 import torch
-from zoo_rivals import rival_recipe
+from zoo_rivals import KINDS, rival_recipe
 
 from aligntok.training import distributed
 from aligntok.zoo.train import train_rival
 
-KINDS = ("va-vae", "rae")
-
 
 def run(pictures: Path, output: Path) -> None:
-    """Both kinds, one after the other."""
+    """All kinds, one after the other."""
     for kind in KINDS:
         train_rival(rival_recipe(output / kind, pictures, kind))
 

@@ -3,9 +3,9 @@
     python -m benchmarks.bench_stages [--parts stage1 stage2 stage3 generator] [--rounds 9] [--profile]
 
 A step is what training does between two batches, adversarial loss on: forward, backward, clipping and optimizer of
-every phase, then the moving averages. Sizes, losses and batch are the quickstart's; weights and images are random, and what
-frozen networks give is looked up, as there. Both paths start from the same weights and take the same batches in turn;
-their first losses must agree before anything is timed. --profile prints the operators that take most of a step.
+every phase, then the moving averages. Sizes, losses and batch are the quickstart's; weights and images are random, and
+what frozen networks give is looked up, as there. Both paths start from the same weights and take the same batches in
+turn; their first losses must agree before anything is timed. --profile prints the operators that take most of a step.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """What the study measures of a row, each number once: it is kept in the row's folder and not measured again.
 
 measures.json: "tokenizers" by stage ("final" for a row's own): reconstruction, probe, alignment to the pretrained
-encoder, fingerprint of the latents;
+encoder, cost, fingerprint of the latents;
 "generations" by point: (training steps, sampling steps, guidance); "protocols" by kind.
 """
 
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from aligntok.config import PerceptualConfig, Recipe
 from aligntok.data.images import load_center_crops, open_images
@@ -96,10 +97,11 @@ class Bench:
         """What is missing of a tokenizer's numbers; `stage` is "final" or the name of the stage that wrote `folder`."""
         measures = Measures(row)
         known = measures.values["tokenizers"].setdefault(stage, {})
-        if {"reconstruction", "probe", "alignment"} <= known.keys():
+        if {"reconstruction", "probe", "alignment", "cost"} <= known.keys():
             return
         tokenizer = load_tokenizer(folder).to(self.precision.device)
         known |= {"fingerprint": tokenizer.fingerprint(), "channels": tokenizer.latent_channels}
+        known["cost"] = self._cost(tokenizer)
         found: dict[str, Measured] = {}
         if "reconstruction" not in known:
             networks = (self.precision, self.perceptual, self.extractor)
@@ -121,6 +123,22 @@ class Bench:
         measures.values["protocols"] |= {kind: measured.protocol for kind, measured in found.items()}
         measures.save()
 
+    @torch.no_grad()
+    def _cost(self, tokenizer: StoredTokenizer) -> dict[str, float]:
+        """Parameters in millions, and GFLOPs of one image's convolutions and matrix products."""
+        image = torch.zeros(1, *self.images.shape[1:], device=self.precision.device)
+        with FlopCounterMode(display=False) as encoding:
+            latents = tokenizer.encode(image)
+        with FlopCounterMode(display=False) as decoding:
+            tokenizer.decode(latents)
+        decoder = sum(p.numel() for p in tokenizer.decoder.parameters()) / 1e6
+        return {
+            "encoder parameters [M]": sum(p.numel() for p in tokenizer.parameters()) / 1e6 - decoder,
+            "decoder parameters [M]": decoder,
+            "encode [GFLOP]": encoding.get_total_flops() / 1e9,
+            "decode [GFLOP]": decoding.get_total_flops() / 1e9,
+        }
+
     def measure_generator(self, row: Row, folder: Path, point: Point) -> None:
         """gFD and gKD of the generator in `folder` through the row's tokenizer."""
         measures = Measures(row)
@@ -139,7 +157,7 @@ class Bench:
             seed=row.seed,
         )
         measures.values["generations"][str(point)] = measured.values
-        measures.values["protocols"]["generation"] = measured.protocol
+        measures.values["protocols"].setdefault("generation", measured.protocol)  # a row's first point is the tables'
         measures.save()
 
     def draw_classes(self, row: Row, folder: Path, guidance: float) -> None:

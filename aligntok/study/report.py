@@ -24,6 +24,7 @@ from aligntok.study.measure import Point, pictures_of
 from aligntok.study.results import GFD, METRICS, Results, spread
 from aligntok.study.rows import ABLATIONS, COMPARED, NAMES, Row
 
+PARTS = ("tokenizer", "generator")  # of training, as times.json has them
 STAGE_NAMES = {"stage1": "after Stage 1", "stage2": "after Stage 2", "stage3": "after Stage 3"}
 
 
@@ -57,6 +58,7 @@ def _sections(results: Results, options: StudyConfig, folder: str, kept: list[st
     yield from _image(folder, kept, "convergence.png", "gFD against training steps; bands: lowest to highest seed")
     yield "## Sampling steps\n\n" + _sampling(results)
     yield from _image(folder, kept, "sampling.png", "gFD against network evaluations; bands: lowest to highest seed")
+    yield "## Cost\n\n" + _cost(results)
     yield "## Pictures"
     yield from _image(folder, kept, "reconstructions.png", "held-out pictures above their reconstructions, first seed")
     yield from _image(folder, kept, "samples.png", "one sample of every class, first seed, with guidance")
@@ -66,11 +68,10 @@ def _sections(results: Results, options: StudyConfig, folder: str, kept: list[st
 def _head(results: Results, options: StudyConfig) -> str:
     recipe = results.recipe
     command = f"aligntok study --seeds [{','.join(map(str, options.seeds))}] --samples {options.samples}"
-    hours = sum(results.seconds.values()) / 3600
     seeds = {name: len(results.seeds(name)) for name in NAMES}
     text = (
         f"`{command}` on {processor()} ({platform.system()}, torch {torch.__version__}), one process of one thread for "
-        f"each seed, {time.strftime('%Y-%m-%d')}; {hours:.1f} processor-hours of training. Images: Fluent emoji at "
+        f"each seed, {time.strftime('%Y-%m-%d')}; {results.hours:.1f} processor-hours of training. Fluent emoji at "
         f"{recipe.data.image_size} px, 10 % held out. Every tokenizer has seen the same number of pictures when its "
         f"latents are fixed (`configs/study/`), and the same generator is trained on each for "
         f"{recipe.generator.steps} steps. Values are means over seeds ± their standard deviation."
@@ -150,6 +151,21 @@ def _sampling(results: Results) -> str:
     points = [Point(results.plain.trained, count, 1.0) for count in evaluations]
     return f"{GFD.name} without guidance, after all training steps.\n\n" + _grid(
         results, points, [str(count) for count in evaluations]
+    )
+
+
+def _cost(results: Results) -> str:
+    """What a tokenizer costs; a stage that a row has borrowed from another is not in its minutes."""
+    rows = results.rows(COMPARED)
+    columns = list(results.cost(rows[0]))
+    head = ["tokenizer", *columns, "tokenizer [min]", "generator [min]"]
+    lines = [head, ["---"] * len(head)]
+    for name in rows:
+        counted = [f"{value:.2f}" for value in results.cost(name).values()]
+        lines.append([NAMES[name], *counted, *(spread(results.minutes(name, part), 1) for part in PARTS)])
+    return (
+        "Parameters; FLOPs of one image's convolutions and matrix products, counted; minutes of training as they were "
+        f"with several processes on the machine, read them as ratios.\n\n{_markdown(lines)}"
     )
 
 

@@ -54,14 +54,13 @@ class Results:
     def __init__(self, output: Path, guidance: float) -> None:
         self.output = output
         self._values: dict[tuple[str, int], dict[str, Any]] = {}
-        self.seconds: dict[str, float] = {}
+        self._seconds: dict[tuple[str, int], dict[str, float]] = {}
         for name in NAMES:
             for folder in sorted((output / name).glob("seed-*")):
                 if (folder / "measures.json").is_file():
                     seed = int(folder.name.removeprefix("seed-"))
                     self._values[name, seed] = json.loads((folder / "measures.json").read_text())
-                    for part, seconds in json.loads((folder / "times.json").read_text()).items():
-                        self.seconds[part] = self.seconds.get(part, 0.0) + seconds
+                    self._seconds[name, seed] = json.loads((folder / "times.json").read_text())
         if not self._values:
             raise UserError(f"{output} holds no measured row of a study; run aligntok study --output {output} first")
         first = next(iter(self._values))
@@ -110,6 +109,20 @@ class Results:
 
     def channels(self, name: str) -> int:
         return self._values[name, self.seeds(name)[0]]["tokenizers"]["final"]["channels"]
+
+    def cost(self, name: str) -> dict[str, float]:
+        """Parameters and FLOPs of a row's tokenizer."""
+        return self._values[name, self.seeds(name)[0]]["tokenizers"]["final"].get("cost", {})
+
+    def minutes(self, name: str, part: str) -> list[float]:
+        """Processor-minutes that training "tokenizer" or "generator" took, one for each seed."""
+        times = [self._seconds[name, seed] for seed in self.seeds(name)]
+        return [seconds[part] / 60 for seconds in times if part in seconds]
+
+    @property
+    def hours(self) -> float:
+        """All training."""
+        return sum(sum(seconds.values()) for seconds in self._seconds.values()) / 3600
 
     def protocols(self) -> dict[str, str]:
         """How each kind of number was taken."""

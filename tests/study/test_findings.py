@@ -19,6 +19,7 @@ def _measures(probe, rfd, gfd, fingerprint="a"):
         "reconstruction": {"PSNR [dB]": 17.0, "SSIM": 0.5, "ST-LPIPS": 0.2, "rFD-EffNetLite0": rfd},
         "probe": {"mean": probe, "std": 0.01, "flattened": probe},
         "alignment": {"CKNNA": probe / 2},
+        "cost": {"encode [GFLOP]": 1.25, "decode [GFLOP]": 2.5},
         "fingerprint": fingerprint,
         "channels": 32,
     }
@@ -127,6 +128,7 @@ def test_the_report_has_every_number_and_says_what_is_missing(tmp_path):
     assert all(claim.text in text for claim in CLAIMS)
     for name in ("trade_off", "convergence", "sampling"):
         assert f"(text/{name}.png)" in text and (tmp_path / "docs" / "text" / f"{name}.png").stat().st_size > 5_000
+    assert "| VAE | 1.25 | 2.50 | 30.0 ± 0.0 |  |" in text
     assert "samples.png" not in text  # no pictures were kept
     kept = json.loads((tmp_path / "docs" / "text" / "results.json").read_text())
     assert kept["vae/seed-1"]["tokenizers"]["final"]["probe"]["mean"] == pytest.approx(0.31)

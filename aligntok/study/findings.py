@@ -12,7 +12,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from aligntok.study.results import CKNNA, GFD, PROBE, PSNR, RFD, Metric, Results
+from aligntok.study.results import CKNNA, GFD, GUIDED, PROBE, PSNR, RFD, Metric, Results
 from aligntok.study.rows import NAMES
 
 CRITICAL = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}
@@ -43,9 +43,9 @@ CLAIMS = (
         ("w_sp_0", "aligntok", "w_sp_5", "stage1_only"),
     ),
     Claim("the same order by PSNR", "17.34 dB for Stage 1", PSNR, ("w_sp_0", "aligntok", "w_sp_5", "stage1_only")),
-    Claim("w_sp = 1 generates better than w_sp = 5", "2.19 < 2.48", GFD, ("aligntok", "w_sp_5")),
-    Claim("w_sp = 1 generates better than w_sp = 0", "2.19 < 3.05", GFD, ("aligntok", "w_sp_0")),
-    Claim("w_sp = 1 generates better than Stage 1 alone", "2.19 < 3.00", GFD, ("aligntok", "stage1_only")),
+    Claim("w_sp = 1 generates better than w_sp = 5", "2.19 < 2.48", GUIDED, ("aligntok", "w_sp_5")),
+    Claim("w_sp = 1 generates better than w_sp = 0", "2.19 < 3.05", GUIDED, ("aligntok", "w_sp_0")),
+    Claim("w_sp = 1 generates better than Stage 1 alone", "2.19 < 3.00", GUIDED, ("aligntok", "stage1_only")),
     Claim("AlignTok generates better than VA-VAE", "4.05 < 7.79", GFD, ("aligntok", "va_vae")),
     Claim("VA-VAE generates better than the VAE", "7.79 < 10.17", GFD, ("va_vae", "vae")),
     Claim("AlignTok generates better than VA-VAE on the same ViT", "4.05 < 8.21", GFD, ("aligntok", "va_vae_vit")),
@@ -56,10 +56,10 @@ CLAIMS = (
         ("aligntok", "va_vae_vit", "va_vae", "vae"),
     ),
     Claim("CKNNA: AlignTok, VA-VAE, VAE", ".282 > .233 > .023", CKNNA, ("aligntok", "va_vae", "vae")),
-    Claim("L_sp after the adapter generates better than before", "2.19 < 2.83", GFD, ("aligntok", "before_adapter")),
+    Claim("L_sp after the adapter generates better than before", "2.19 < 2.83", GUIDED, ("aligntok", "before_adapter")),
     Claim("L_sp after the adapter keeps more for a probe", "35.1 > 15.6 %", PROBE, ("aligntok", "before_adapter")),
     Claim("training the encoder reconstructs better than LoRA", "rFID .36 < 1.35", RFD, ("aligntok", "lora")),
-    Claim("training the encoder generates better than LoRA", "2.19 < 2.97", GFD, ("aligntok", "lora")),
+    Claim("training the encoder generates better than LoRA", "2.19 < 2.97", GUIDED, ("aligntok", "lora")),
     Claim("64 channels reconstruct better than 32", "rFID .17 < .26", RFD, ("aligntok_d64", "aligntok")),
     Claim("a probe reads more of 64 channels than of 32", "47.0 > 35.1 %", PROBE, ("aligntok_d64", "aligntok")),
     Claim("32 channels generate better than 64", "4.05 < 5.24", GFD, ("aligntok", "aligntok_d64")),

@@ -17,7 +17,7 @@ from aligntok.data.images import load_center_crops, open_images
 from aligntok.files import write_bytes
 from aligntok.machine import processor
 from aligntok.options import StudyConfig
-from aligntok.report.pictures import grid
+from aligntok.report.pictures import contact_sheet
 from aligntok.study import plots
 from aligntok.study.findings import CLAIMS, compare, same_latents, verdict
 from aligntok.study.measure import Point, pictures_of
@@ -188,24 +188,20 @@ def _pictures(results: Results) -> dict[str, bytes | None]:
 
 def _sheet(results: Results, what: str) -> bytes | None:
     """One row of pictures for each tokenizer, of its first seed."""
-    rows: list[Tensor] = []
-    labels: list[str] = []
+    rows: dict[str, Tensor] = {}
     for name in results.rows(NAMES):
         kept = pictures_of(Row(name, results.seeds(name)[0], results.output))
         if what in kept:
-            rows.append(to_unit_range(kept[what]))
-            labels.append(NAMES[name])
+            rows[NAMES[name]] = to_unit_range(kept[what])
     if not rows:
         return None
-    headings = None
     if what == "reconstructions":
         data = results.recipe.data
         held_out = open_images(data.path, data.max_images).split(data.held_out)[1]
-        originals = load_center_crops(held_out.subset(list(range(len(rows[0])))), data.image_size)[0]
-        rows, labels = [to_unit_range(originals), *rows], ["Original", *labels]
-    else:
-        headings = {0: open_images(results.recipe.data.path).classes}
-    return grid(rows, labels, scale=1, headings=headings)
+        shown = len(next(iter(rows.values())))
+        originals = load_center_crops(held_out.subset(list(range(shown))), data.image_size)[0]
+        rows = {"Original": to_unit_range(originals), **rows}
+    return contact_sheet(rows)
 
 
 def _image(folder: str, kept: list[str], name: str, text: str) -> Iterator[str]:

@@ -12,7 +12,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from aligntok.study.results import CKNNA, GFD, GUIDED, PROBE, PSNR, RFD, Metric, Results
+from aligntok.study.results import CKNNA, GFD, GUIDED, OWN, PROBE, PSNR, RFD, Metric, Results
 from aligntok.study.rows import NAMES
 
 CRITICAL = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833}
@@ -48,6 +48,10 @@ CLAIMS = (
     Claim("w_sp = 1 generates better than Stage 1 alone", "2.19 < 3.00", GUIDED, ("aligntok", "stage1_only")),
     Claim("AlignTok generates better than VA-VAE", "4.05 < 7.79", GFD, ("aligntok", "va_vae")),
     Claim("VA-VAE generates better than the VAE", "7.79 < 10.17", GFD, ("va_vae", "vae")),
+    Claim("AlignTok's latents are learned better than VA-VAE's", "4.05 < 7.79", OWN, ("aligntok", "va_vae")),
+    Claim("VA-VAE's latents are learned better than the VAE's", "7.79 < 10.17", OWN, ("va_vae", "vae")),
+    Claim("w_sp = 1 is learned better than w_sp = 0", "2.19 < 3.05", OWN, ("aligntok", "w_sp_0")),
+    Claim("a pretrained encoder's latents are learned better", "no such row", OWN, ("aligntok", "random_encoder")),
     Claim("AlignTok generates better than VA-VAE on the same ViT", "4.05 < 8.21", GFD, ("aligntok", "va_vae_vit")),
     Claim(
         "a probe reads most of AlignTok, then VA-VAE with a ViT, with a CNN, VAE",

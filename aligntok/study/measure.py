@@ -1,8 +1,8 @@
 """What the study measures of a row, each number once: it is kept in the row's folder and not measured again.
 
 measures.json: "tokenizers" by stage ("final" for a row's own): reconstruction, probe, alignment to the pretrained
-encoder, cost, fingerprint of the latents;
-"generations" by point: (training steps, sampling steps, guidance); "protocols" by kind.
+encoder, cost, fingerprint of the latents; "generations" by point: (training steps, sampling steps, guidance); "ease":
+how well the generator learned the latents; "protocols" by kind.
 """
 
 from __future__ import annotations
@@ -21,9 +21,19 @@ from aligntok.config import PerceptualConfig, Recipe
 from aligntok.data.images import load_center_crops, open_images
 from aligntok.devices import Precision
 from aligntok.evaluation.alignment import NEIGHBOURS, cknna
-from aligntok.evaluation.features import EfficientNetLite0, to_uint8
+from aligntok.evaluation.distances import feature_distances
+from aligntok.evaluation.features import EfficientNetLite0, extract, to_uint8
 from aligntok.evaluation.generation import Reference, draw, evaluate_generation
-from aligntok.evaluation.tokenizer import Measured, encode_all, evaluate_probe, evaluate_reconstruction, pooled_tokens
+from aligntok.evaluation.probe import fit_logistic
+from aligntok.evaluation.tokenizer import (
+    BATCH,
+    Measured,
+    decode_all,
+    encode_all,
+    evaluate_probe,
+    evaluate_reconstruction,
+    pooled_tokens,
+)
 from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.encoder import Encoder
@@ -32,6 +42,7 @@ from aligntok.study.rows import Row
 from aligntok.training.train_generator import Generator
 
 SHOWN = 10  # held-out pictures of a row in the report
+OWN = 400  # reconstructions that samples are compared with, drawn once for each seed
 PICTURES = "pictures.safetensors"
 
 
@@ -77,6 +88,7 @@ class Bench:
         self.perceptual = build_perceptual(PerceptualConfig(kind="st-lpips-alex")).to(precision.device)
         self._reference: Reference | None = None
         self._tokens: Tensor | None = None
+        self._classifier: tuple[Tensor, Tensor] | None = None
 
     @property
     def reference(self) -> Reference:
@@ -159,6 +171,40 @@ class Bench:
         measures.values["generations"][str(point)] = measured.values
         measures.values["protocols"].setdefault("generation", measured.protocol)  # a row's first point is the tables'
         measures.save()
+
+    def measure_ease(self, row: Row, folder: Path, point: Point) -> None:
+        """How well the generator learned the row's latents, whatever its decoder makes of them.
+
+        gFD and gKD of the same samples against the tokenizer's own reconstructions of real images, and the share of
+        samples whose class a linear classifier on the extractor's features of real images recognises.
+        """
+        measures = Measures(row)
+        if "ease" in measures.values:
+            return
+        generator, tokenizer = self._pair(row, folder)
+        sampler = replace(generator.sampler, steps=point.sampling, guidance=point.guidance)
+        order = torch.randint(len(self.labels), (self.samples,), generator=torch.Generator().manual_seed(row.seed))
+        labels = self.labels[order]
+        samples = draw(generator, tokenizer, labels, sampler, self.precision, seed=row.seed)
+        made = extract(self.extractor, samples.split(BATCH))
+        chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(row.seed))[:OWN]
+        latents = encode_all(tokenizer, self.images[chosen], self.precision)
+        own = extract(self.extractor, decode_all(tokenizer, latents, self.precision).split(BATCH))
+        values, protocol = feature_distances(own, made, self.extractor, prefix="g", seed=row.seed)
+        values["recognised"] = self._recognised(made, labels)
+        measures.values["ease"] = values
+        measures.values["protocols"]["ease"] = f"reference: the tokenizer's own reconstructions; {protocol}"
+        measures.save()
+
+    def _recognised(self, features: Tensor, labels: Tensor) -> float:
+        """Share of samples that a logistic regression on the real images' features puts into their class."""
+        real = self.reference.features.double()
+        mean, deviation = real.mean(0), real.std(0).clamp_min(1e-6)
+        if self._classifier is None:
+            self._classifier = fit_logistic((real - mean) / deviation, self.labels, int(self.labels.max()) + 1)
+        weight, bias = self._classifier
+        scores = (features.double() - mean) / deviation @ weight.T + bias
+        return (scores.argmax(1) == labels).double().mean().item()
 
     def draw_classes(self, row: Row, folder: Path, guidance: float) -> None:
         """One sample of every class, kept for the report."""

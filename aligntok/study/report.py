@@ -101,7 +101,7 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 def _stages(results: Results) -> str:
-    metrics = [metric for metric in METRICS if metric.kind != "generation"]
+    metrics = [metric for metric in METRICS if metric.kind not in ("generation", "ease")]
     head = ["AlignTok, d = 32", *(_arrow(metric.name, metric.higher_is_better) for metric in metrics)]
     lines = [head, ["---"] * len(head)]
     for stage, text in STAGE_NAMES.items():

@@ -20,7 +20,7 @@ class Metric:
     """A number of the tables: where it lies in measures.json, and which way is better."""
 
     name: str  # in print
-    kind: str  # "reconstruction", "probe", "alignment" or "generation"
+    kind: str  # "reconstruction", "probe", "alignment", "generation" or "ease"
     key: str
     higher_is_better: bool
     digits: int = 3
@@ -37,7 +37,9 @@ CKNNA = Metric("CKNNA", "alignment", "CKNNA", True)
 GFD = Metric(f"gFD-{EXTRACTOR}", "generation", f"gFD-{EXTRACTOR}", False, 0)
 GKD = Metric(f"gKD-{EXTRACTOR}", "generation", f"gKD-{EXTRACTOR}", False)
 GUIDED = Metric(f"gFD-{EXTRACTOR}, guided", "generation", f"gFD-{EXTRACTOR}", False, 0, guided=True)
-METRICS = (PSNR, SSIM, PERCEPTUAL, RFD, PROBE, FLATTENED, CKNNA, GFD, GKD, GUIDED)
+OWN = Metric(f"gFD-{EXTRACTOR}, own reconstructions", "ease", f"gFD-{EXTRACTOR}", False, 0)
+RECOGNISED = Metric("class recognised", "ease", "recognised", True)
+METRICS = (PSNR, SSIM, PERCEPTUAL, RFD, PROBE, FLATTENED, CKNNA, GFD, GKD, GUIDED, OWN, RECOGNISED)
 
 
 class Results:
@@ -81,8 +83,9 @@ class Results:
         """One number; None where it has not been measured."""
         if metric.kind == "generation":
             return self.generation(name, seed, self.guided if metric.guided else self.plain, metric)
-        measured = self._values.get((name, seed), {}).get("tokenizers", {}).get(stage)
-        return None if measured is None else measured.get(metric.kind, {}).get(metric.key)
+        values = self._values.get((name, seed), {})
+        measured = values if metric.kind == "ease" else values.get("tokenizers", {}).get(stage, {})
+        return measured.get(metric.kind, {}).get(metric.key)
 
     def generation(self, name: str, seed: int, point: Point, metric: Metric) -> float | None:
         """One number of a generator at a point; None where it has not been measured."""

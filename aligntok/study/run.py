@@ -40,7 +40,7 @@ def run(options: StudyConfig, telemetry: Telemetry) -> None:
     rows = [Row(name, seed, output) for seed in options.seeds for name in choose(options.only)]
     base: Recipe = from_dict(Recipe, values_of("base"))
     bench = Bench(base, choose_precision("auto"), options.samples)
-    for part in (_tokenizer, _generator, _convergence, _sampling):
+    for part in (_tokenizer, _generator, _convergence, _ease, _sampling):
         for number, row in enumerate(rows):
             telemetry.say(f"study: {part.__name__[1:]} {number + 1} of {len(rows)}: {row.name}, seed {row.seed}")
             part(row, rows, bench, options)
@@ -88,6 +88,11 @@ def _convergence(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) 
         for steps in range(config.snapshot_every, config.steps, config.snapshot_every):
             point = Point(steps, config.sampler.steps, 1.0)
             bench.measure_generator(row, snapshot_folder(row.folder, steps), point)
+
+
+def _ease(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) -> None:
+    config = row.recipe().generator
+    bench.measure_ease(row, row.folder / PART, Point(config.steps, config.sampler.steps, 1.0))
 
 
 def _sampling(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) -> None:

@@ -28,6 +28,7 @@ def _measures(probe, rfd, gfd, fingerprint="a"):
     return {
         "tokenizers": {"final": tokenizer, "stage2": tokenizer, "stage3": tokenizer},
         "generations": {str(Point(*step)): generation for step in steps},
+        "ease": generation | {"recognised": 0.5},
         "protocols": {"probe": "made up"},
     }
 

@@ -6,11 +6,13 @@ output folder when they work on different seeds.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 
 from aligntok.clock import Clock
 from aligntok.config import Recipe, from_dict
 from aligntok.devices import choose_precision
+from aligntok.errors import UserError
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.options import StudyConfig
 from aligntok.study.measure import Bench, Point
@@ -38,12 +40,26 @@ def run(options: StudyConfig, telemetry: Telemetry) -> None:
     """Train and measure what is missing."""
     output = Path(options.output)
     rows = [Row(name, seed, output) for seed in options.seeds for name in choose(options.only)]
+    _check(options, rows)
     base: Recipe = from_dict(Recipe, values_of("base"))
     bench = Bench(base, choose_precision("auto"), options.samples)
     for part in (_tokenizer, _generator, _convergence, _ease, _sampling):
         for number, row in enumerate(rows):
             telemetry.say(f"study: {part.__name__[1:]} {number + 1} of {len(rows)}: {row.name}, seed {row.seed}")
             part(row, rows, bench, options)
+
+
+def _check(options: StudyConfig, rows: list[Row]) -> None:
+    """Raise UserError now for what would end the study after hours."""
+    if not rows or min(options.samples, *options.sampling_steps) < 2:
+        raise UserError(
+            f"study: seeds {list(options.seeds)}, samples {options.samples}, steps {list(options.sampling_steps)}: "
+            "expected at least one seed, and numbers of at least 2"
+        )
+    if find_spec("peft") is None and any(row.recipe().tokenizer.model.encoder.lora_rank for row in rows):
+        raise UserError(
+            "the study's row lora needs peft: pip install 'aligntok[peft]', or name the other rows with --only"
+        )
 
 
 def _tokenizer(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) -> None:

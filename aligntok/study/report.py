@@ -128,7 +128,7 @@ def _convergence(results: Results) -> str:
     steps = sorted({p.trained for name in results.rows(COMPARED) for p in results.points(name)})
     points = [Point(step, results.plain.sampling, 1.0) for step in steps]
     lines = _grid(results, points, [f"{step} steps" for step in steps])
-    return f"{GFD.name} without guidance.\n\n{lines}\n\n{_sooner(results, steps)}"
+    return f"{GFD.name} without guidance; in brackets: of fewer seeds.\n\n{lines}\n\n{_sooner(results, steps)}"
 
 
 def _sooner(results: Results, steps: list[int]) -> str:
@@ -155,7 +155,7 @@ def _sooner(results: Results, steps: list[int]) -> str:
 def _sampling(results: Results) -> str:
     evaluations = sorted({p.sampling for name in results.rows(COMPARED) for p in results.points(name)})
     points = [Point(results.plain.trained, count, 1.0) for count in evaluations]
-    return f"{GFD.name} without guidance, after all training steps; without ±, of one seed.\n\n" + _grid(
+    return f"{GFD.name} without guidance, after all training steps; in brackets: of fewer seeds.\n\n" + _grid(
         results, points, [str(count) for count in evaluations]
     )
 
@@ -176,9 +176,15 @@ def _cost(results: Results) -> str:
 
 
 def _grid(results: Results, points: list[Point], heads: list[str]) -> str:
+    """One line for each compared row; in brackets the seeds of a value that has fewer than its row."""
     lines = [["tokenizer", *heads], ["---"] * (1 + len(heads))]
     for name in results.rows(COMPARED):
-        lines.append([NAMES[name], *(spread(results.curve(name, point, GFD), 0) for point in points)])
+        cells = []
+        for point in points:
+            values = results.curve(name, point, GFD)
+            fewer = 0 < len(values) < len(results.seeds(name))
+            cells.append(spread(values, 0) + (f" ({len(values)})" if fewer else ""))
+        lines.append([NAMES[name], *cells])
     return _markdown(lines)
 
 

@@ -342,7 +342,7 @@ def _parse(
 ) -> Any:
     from jsonargparse import ArgumentParser
 
-    from aligntok.config import from_dict
+    from aligntok.config_dict import from_dict
     from aligntok.recipes import recipe_path
 
     class Parser(ArgumentParser):

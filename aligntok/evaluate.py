@@ -15,6 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from aligntok.config import PerceptualConfig
+from aligntok.data.geometry import check_size
 from aligntok.data.images import open_images
 from aligntok.devices import Precision, choose_precision
 from aligntok.errors import UserError
@@ -29,7 +30,6 @@ from aligntok.evaluation.second_opinion import torch_fidelity_numbers
 from aligntok.evaluation.self_test import self_test
 from aligntok.evaluation.tokenizer import Measured, stream_reconstruction
 from aligntok.files import write_bytes
-from aligntok.jobs import check_size
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.training.telemetry import Telemetry
@@ -52,7 +52,7 @@ def evaluate_reconstruction(
     refuse_as_originals(images)
     precision, telemetry = choose_precision(device), Telemetry(".", log_every=1)
     tok = load_tokenizer(tokenizer).to(precision.device)
-    check_size(image_size, tok)
+    check_size(image_size, tok.downsample, "image_size")
     training, kept = open_images(images).split(held_out)
     originals = kept if len(kept) else training
     network = _inception(inception, precision, telemetry)
@@ -142,7 +142,7 @@ def evaluate_probe(
         raise UserError("the minibatch probe needs both --train and --val; a small set is given by --images")
     precision, telemetry = choose_precision(device), Telemetry(".", log_every=1)
     tok = load_tokenizer(tokenizer).to(precision.device)
-    check_size(image_size, tok)
+    check_size(image_size, tok.downsample, "image_size")
     alignment = Alignment(tok, encoder, encoder_weights, alignment_images, precision)
     if train is not None and val is not None:
         telemetry.say("probe: BatchNorm and a linear layer trained by minibatches on --train, judged on --val")

@@ -11,7 +11,7 @@ from rich.console import Console
 from torch import Tensor
 
 from aligntok.config import DataConfig
-from aligntok.data.geometry import to_unit_range
+from aligntok.data.geometry import check_size, to_unit_range
 from aligntok.data.images import ImageSet, load_center_crops, open_images
 from aligntok.data.loading import report_skipped
 from aligntok.data.sources import MemorySource
@@ -109,16 +109,8 @@ def statistics(tokenizer: str, images: str, image_size: int, count: int, device:
     print(f"{tokenizer}: latent statistics of {len(pixels)} images stored")
 
 
-def check_size(size: int, tokenizer: StoredTokenizer) -> None:
-    """UserError unless a tokenizer can take images of this side."""
-    if size < 1 or size % tokenizer.downsample:
-        raise UserError(
-            f"image_size is {size}, expected a multiple of the tokenizer's downsampling {tokenizer.downsample}"
-        )
-
-
 def _load(images: ImageSet, size: int, tokenizer: StoredTokenizer) -> tuple[Tensor, Tensor]:
-    check_size(size, tokenizer)
+    check_size(size, tokenizer.downsample, "image_size")
     telemetry = Telemetry(".", log_every=1)
     with telemetry.bar("reading images") as update:
         pixels, labels = load_center_crops(images, size, update)

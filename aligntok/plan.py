@@ -32,11 +32,12 @@ from aligntok.config import (
     StageConfig,
     TrainingConfig,
 )
+from aligntok.data.geometry import check_size
 from aligntok.errors import UserError
 from aligntok.files import write_bytes
 from aligntok.training import cost
 from aligntok.training.cost import Cost
-from aligntok.training.train_tokenizer import STAGES, check_size
+from aligntok.training.train_tokenizer import STAGES
 from aligntok.world import World
 
 CHECKPOINTING = ("none", "selective", "full")

@@ -14,7 +14,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from aligntok.config import Recipe, check_keys
+from aligntok.config import Recipe
+from aligntok.config_dict import check_keys
 from aligntok.errors import UserError
 
 BASE = "base"

@@ -48,7 +48,7 @@ from aligntok.training.feed import move
 from aligntok.training.guard import Guard
 from aligntok.training.loop import run_phase
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
-from benchmarks.machine import DEVICE, machine_line, synchronize
+from benchmarks.machine import DEVICE, machine_line, seconds_of
 
 SIZES = (1_000, 10_000, 100_000, 1_000_000)
 SHARD = 4096  # the command's default
@@ -87,11 +87,7 @@ class Stage3:
 
     def timed_step(self, number: int) -> None:
         """A step whose seconds are kept."""
-        synchronize()
-        start = time.perf_counter()
-        self.step(number)
-        synchronize()
-        self.samples.append(time.perf_counter() - start)
+        self.samples.append(seconds_of(lambda: self.step(number)))
 
 
 def compare_steps(options: argparse.Namespace) -> bool:

@@ -11,26 +11,30 @@ turn; their first losses must agree before anything is timed. --profile prints t
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from operator import itemgetter
+from pathlib import Path
+from tempfile import gettempdir
 
 import torch
 from torch import Tensor
 
 from aligntok.cli import parse_recipe
 from aligntok.config import Recipe
-from aligntok.data.sources import Batch
+from aligntok.data.sources import MemorySource
 from aligntok.devices import choose_precision
 from aligntok.kernels import use_implementation
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import AlignTok
-from aligntok.training.cost import make_batch
+from aligntok.training.feed import move
 from aligntok.training.generator_objective import GeneratorObjective
+from aligntok.training.guard import Guard
+from aligntok.training.loop import run_phase
+from aligntok.training.objective import Values
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
-from benchmarks.machine import DEVICE, machine_line, synchronize
+from benchmarks.bench_training_step import perturb
+from benchmarks.machine import DEVICE, machine_line, seconds_of
 
 PARTS = ("stage1", "stage2", "stage3", "generator")
 PATHS = {"reference": "reference", "fused": "auto"}
@@ -39,26 +43,27 @@ CLASSES = 12
 LOSS_TOLERANCE = 1e-2
 
 
-class Path:
+class Part:
     """One part of the quickstart under one choice of implementations."""
 
-    def __init__(self, part: str, implementation: str, recipe: Recipe, batch: Batch) -> None:
-        self.implementation, self.batch = implementation, batch
-        self.precision = choose_precision(DEVICE)
+    def __init__(self, part: str, implementation: str) -> None:
+        recipe = parse_recipe("quickstart", [], default_recipe="quickstart")
+        source = random_pictures(recipe, part)
+        self.implementation, self.precision = implementation, choose_precision(DEVICE)
+        self.batch = move(source.batch(0), self.precision.device)
         torch.manual_seed(0)
         self.objective = self._generator(recipe) if part == "generator" else self._stage(part, recipe)
-        self.first = self.objective.steps - 1  # the last step's settings: adversarial loss on
+        self.last = self.objective.steps - 1  # whose adversarial loss is on
+        self.guard = Guard(part, recipe.tokenizer.training, self.objective, source, Path(gettempdir()))
         self.samples: list[float] = []
 
     def _generator(self, recipe: Recipe) -> GeneratorObjective:
         recipe.generator.model.classes = CLASSES
-        channels, *size = self.batch["latents"].shape[1:]
-        model = LightningDiT(recipe.generator.model, channels, tuple(size)).to(DEVICE)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.requires_grad and not parameter.any():
-                    parameter.normal_(std=0.02)  # modulations start at zero: operators would do no real work
-        return GeneratorObjective(model, itemgetter("latents"), recipe.generator, self.precision)
+        channels = recipe.tokenizer.model.adapter.latent_channels
+        size = [recipe.data.image_size // recipe.tokenizer.model.encoder.downsample] * 2
+        latents = torch.randn(len(self.batch["labels"]), channels, *size).to(DEVICE)
+        model = perturb(LightningDiT(recipe.generator.model, channels, tuple(size)).to(DEVICE))
+        return GeneratorObjective(model, lambda batch: latents, recipe.generator, self.precision)
 
     def _stage(self, part: str, recipe: Recipe) -> TokenizerObjective:
         config, stage = recipe.tokenizer, getattr(recipe.tokenizer.stages, part)
@@ -93,48 +98,33 @@ class Path:
             return network(self.batch["images"]).float()
 
     def step(self, number: int) -> float:
-        """One whole training step; returns the loss of its first phase."""
+        """One whole training step as the loop takes it; returns the loss of its first phase."""
         torch.manual_seed(number)
-        losses = []
+        self.guard.begin(number)
+        values: Values = {}
         with use_implementation(self.implementation):
-            for phase in self.objective.phases(self.first):
-                phase.optimizer.zero_grad(set_to_none=True)
-                loss, _ = phase.loss(self.batch)
-                loss.backward()
-                if phase.gradient_clip:
-                    torch.nn.utils.clip_grad_norm_(phase.parameters, phase.gradient_clip)
-                phase.optimizer.step()
-                losses.append(loss.item())
+            for phase in self.objective.phases(self.last):
+                values = run_phase(self.objective, phase, self.batch, self.guard, print) | values
             self.objective.after_step()
-        return losses[0]
+        return values["loss"].item()
 
     def timed_step(self, number: int) -> None:
         """A step whose seconds are kept."""
-        synchronize()
-        start = time.perf_counter()
-        self.step(number)
-        synchronize()
-        self.samples.append(time.perf_counter() - start)
+        self.samples.append(seconds_of(lambda: self.step(number)))
 
 
-def make_inputs(part: str, recipe: Recipe) -> Batch:
-    """Random images [B, 3, H, W], or latents for the generator."""
+def random_pictures(recipe: Recipe, part: str) -> MemorySource:
+    """As many as one batch of the part has."""
+    training = recipe.generator.training if part == "generator" else recipe.tokenizer.training
     random, size = torch.Generator().manual_seed(3), recipe.data.image_size
-    if part == "generator":
-        side = size // recipe.tokenizer.model.encoder.downsample
-        shape = (recipe.generator.training.batch_size, recipe.tokenizer.model.adapter.latent_channels, side, side)
-        return make_batch(torch.randn(shape, generator=random).to(DEVICE), CLASSES)
-    images = torch.rand((recipe.tokenizer.training.batch_size, 3, size, size), generator=random) * 2 - 1
-    return make_batch(images.to(DEVICE), CLASSES)
+    pixels = torch.randint(256, (training.batch_size, 3, size, size), generator=random, dtype=torch.uint8)
+    labels = torch.randint(CLASSES, (training.batch_size,), generator=random)
+    return MemorySource(pixels, labels, training.batch_size, training.seed, flip=False)
 
 
 def measure(part: str, rounds: int, profile: bool) -> bool:
     """Print a part's line; False if the paths disagree."""
-    batch = make_inputs(part, parse_recipe("quickstart", [], default_recipe="quickstart"))
-    paths = {
-        name: Path(part, implementation, parse_recipe("quickstart", [], default_recipe="quickstart"), batch)
-        for name, implementation in PATHS.items()
-    }
+    paths = {name: Part(part, implementation) for name, implementation in PATHS.items()}
     first = {name: path.step(0) for name, path in paths.items()}
     if not abs(first["fused"] - first["reference"]) <= LOSS_TOLERANCE * abs(first["reference"]):
         print(f"{part}: the losses differ ({first}): nothing is timed")

@@ -12,7 +12,6 @@ import argparse
 import copy
 import statistics
 import sys
-import time
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -21,7 +20,7 @@ from aligntok.config import FlowConfig, LightningDiTConfig
 from aligntok.diffusion.flow import training_loss
 from aligntok.kernels import use_implementation
 from aligntok.models.lightning_dit import LightningDiT
-from benchmarks.machine import DEVICE, machine_line, matmul_rate, synchronize
+from benchmarks.machine import DEVICE, machine_line, matmul_rate, seconds_of
 
 CHANNELS = 32
 CLASSES = 1000
@@ -56,11 +55,7 @@ class Path:
 
     def timed_step(self, seed: int, data: torch.Tensor, labels: torch.Tensor) -> None:
         """A step whose seconds are kept."""
-        synchronize()
-        start = time.perf_counter()
-        self.step(seed, data, labels)
-        synchronize()
-        self.samples.append(time.perf_counter() - start)
+        self.samples.append(seconds_of(lambda: self.step(seed, data, labels)))
 
 
 def batch(size: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,14 +65,12 @@ def batch(size: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     return data, torch.randint(CLASSES, (size,), generator=generator).to(DEVICE)
 
 
-def perturbed(config: LightningDiTConfig, side: int) -> LightningDiT:
-    """A model whose zero-initialised modulations are not zero, so that every operator does real work."""
-    torch.manual_seed(0)
-    model = LightningDiT(config, CHANNELS, (side, side)).to(DEVICE)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad and not parameter.any():
-                parameter.normal_(std=0.02)
+@torch.no_grad()
+def perturb(model: LightningDiT) -> LightningDiT:
+    """Make zero-initialised modulations random, so that every operator does real work."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            parameter.normal_(std=0.02)
     return model
 
 
@@ -100,7 +93,9 @@ def main() -> int:
     options = parser.parse_args()
     side = round(options.tokens**0.5)
     config = LightningDiTConfig(size=options.size, patch_size=1, classes=CLASSES, qk_norm=options.qk_norm)
-    model, inputs = perturbed(config, side), batch(options.batch, side)
+    torch.manual_seed(0)
+    model = perturb(LightningDiT(config, CHANNELS, (side, side)).to(DEVICE))
+    inputs = batch(options.batch, side)
     paths = {name: Path(model, implementation) for name, implementation in PATHS.items()}
     with FlopCounterMode(display=False) as counter:
         paths["reference"].loss(0, *inputs).backward()

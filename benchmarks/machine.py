@@ -27,6 +27,15 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def seconds_of(work: Callable[[], object]) -> float:
+    """Time that a call takes, the GPU's part included."""
+    synchronize()
+    start = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - start
+
+
 def device_name() -> str:
     """The GPU, or the processor."""
     if CUDA:

@@ -16,6 +16,17 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from aligntok.errors import UserError
+
+
+def check_size(size: int, factor: int, name: str = "data.image_size") -> None:
+    """Raise UserError unless images of that side are a whole number of the downsampling `factor`; `name` is its key."""
+    if size < factor or size % factor:
+        raise UserError(
+            f"{name} is {size}, expected a multiple of the tokenizer's downsampling {factor}: "
+            f"use {max(1, size // factor) * factor} or {(size // factor + 1) * factor}"
+        )
+
 
 @dataclass(frozen=True)
 class Window:

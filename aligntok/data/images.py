@@ -7,8 +7,9 @@ aligntok.data.shards. A picture that cannot be read never stops a run: it is lef
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,6 +22,8 @@ from aligntok.data.shards import EXTENSIONS, Progress, expand_shards, scan_shard
 from aligntok.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "fluent-emoji-128.tar"
+CROPS = 64  # in a batch of `stream_crops`
+DECODERS = 4  # threads; Pillow's decoders release the GIL
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for broken files
 
 
@@ -184,10 +187,18 @@ def _scan_folder(folder: Path) -> tuple[list[Entry], list[str]]:
     return [Entry(str(p.relative_to(folder)), p, number[t]) for p, t in zip(files, tops, strict=True)], classes
 
 
-def load_center_crops(
-    images: ImageSet, size: int, progress: Callable[[int, int], None] | None = None
-) -> tuple[Tensor, Tensor]:
-    """(uint8 [N, 3, size, size], labels [N]) of every readable picture, decoded once, in order.
+def stream_crops(
+    images: ImageSet, size: int, batch_size: int = CROPS, progress: Callable[[int, int], None] | None = None
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches (uint8 [B, 3, size, size], labels [B]) of every readable picture, in order; the last may be smaller.
+
+    Decoded as they are asked for: memory holds two batches, whatever the set's size.
+
+    Args:
+        images: the set; pictures that cannot be read are recorded in its `skipped`.
+        size: side of the centre crop.
+        batch_size: pictures per batch.
+        progress: called with (pictures done, all pictures) after every picture.
 
     Raises:
         UserError: not a single picture could be read.
@@ -197,15 +208,38 @@ def load_center_crops(
         picture = images.open(index)
         return None if picture is None else to_tensor(center_crop(picture, size))
 
-    kept, labels = [], []
-    with ThreadPoolExecutor(max_workers=4) as pool:  # Pillow's decoders release the GIL
-        for index, picture in enumerate(pool.map(cut, range(len(images)))):
-            if picture is not None:
-                kept.append(picture)
+    pending: deque[tuple[int, Future[Tensor | None]]] = deque()
+    crops: list[Tensor] = []
+    labels: list[int] = []
+    found, started, done = 0, 0, 0
+    with ThreadPoolExecutor(DECODERS) as pool:
+        while done < len(images):
+            while started < len(images) and len(pending) < batch_size:
+                pending.append((started, pool.submit(cut, started)))
+                started += 1
+            index, future = pending.popleft()
+            crop, done = future.result(), done + 1
+            if crop is not None:
+                crops.append(crop)
                 labels.append(images.entries[index].label)
+            if crops and (len(crops) == batch_size or done == len(images)):
+                found += len(crops)
+                yield torch.stack(crops), torch.tensor(labels)
+                crops, labels = [], []
             if progress is not None:
-                progress(index + 1, len(images))
-    if not kept:
+                progress(done, len(images))
+    if not found:
         name, reason = next(iter(images.skipped.items()))
         raise UserError(f"none of the {len(images)} images of {images.name} could be read; the first, {name}: {reason}")
-    return torch.stack(kept), torch.tensor(labels)
+
+
+def load_center_crops(
+    images: ImageSet, size: int, progress: Callable[[int, int], None] | None = None
+) -> tuple[Tensor, Tensor]:
+    """(uint8 [N, 3, size, size], labels [N]) of every readable picture, decoded once, in order.
+
+    Raises:
+        UserError: not a single picture could be read.
+    """
+    pixels, labels = zip(*stream_crops(images, size, progress=progress), strict=True)
+    return torch.cat(pixels), torch.cat(labels)

@@ -104,13 +104,18 @@ def evaluate_generation(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
-    """gFD and gKD of `count` samples; their labels are drawn from the reference's."""
+    """gFD and gKD of `count` samples; their labels are drawn from the reference's.
+
+    `extra` holds the samples' "features" [count, dimension] and "labels" [count].
+    """
     sampler = replace(generator.sampler, guidance=guidance)
     order = torch.randint(len(reference.labels), (count,), generator=torch.Generator().manual_seed(seed))
-    samples = draw(generator, tokenizer, reference.labels[order], sampler, precision, seed, progress)
+    labels = reference.labels[order]
+    samples = draw(generator, tokenizer, labels, sampler, precision, seed, progress)
     made = extract(extractor, samples.split(BATCH))
     values, protocol = feature_distances(reference.features, made, extractor, prefix="g", seed=seed)
-    return Measured(values, f"{protocol}; {describe(sampler)}; labels as in the reference, seed {seed}")
+    protocol = f"{protocol}; {describe(sampler)}; labels as in the reference, seed {seed}"
+    return Measured(values, protocol, {"features": made, "labels": labels})
 
 
 def describe(sampler: SamplerConfig) -> str:

@@ -11,6 +11,7 @@ AlignTok reports, and flattened.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -112,12 +113,16 @@ def _stratified_folds(labels: Tensor, folds: int, seed: int) -> Tensor:
 
 
 def _score_fold(features: Tensor, labels: Tensor, held_out: Tensor, classes: int) -> float:
-    train, test = features[~held_out], features[held_out]
-    mean, std = train.mean(0), train.std(0, correction=0)
+    predict = train_classifier(features[~held_out], labels[~held_out], classes)
+    return (predict(features[held_out]) == labels[held_out]).double().mean().item()
+
+
+def train_classifier(features: Tensor, labels: Tensor, classes: int) -> Callable[[Tensor], Tensor]:
+    """Features [n, C] -> labels [n], by the module's formula on standardised features, fitted in their precision."""
+    mean, std = features.mean(0), features.std(0, correction=0)
     std = torch.where(std > 1e-12, std, 1.0)  # a constant feature stays zero
-    weight, bias = fit_logistic((train - mean) / std, labels[~held_out], classes)
-    predicted = (((test - mean) / std) @ weight.T + bias).argmax(1)
-    return (predicted == labels[held_out]).double().mean().item()
+    weight, bias = fit_logistic((features - mean) / std, labels, classes)
+    return lambda others: (((others - mean) / std) @ weight.T + bias).argmax(1)
 
 
 def fit_logistic(features: Tensor, labels: Tensor, classes: int) -> tuple[Tensor, Tensor]:

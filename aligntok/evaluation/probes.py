@@ -10,7 +10,7 @@ from aligntok.data.images import load_center_crops, open_images
 from aligntok.data.loading import report_skipped
 from aligntok.devices import Precision
 from aligntok.errors import UserError
-from aligntok.evaluation.alignment import cknna
+from aligntok.evaluation.alignment import NEIGHBOURS, cknna
 from aligntok.evaluation.crops import crops_with_bar
 from aligntok.evaluation.tokenizer import Measured, encode_all, encoder_probe, evaluate_probe, pooled_tokens
 from aligntok.evaluation.trained_probe import LatentTable, train_probe
@@ -52,12 +52,16 @@ class Alignment:
     def measure(self, k: int) -> Measured | None:
         if not self._count:
             return None
-        value = cknna(torch.cat(self._latents), torch.cat(self._tokens), k)
-        protocol = (
-            f"CKNNA with k={k} and unbiased HSIC (Huh et al. 2024) of pooled normalised latents and pooled tokens of "
-            f"{self.of}; rows scaled to length 1; n={self._count}"
-        )
-        return Measured({"CKNNA": value}, protocol)
+        return measure_alignment(torch.cat(self._latents), torch.cat(self._tokens), self.of, k)
+
+
+def measure_alignment(latents: Tensor, tokens: Tensor, of: str, k: int = NEIGHBOURS) -> Measured:
+    """CKNNA of pooled normalised latents [n, d] and pooled tokens [n, C]; `of` names the tokens' encoder."""
+    protocol = (
+        f"CKNNA with k={k} and unbiased HSIC (Huh et al. 2024) of pooled normalised latents and pooled tokens of "
+        f"{of}; rows scaled to length 1; n={len(latents)}"
+    )
+    return Measured({"CKNNA": cknna(latents, tokens, k)}, protocol)
 
 
 def trained_probes(

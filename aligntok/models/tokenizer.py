@@ -19,7 +19,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aligntok.config import TokenizerConfig, from_dict
+from aligntok.config import TokenizerConfig
+from aligntok.config_dict import from_dict
 from aligntok.errors import UserError
 from aligntok.files import write_folder
 from aligntok.models.adapter import Adapter

@@ -2,29 +2,32 @@
 
 measures.json: "tokenizers" by stage ("final" for a row's own): reconstruction, probe, alignment to the pretrained
 encoder, cost, fingerprint of the latents; "generations" by point: (training steps, sampling steps, guidance); "ease":
-how well the generator learned the latents; "protocols" by kind.
+how well the generator learned the latents; "protocols" by kind; "machine": what the last of them was measured on.
 """
 
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from aligntok.config import PerceptualConfig, Recipe
 from aligntok.data.images import load_center_crops, open_images
 from aligntok.devices import Precision
-from aligntok.evaluation.alignment import NEIGHBOURS, cknna
 from aligntok.evaluation.distances import feature_distances
 from aligntok.evaluation.features import EfficientNetLite0, extract, to_uint8
 from aligntok.evaluation.generation import Reference, draw, evaluate_generation
-from aligntok.evaluation.probe import fit_logistic
+from aligntok.evaluation.probe import train_classifier
+from aligntok.evaluation.probes import measure_alignment
 from aligntok.evaluation.tokenizer import (
     BATCH,
     Measured,
@@ -36,11 +39,15 @@ from aligntok.evaluation.tokenizer import (
 )
 from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
+from aligntok.machine import processor
 from aligntok.models.encoder import Encoder
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
 from aligntok.study.rows import Row
 from aligntok.training.train_generator import Generator
 
+Latents = Callable[[], Tensor]  # normalised latents [n, d, h, w] of all images, computed when first asked for
+
+KINDS = ("reconstruction", "probe", "alignment", "cost")  # of a tokenizer's numbers
 SHOWN = 10  # held-out pictures of a row in the report
 OWN = 400  # reconstructions that samples are compared with, drawn once for each seed
 PICTURES = "pictures.safetensors"
@@ -72,7 +79,19 @@ class Measures:
         self.values: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else empty
 
     def save(self) -> None:
+        """Write the file, with what the last numbers were taken on."""
+        self.values["machine"] = {
+            "processor": processor(),
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "date": time.strftime("%Y-%m-%d"),
+        }
         write_bytes(self.file, json.dumps(self.values, indent=1).encode())
+
+
+def fingerprint(row: Row) -> str | None:
+    """Of a measured row's latents; None before it is measured."""
+    return Measures(row).values["tokenizers"].get("final", {}).get("fingerprint")
 
 
 class Bench:
@@ -88,7 +107,7 @@ class Bench:
         self.perceptual = build_perceptual(PerceptualConfig(kind="st-lpips-alex")).to(precision.device)
         self._reference: Reference | None = None
         self._tokens: Tensor | None = None
-        self._classifier: tuple[Tensor, Tensor] | None = None
+        self._classify: Callable[[Tensor], Tensor] | None = None
 
     @property
     def reference(self) -> Reference:
@@ -109,102 +128,81 @@ class Bench:
         """What is missing of a tokenizer's numbers; `stage` is "final" or the name of the stage that wrote `folder`."""
         measures = Measures(row)
         known = measures.values["tokenizers"].setdefault(stage, {})
-        if {"reconstruction", "probe", "alignment", "cost"} <= known.keys():
+        if set(KINDS) <= known.keys():
             return
         tokenizer = load_tokenizer(folder).to(self.precision.device)
         known |= {"fingerprint": tokenizer.fingerprint(), "channels": tokenizer.latent_channels}
-        known["cost"] = self._cost(tokenizer)
-        found: dict[str, Measured] = {}
-        if "reconstruction" not in known:
-            networks = (self.precision, self.perceptual, self.extractor)
-            found["reconstruction"] = evaluate_reconstruction(tokenizer, self.held_out, *networks)
-            if stage == "final":
-                keep_pictures(row, reconstructions=found["reconstruction"].extra["reconstructions"][:SHOWN])
-        latents = encode_all(tokenizer, self.images, self.precision)
-        if "probe" not in known:
-            probe = evaluate_probe(latents, self.labels)
-            assert probe is not None, "the images have several classes"
-            found["probe"] = probe
-        if "alignment" not in known:
-            aligned = cknna(latents.mean(dim=(2, 3)), self.tokens)
-            protocol = f"CKNNA, k={NEIGHBOURS}, pooled latents against pooled tokens of {self.encoder.name}"
-            found["alignment"] = Measured(
-                {"CKNNA": aligned}, f"{protocol}, block {self.encoder.layer}; n={len(latents)}"
-            )
-        known |= {kind: measured.values for kind, measured in found.items()}
-        measures.values["protocols"] |= {kind: measured.protocol for kind, measured in found.items()}
+        latents = cache(lambda: encode_all(tokenizer, self.images, self.precision))
+        for kind, measure in zip(KINDS, (self._reconstruction, self._probe, self._alignment, self._cost), strict=True):
+            if kind in known:
+                continue
+            measured = measure(tokenizer, latents)
+            known[kind], measures.values["protocols"][kind] = measured.values, measured.protocol
+            if stage == "final" and "reconstructions" in measured.extra:
+                keep_pictures(row, reconstructions=measured.extra["reconstructions"][:SHOWN])
         measures.save()
 
+    def _reconstruction(self, tokenizer: StoredTokenizer, latents: Latents) -> Measured:
+        return evaluate_reconstruction(tokenizer, self.held_out, self.precision, self.perceptual, self.extractor)
+
+    def _probe(self, tokenizer: StoredTokenizer, latents: Latents) -> Measured:
+        probe = evaluate_probe(latents(), self.labels)
+        assert probe is not None, "the images have several classes"
+        return probe
+
+    def _alignment(self, tokenizer: StoredTokenizer, latents: Latents) -> Measured:
+        of = f"{self.encoder.name}, block {self.encoder.layer}"
+        return measure_alignment(latents().mean(dim=(2, 3)), self.tokens, of)
+
     @torch.no_grad()
-    def _cost(self, tokenizer: StoredTokenizer) -> dict[str, float]:
+    def _cost(self, tokenizer: StoredTokenizer, latents: Latents) -> Measured:
         """Parameters in millions, and GFLOPs of one image's convolutions and matrix products."""
         image = torch.zeros(1, *self.images.shape[1:], device=self.precision.device)
         with FlopCounterMode(display=False) as encoding:
-            latents = tokenizer.encode(image)
+            encoded = tokenizer.encode(image)
         with FlopCounterMode(display=False) as decoding:
-            tokenizer.decode(latents)
+            tokenizer.decode(encoded)
         decoder = sum(p.numel() for p in tokenizer.decoder.parameters()) / 1e6
-        return {
+        values = {
             "encoder parameters [M]": sum(p.numel() for p in tokenizer.parameters()) / 1e6 - decoder,
             "decoder parameters [M]": decoder,
             "encode [GFLOP]": encoding.get_total_flops() / 1e9,
             "decode [GFLOP]": decoding.get_total_flops() / 1e9,
         }
+        return Measured(values, "convolutions and matrix products of one image, counted by PyTorch")
 
-    def measure_generator(self, row: Row, folder: Path, point: Point) -> None:
-        """gFD and gKD of the generator in `folder` through the row's tokenizer."""
+    def measure_generator(self, row: Row, folder: Path, point: Point, ease: bool = False) -> None:
+        """gFD and gKD of the generator in `folder` through the row's tokenizer.
+
+        With `ease` also how well it learned the row's latents, whatever the decoder makes of them: gFD and gKD of the
+        same samples against the tokenizer's own reconstructions of real images, and the share of samples whose class a
+        linear classifier on the extractor's features of real images recognises.
+        """
         measures = Measures(row)
-        if str(point) in measures.values["generations"]:
+        if str(point) in measures.values["generations"] and (not ease or "ease" in measures.values):
             return
         generator, tokenizer = self._pair(row, folder)
         generator.sampler = replace(generator.sampler, steps=point.sampling)
-        measured = evaluate_generation(
-            generator,
-            tokenizer,
-            self.reference,
-            self.samples,
-            point.guidance,
-            self.extractor,
-            self.precision,
-            seed=row.seed,
-        )
-        measures.values["generations"][str(point)] = measured.values
+        what = (generator, tokenizer, self.reference, self.samples, point.guidance, self.extractor, self.precision)
+        measured = evaluate_generation(*what, seed=row.seed)
+        measures.values["generations"].setdefault(str(point), measured.values)
         measures.values["protocols"].setdefault("generation", measured.protocol)  # a row's first point is the tables'
+        if ease:
+            learned = self._ease(tokenizer, measured, row.seed)
+            measures.values["ease"], measures.values["protocols"]["ease"] = learned.values, learned.protocol
         measures.save()
 
-    def measure_ease(self, row: Row, folder: Path, point: Point) -> None:
-        """How well the generator learned the row's latents, whatever its decoder makes of them.
-
-        gFD and gKD of the same samples against the tokenizer's own reconstructions of real images, and the share of
-        samples whose class a linear classifier on the extractor's features of real images recognises.
-        """
-        measures = Measures(row)
-        if "ease" in measures.values:
-            return
-        generator, tokenizer = self._pair(row, folder)
-        sampler = replace(generator.sampler, steps=point.sampling, guidance=point.guidance)
-        order = torch.randint(len(self.labels), (self.samples,), generator=torch.Generator().manual_seed(row.seed))
-        labels = self.labels[order]
-        samples = draw(generator, tokenizer, labels, sampler, self.precision, seed=row.seed)
-        made = extract(self.extractor, samples.split(BATCH))
-        chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(row.seed))[:OWN]
+    def _ease(self, tokenizer: StoredTokenizer, drawn: Measured, seed: int) -> Measured:
+        chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))[:OWN]
         latents = encode_all(tokenizer, self.images[chosen], self.precision)
         own = extract(self.extractor, decode_all(tokenizer, latents, self.precision).split(BATCH))
-        values, protocol = feature_distances(own, made, self.extractor, prefix="g", seed=row.seed)
-        values["recognised"] = self._recognised(made, labels)
-        measures.values["ease"] = values
-        measures.values["protocols"]["ease"] = f"reference: the tokenizer's own reconstructions; {protocol}"
-        measures.save()
-
-    def _recognised(self, features: Tensor, labels: Tensor) -> float:
-        """Share of samples that a logistic regression on the real images' features puts into their class."""
-        real = self.reference.features.double()
-        mean, deviation = real.mean(0), real.std(0).clamp_min(1e-6)
-        if self._classifier is None:
-            self._classifier = fit_logistic((real - mean) / deviation, self.labels, int(self.labels.max()) + 1)
-        weight, bias = self._classifier
-        scores = (features.double() - mean) / deviation @ weight.T + bias
-        return (scores.argmax(1) == labels).double().mean().item()
+        made = drawn.extra["features"]
+        values, protocol = feature_distances(own, made, self.extractor, prefix="g", seed=seed)
+        if self._classify is None:
+            real = self.reference.features.double()
+            self._classify = train_classifier(real, self.labels, int(self.labels.max()) + 1)
+        values["recognised"] = (self._classify(made.double()) == drawn.extra["labels"]).double().mean().item()
+        return Measured(values, f"reference: the tokenizer's own reconstructions; {protocol}")
 
     def draw_classes(self, row: Row, folder: Path, guidance: float) -> None:
         """One sample of every class, kept for the report."""
@@ -222,9 +220,7 @@ class Bench:
 def keep_pictures(row: Row, **pictures: Tensor) -> None:
     """Add pictures [n, 3, H, W] in [-1, 1] to the row's file, as bytes."""
     kept = pictures_of(row) | {name: to_uint8(images).cpu().contiguous() for name, images in pictures.items()}
-    unfinished = row.folder / f".{PICTURES}.tmp"
-    save_file(kept, unfinished)
-    unfinished.replace(row.folder / PICTURES)
+    write_bytes(row.folder / PICTURES, save(kept))
 
 
 def pictures_of(row: Row) -> dict[str, Tensor]:

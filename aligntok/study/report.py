@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import json
-import platform
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import load_center_crops, open_images
 from aligntok.files import write_bytes
-from aligntok.machine import processor
 from aligntok.options import StudyConfig
 from aligntok.report.pictures import contact_sheet
 from aligntok.study import plots
@@ -34,7 +30,7 @@ def write_report(options: StudyConfig) -> Path:
     results = Results(Path(options.output), options.guidance)
     folder = file.with_suffix("")
     kept = [name for name, data in _pictures(results).items() if _keep(folder / name, data)]
-    text = "\n\n".join(_sections(results, options, folder.name, kept))
+    text = "\n\n".join(_sections(results, folder.name, kept))
     write_bytes(folder / "results.json", json.dumps(results.as_document(), indent=1).encode())
     write_bytes(file, (text + "\n").encode())
     return file
@@ -46,9 +42,9 @@ def _keep(file: Path, data: bytes | None) -> bool:
     return data is not None
 
 
-def _sections(results: Results, options: StudyConfig, folder: str, kept: list[str]) -> Iterator[str]:
+def _sections(results: Results, folder: str, kept: list[str]) -> Iterator[str]:
     yield "# The laptop study"
-    yield _head(results, options)
+    yield _head(results)
     yield "## Tokenizers\n\n" + _table(results, COMPARED)
     yield "## Ablations\n\nAgainst AlignTok, d = 32, w_sp = 1.\n\n" + _table(results, {"aligntok": ""} | ABLATIONS)
     yield from _image(folder, kept, "trade_off.png", "linear probe against PSNR, one point for each row")
@@ -65,21 +61,21 @@ def _sections(results: Results, options: StudyConfig, folder: str, kept: list[st
     yield "## Protocols\n\n" + "\n".join(f"- {name}: {text}" for name, text in results.protocols().items())
 
 
-def _head(results: Results, options: StudyConfig) -> str:
+def _head(results: Results) -> str:
     recipe = results.recipe
-    command = f"aligntok study --seeds [{','.join(map(str, options.seeds))}] --samples {options.samples}"
     seeds = {name: len(results.seeds(name)) for name in NAMES}
+    most = max(seeds.values())
     text = (
-        f"`{command}` on {processor()} ({platform.system()}, torch {torch.__version__}), one process of one thread for "
-        f"each seed, {time.strftime('%Y-%m-%d')}; {results.hours:.1f} processor-hours of training. Fluent emoji at "
-        f"{recipe.data.image_size} px, 10 % held out. Every tokenizer has seen the same number of pictures when its "
-        f"latents are fixed (`configs/study/`), and the same generator is trained on each for "
-        f"{recipe.generator.steps} steps. Values are means over seeds ± their standard deviation."
+        f"Written by `aligntok study`; measured on {'; '.join(results.machines)}; training took "
+        f"{results.hours:.1f} hours by the clock of its processes. {open_images(recipe.data.path).name} at "
+        f"{recipe.data.image_size} px, {recipe.data.held_out:.0%} held out. Every tokenizer has seen as many "
+        "pictures as the others when its latents are fixed (`configs/study/`), and the same generator is trained on "
+        f"each for {recipe.generator.steps} steps. Values are means over {most} seeds ± their standard deviation."
     )
-    short = {name: count for name, count in seeds.items() if count < len(options.seeds)}
+    short = {name: count for name, count in seeds.items() if count < most}
     if short:
         listed = ", ".join(f"{NAMES[name]} ({count})" for name, count in short.items())
-        text += f" Fewer seeds than {len(options.seeds)}: {listed}."
+        text += f" Fewer seeds: {listed}."
     return text
 
 
@@ -170,8 +166,8 @@ def _cost(results: Results) -> str:
         counted = [f"{value:.2f}" for value in results.cost(name).values()]
         lines.append([NAMES[name], *counted, *(spread(results.minutes(name, part), 1) for part in PARTS)])
     return (
-        "Parameters; FLOPs of one image's convolutions and matrix products, counted; minutes of training as they were "
-        f"with several processes on the machine, read them as ratios.\n\n{_markdown(lines)}"
+        "Parameters; FLOPs of one image's convolutions and matrix products, counted; minutes of training by the clock, "
+        f"whatever else the machine did.\n\n{_markdown(lines)}"
     )
 
 

@@ -127,6 +127,13 @@ class Results:
         """All training."""
         return sum(sum(seconds.values()) for seconds in self._seconds.values()) / 3600
 
+    @property
+    def machines(self) -> list[str]:
+        """What the numbers were taken on, one line for each machine, number of threads, torch and date."""
+        kept = (values["machine"] for values in self._values.values())
+        lines = (f"{m['processor']}, {m['threads']} threads, torch {m['torch']}, {m['date']}" for m in kept)
+        return sorted(set(lines))
+
     def protocols(self) -> dict[str, str]:
         """How each kind of number was taken."""
         merged: dict[str, str] = {}

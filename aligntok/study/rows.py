@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from aligntok.config import Recipe, from_dict
+from aligntok.config import Recipe
+from aligntok.config_dict import from_dict
 from aligntok.errors import UserError
 from aligntok.files import unfinished_folder
 from aligntok.recipes import read_recipe, recipe_path
@@ -35,8 +37,9 @@ ABLATIONS = {  # against "aligntok"
 NAMES = COMPARED | ABLATIONS
 
 
+@cache
 def values_of(name: str) -> dict[str, Any]:
-    """Values of the recipe configs/study/NAME.yaml with its bases."""
+    """Values of the recipe configs/study/NAME.yaml with its bases; to be read only."""
     return read_recipe(recipe_path(f"study/{name}"))
 
 

@@ -10,17 +10,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from aligntok.clock import Clock
-from aligntok.config import Recipe, from_dict
+from aligntok.config import Recipe
+from aligntok.config_dict import from_dict
 from aligntok.devices import choose_precision
 from aligntok.errors import UserError
-from aligntok.models.tokenizer import load_tokenizer
 from aligntok.options import StudyConfig
-from aligntok.study.measure import Bench, Point
+from aligntok.study.measure import Bench, Point, fingerprint
 from aligntok.study.report import write_report
 from aligntok.study.rows import COMPARED, Row, borrow_stages, choose, copy_folder, values_of
 from aligntok.training.distributed import refuse_several
 from aligntok.training.telemetry import Telemetry
-from aligntok.training.train_generator import PART, Generator, snapshot_folder, train_generator
+from aligntok.training.train_generator import PART, snapshot_folder, train_generator
 from aligntok.training.train_tokenizer import STAGES, train_tokenizer
 from aligntok.zoo.train import train_rival
 
@@ -43,7 +43,7 @@ def run(options: StudyConfig, telemetry: Telemetry) -> None:
     _check(options, rows)
     base: Recipe = from_dict(Recipe, values_of("base"))
     bench = Bench(base, choose_precision("auto"), options.samples)
-    for part in (_tokenizer, _generator, _convergence, _ease, _sampling):
+    for part in (_tokenizer, _generator, _convergence, _sampling):
         for number, row in enumerate(rows):
             telemetry.say(f"study: {part.__name__[1:]} {number + 1} of {len(rows)}: {row.name}, seed {row.seed}")
             part(row, rows, bench, options)
@@ -84,7 +84,8 @@ def _generator(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) ->
     with Clock(row.folder / "times.json").part("generator"):
         folder = train_generator(recipe)
     for guidance in (1.0, options.guidance):
-        bench.measure_generator(row, folder, Point(recipe.generator.steps, recipe.generator.sampler.steps, guidance))
+        point = Point(recipe.generator.steps, recipe.generator.sampler.steps, guidance)
+        bench.measure_generator(row, folder, point, ease=guidance == 1.0)
     bench.draw_classes(row, folder, options.guidance)
 
 
@@ -93,8 +94,7 @@ def _borrow_generator(row: Row, other: Row) -> None:
     own, given = row.folder / PART, other.folder / PART
     if (own / "config.json").is_file() or not (given / "config.json").is_file():
         return
-    fingerprint = load_tokenizer(row.folder / "tokenizer").fingerprint()
-    if Generator(given).tokenizer_fingerprint == fingerprint and row.recipe().generator == other.recipe().generator:
+    if fingerprint(row) == fingerprint(other) and row.recipe().generator == other.recipe().generator:
         copy_folder(given, own)
 
 
@@ -104,11 +104,6 @@ def _convergence(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) 
         for steps in range(config.snapshot_every, config.steps, config.snapshot_every):
             point = Point(steps, config.sampler.steps, 1.0)
             bench.measure_generator(row, snapshot_folder(row.folder, steps), point)
-
-
-def _ease(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) -> None:
-    config = row.recipe().generator
-    bench.measure_ease(row, row.folder / PART, Point(config.steps, config.sampler.steps, 1.0))
 
 
 def _sampling(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, distributed
 
 from aligntok.data.crop_reader import Crops, read_crops
-from aligntok.data.geometry import to_unit_range
+from aligntok.data.geometry import check_size, to_unit_range
 from aligntok.data.images import ImageSet, open_images
 from aligntok.data.latent_format import (
     FORMAT,
@@ -99,16 +99,12 @@ def describe(
     Raises:
         UserError: the image size is not a multiple of the tokenizer's downsampling.
     """
-    side, rest = divmod(image_size, tokenizer.downsample)
-    if rest or not side:
-        raise UserError(
-            f"image_size is {image_size}, expected a multiple of the tokenizer's downsampling {tokenizer.downsample}"
-        )
+    check_size(image_size, tokenizer.downsample, "image_size")
     return Origin(
         tokenizer=tokenizer.fingerprint(),
         latent_mean=tokenizer.latent_mean.tolist(),
         latent_std=tokenizer.latent_std.tolist(),
-        latent_shape=[tokenizer.latent_channels, side, side],
+        latent_shape=[tokenizer.latent_channels, *2 * [image_size // tokenizer.downsample]],
         images=images_fingerprint(images),
         image_set=images.name,
         image_count=len(images),

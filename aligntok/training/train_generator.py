@@ -17,7 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from aligntok.collectives import on_main
-from aligntok.config import LightningDiTConfig, Recipe, SamplerConfig, from_dict
+from aligntok.config import LightningDiTConfig, Recipe, SamplerConfig
+from aligntok.config_dict import from_dict
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, latents_in_batch, tabulate
 from aligntok.data.images import open_images
 from aligntok.data.latent_cache import CachedLatentSource, LatentCache

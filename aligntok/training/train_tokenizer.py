@@ -21,6 +21,7 @@ from torch import nn
 from aligntok.collectives import main_first, on_main
 from aligntok.config import PerceptualConfig, Recipe, StageConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, latents_in_batch, tabulate
+from aligntok.data.geometry import check_size
 from aligntok.data.images import ImageSet, open_images
 from aligntok.data.latent_cache import LatentCache, LatentsBeside
 from aligntok.data.latent_format import make_command
@@ -293,15 +294,6 @@ def training_perceptual(config: PerceptualConfig, device: torch.device) -> nn.Mo
     with main_first():
         perceptual = build_perceptual(config)
     return perceptual.to(device, memory_format=torch.channels_last)
-
-
-def check_size(size: int, factor: int) -> None:
-    """Raise UserError unless images of that side are a whole number of the downsampling `factor`."""
-    if size < factor or size % factor:
-        raise UserError(
-            f"data.image_size is {size}, expected a multiple of the downsampling {factor}: "
-            f"use {max(1, size // factor) * factor} or {(size // factor + 1) * factor}"
-        )
 
 
 def train_tokenizer(recipe: Recipe) -> AlignTok:

@@ -19,6 +19,7 @@ from torch import nn
 from aligntok.collectives import main_first, on_main
 from aligntok.config import EncoderConfig, Recipe, RivalConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
+from aligntok.data.geometry import check_size
 from aligntok.data.images import ImageSet, open_images
 from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource, Source
@@ -36,7 +37,7 @@ from aligntok.training.previews import TokenizerPreview
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.train_generator import check_classes, save_generator
-from aligntok.training.train_tokenizer import check_size, training_perceptual
+from aligntok.training.train_tokenizer import training_perceptual
 from aligntok.world import current
 from aligntok.zoo import generator_class
 from aligntok.zoo.dino_discriminator import DinoDiscriminator

@@ -30,6 +30,7 @@ def _measures(probe, rfd, gfd, fingerprint="a"):
         "generations": {str(Point(*step)): generation for step in steps},
         "ease": generation | {"recognised": 0.5},
         "protocols": {"probe": "made up"},
+        "machine": {"processor": "abacus", "threads": 1, "torch": "2.0", "date": "2020-02-02"},
     }
 
 
@@ -121,8 +122,9 @@ def test_the_report_has_every_number_and_says_what_is_missing(tmp_path):
     _write(tmp_path / "out", rows)
     options = StudyConfig(output=str(tmp_path / "out"), seeds=(0, 1), report=str(tmp_path / "docs" / "text.md"))
     text = write_report(options).read_text()
-    assert "Fewer seeds than 2: RAE (1)" in text
-    assert f"{(2 * len(NAMES) - 1) / 2:.1f} processor-hours" in text
+    assert "measured on abacus, 1 threads, torch 2.0, 2020-02-02; " in text
+    assert "means over 2 seeds" in text and "Fewer seeds: RAE (1)." in text
+    assert f"training took {(2 * len(NAMES) - 1) / 2:.1f} hours" in text
     assert "| VAE | 32 | 17.00 ± 0.00 | 0.500 ± 0.000 | 0.200 ± 0.000 | 200 ± 1 | 0.305 ± 0.007 |" in text
     assert text.count("| RAE | 32 | 17.00 | 0.500 |") == 1
     assert "equal to those before, to the bit: 2 of 2 seeds" in text

@@ -4,18 +4,27 @@ import dataclasses
 import json
 
 import pytest
+import torch
 from helpers import tiny_config, tiny_recipe, write_pictures
 
 from aligntok.cli import main
 from aligntok.config import DecoderConfig, VAEConfig
+from aligntok.devices import choose_precision
+from aligntok.models.encoder import Encoder
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.recipes import merge
-from aligntok.study import rows, run
+from aligntok.study import measure, rows, run
 from aligntok.study.measure import pictures_of
 from aligntok.study.rows import Row
 from aligntok.training.train_generator import Generator, snapshot_folder
 
 SHOWN = ["vae", "aligntok", "three_stages"]
+
+
+def seeded_encoder(config):
+    """The tiny encoder has no weights to read: without a seed, each call would align latents to another one."""
+    torch.manual_seed(0)
+    return Encoder(config)
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +48,9 @@ def study(tmp_path_factory):
     patch = pytest.MonkeyPatch()
     patch.setattr(rows, "values_of", tiny)
     patch.setattr(run, "values_of", tiny)
+    # bf16 rounds differently from run to run (memory that is aligned differently), and discs are near one another
+    patch.setattr(run, "choose_precision", lambda device: choose_precision(device, "fp32"))
+    patch.setattr(measure, "Encoder", seeded_encoder)
     only = "[" + ",".join(SHOWN) + "]"
     options = ["--output", str(folder / "out"), "--seeds", "[1]", "--only", only, "--samples", "16"]
     options += ["--sampling_steps", "[2,4]"]
@@ -117,33 +129,6 @@ def test_one_missing_number_alone_is_measured_again(study):
     whole["tokenizers"]["final"]["probe"]["mean"] = 0.123
     for measures in (again, whole):
         aligned = measures["tokenizers"]["final"].pop("alignment")
-        # the matrix library rounds differently for memory that is aligned differently, and discs are near one another
-        assert aligned["CKNNA"] == pytest.approx(whole_alignment, abs=0.1)
-    assert again["generations"].pop("4/4/2") == pytest.approx(whole["generations"].pop("4/4/2"), rel=1e-2)
+        assert aligned["CKNNA"] == pytest.approx(whole_alignment, abs=1e-3)
+    assert again["generations"].pop("4/4/2") == pytest.approx(whole["generations"].pop("4/4/2"), rel=1e-3)
     assert again == whole
-
-
-def test_unknown_rows_are_refused(capsys, tmp_path):
-    assert main(["study", "--output", str(tmp_path), "--only", "[vea]"]) == 2
-    assert "no row vea" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--seeds", "[]"], "expected at least one seed"),
-        (["--samples", "1"], "numbers of at least 2"),
-        (["--sampling_steps", "[10,0]"], "numbers of at least 2"),
-    ],
-)
-def test_what_would_fail_after_hours_fails_at_once(options, message, capsys, tmp_path):
-    assert main(["study", "--output", str(tmp_path / "out"), *options]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-
-
-def test_the_lora_row_asks_for_peft_first(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(run, "find_spec", lambda name: None)
-    assert main(["study", "--output", str(tmp_path / "out")]) == 2
-    assert "pip install 'aligntok[peft]'" in capsys.readouterr().err
-    assert main(["study", "--output", str(tmp_path / "out"), "--only", "[vea]"]) == 2

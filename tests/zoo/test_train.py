@@ -289,7 +289,7 @@ def test_refusals(tmp_path, pictures):
         train_rival(recipe)
     recipe = rival_recipe(tmp_path, pictures, "vae")
     recipe.data.image_size = 40
-    with pytest.raises(UserError, match="multiple of the downsampling 16"):
+    with pytest.raises(UserError, match="multiple of the tokenizer's downsampling 16"):
         train_rival(recipe)
     recipe = rival_recipe(tmp_path, pictures, "va-vae")
     recipe.rival.alignment.encoder.downsample = 8

@@ -252,6 +252,8 @@ class StudyConfig:
             they have different seeds; one thread each (OMP_NUM_THREADS=1) makes the most of a processor.
         seeds: every row is trained once for each.
         only: names of rows (recipes of configs/study); null = all.
+        budget: factor on all numbers of training steps of the recipes, of tokenizers and generators alike; another one
+            needs another output folder.
         samples: generated pictures behind every gFD and gKD.
         guidance: scale of the guided column, on all channels.
         sampling_steps: network evaluations per sample at which the finished generators are compared.
@@ -263,6 +265,7 @@ class StudyConfig:
     output: str = "runs/study"
     seeds: tuple[int, ...] = (0, 1, 2)
     only: list[str] | None = None
+    budget: int = 1
     samples: int = 192
     guidance: float = 2.0
     sampling_steps: tuple[int, ...] = (10, 20, 30, 50, 120, 250)

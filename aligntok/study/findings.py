@@ -13,7 +13,7 @@ import statistics
 from dataclasses import dataclass
 
 from aligntok.study.results import CKNNA, GFD, GUIDED, OWN, PROBE, PSNR, RFD, Metric, Results
-from aligntok.study.rows import NAMES
+from aligntok.study.rows import NAMES, STAGE_BY_STAGE
 
 # Student's one-sided 5 % points by the number of seeds; more seeds are judged by the last one, which is stricter
 CRITICAL = {2: 6.314, 3: 2.920, 4: 2.353, 5: 2.132, 6: 2.015, 7: 1.943, 8: 1.895, 9: 1.860, 10: 1.833, 11: 1.812}
@@ -130,9 +130,9 @@ def verdict(comparisons: list[Comparison]) -> str:
 
 def same_latents(results: Results) -> tuple[int, int]:
     """(seeds for which Stage 3 left the latents as they were, seeds looked at)."""
-    seeds = results.seeds("three_stages")
+    seeds = results.seeds(STAGE_BY_STAGE)
     same = [
-        results.fingerprint("three_stages", s, "stage2") == results.fingerprint("three_stages", s, "stage3")
+        results.fingerprint(STAGE_BY_STAGE, s, "stage2") == results.fingerprint(STAGE_BY_STAGE, s, "stage3")
         for s in seeds
     ]
     return sum(same), len(same)

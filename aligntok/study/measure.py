@@ -1,8 +1,8 @@
 """What the study measures of a row, each number once: it is kept in the row's folder and not measured again.
 
 measures.json: "tokenizers" by stage ("final" for a row's own): reconstruction, probe, alignment to the pretrained
-encoder, cost, fingerprint of the latents; "generations" by point: (training steps, sampling steps, guidance); "ease":
-how well the generator learned the latents; "protocols" by kind; "machine": what the last of them was measured on.
+encoder, cost, fingerprint of the latents; "generations" by point: (training steps, sampling steps, guidance);
+"protocols" by kind; "machine": what the last of them was measured on.
 """
 
 from __future__ import annotations
@@ -108,6 +108,7 @@ class Bench:
         self._reference: Reference | None = None
         self._tokens: Tensor | None = None
         self._classify: Callable[[Tensor], Tensor] | None = None
+        self._own: tuple[Row, Tensor, Tensor] | None = None
 
     @property
     def reference(self) -> Reference:
@@ -171,38 +172,52 @@ class Bench:
         }
         return Measured(values, "convolutions and matrix products of one image, counted by PyTorch")
 
-    def measure_generator(self, row: Row, folder: Path, point: Point, ease: bool = False) -> None:
+    def measure_generator(self, row: Row, folder: Path, point: Point, closely: bool = False) -> None:
         """gFD and gKD of the generator in `folder` through the row's tokenizer.
 
-        With `ease` also how well it learned the row's latents, whatever the decoder makes of them: gFD and gKD of the
-        same samples against the tokenizer's own reconstructions of real images, and the share of samples whose class a
-        linear classifier on the extractor's features of real images recognises.
+        With `closely` also how well it learned the row's latents, whatever the decoder makes of them: gFD and gKD of
+        the same samples against the tokenizer's own reconstructions of real images, and the share of samples whose
+        class a linear classifier on the extractor's features of real images recognises, beside the share of those
+        reconstructions.
         """
         measures = Measures(row)
-        if str(point) in measures.values["generations"] and (not ease or "ease" in measures.values):
+        known = measures.values["generations"].setdefault(str(point), {})
+        if known and (not closely or "recognised" in known):
             return
         generator, tokenizer = self._pair(row, folder)
         generator.sampler = replace(generator.sampler, steps=point.sampling)
         what = (generator, tokenizer, self.reference, self.samples, point.guidance, self.extractor, self.precision)
         measured = evaluate_generation(*what, seed=row.seed)
-        measures.values["generations"].setdefault(str(point), measured.values)
+        known |= measured.values
         measures.values["protocols"].setdefault("generation", measured.protocol)  # a row's first point is the tables'
-        if ease:
-            learned = self._ease(tokenizer, measured, row.seed)
-            measures.values["ease"], measures.values["protocols"]["ease"] = learned.values, learned.protocol
+        if closely:
+            learned = self._learned(row, tokenizer, measured)
+            known |= learned.values
+            measures.values["protocols"]["own reconstructions"] = learned.protocol
         measures.save()
 
-    def _ease(self, tokenizer: StoredTokenizer, drawn: Measured, seed: int) -> Measured:
-        chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(seed))[:OWN]
-        latents = encode_all(tokenizer, self.images[chosen], self.precision)
-        own = extract(self.extractor, decode_all(tokenizer, latents, self.precision).split(BATCH))
+    def _learned(self, row: Row, tokenizer: StoredTokenizer, drawn: Measured) -> Measured:
+        own, labels = self._reconstructions(row, tokenizer)
         made = drawn.extra["features"]
-        values, protocol = feature_distances(own, made, self.extractor, prefix="g", seed=seed)
-        if self._classify is None:
-            real = self.reference.features.double()
-            self._classify = train_classifier(real, self.labels, int(self.labels.max()) + 1)
-        values["recognised"] = (self._classify(made.double()) == drawn.extra["labels"]).double().mean().item()
+        values, protocol = feature_distances(own, made, self.extractor, prefix="own g", seed=row.seed)
+        values["recognised"] = self._recognised(made, drawn.extra["labels"])
+        values["own recognised"] = self._recognised(own, labels)
         return Measured(values, f"reference: the tokenizer's own reconstructions; {protocol}")
+
+    def _reconstructions(self, row: Row, tokenizer: StoredTokenizer) -> tuple[Tensor, Tensor]:
+        """(features, labels) of what a row makes of real images; kept until another row is asked for."""
+        if self._own is None or self._own[0] != row:
+            chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(row.seed))[:OWN]
+            latents = encode_all(tokenizer, self.images[chosen], self.precision)
+            made = decode_all(tokenizer, latents, self.precision)
+            self._own = row, extract(self.extractor, made.split(BATCH)), self.labels[chosen]
+        return self._own[1:]
+
+    def _recognised(self, features: Tensor, labels: Tensor) -> float:
+        """Share of features [n, C] whose class a classifier trained on real images finds."""
+        if self._classify is None:
+            self._classify = train_classifier(self.reference.features.double(), self.labels, int(self.labels.max()) + 1)
+        return (self._classify(features.double()) == labels).double().mean().item()
 
     def draw_classes(self, row: Row, folder: Path, guidance: float) -> None:
         """One sample of every class, kept for the report."""

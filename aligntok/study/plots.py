@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from aligntok.report.svg import style
 from aligntok.study.measure import Point
-from aligntok.study.results import GFD, PROBE, PSNR, Results
+from aligntok.study.results import GFD, PROBE, PSNR, Metric, Results
 from aligntok.study.rows import ABLATIONS, COMPARED, NAMES
 
 if TYPE_CHECKING:
@@ -29,13 +29,13 @@ ABLATED, MARKERS = "#8a68c8", "s^vDP*Xh"  # one marker for each ablation
 INK = "#1b1d21"
 
 
-def convergence(results: Results) -> bytes | None:
-    """gFD against the generator's training steps; None where no generator was measured underway."""
+def convergence(results: Results, metric: Metric) -> bytes | None:
+    """A metric against the generator's training steps; None where no generator was measured underway."""
 
     def wanted(point: Point) -> bool:
         return point.sampling == results.plain.sampling and point.guidance == 1.0
 
-    return _curves(results, wanted, lambda point: point.trained, "training steps of the generator", log=False)
+    return _curves(results, metric, wanted, lambda point: point.trained, "training steps of the generator")
 
 
 def sampling(results: Results) -> bytes | None:
@@ -44,18 +44,23 @@ def sampling(results: Results) -> bytes | None:
     def wanted(point: Point) -> bool:
         return point.trained == results.plain.trained and point.guidance == 1.0
 
-    return _curves(results, wanted, lambda point: point.sampling, "network evaluations per sample", log=True)
+    return _curves(results, GFD, wanted, lambda point: point.sampling, "network evaluations per sample", log=True)
 
 
 def _curves(
-    results: Results, wanted: Callable[[Point], bool], place: Callable[[Point], int], label: str, log: bool
+    results: Results,
+    metric: Metric,
+    wanted: Callable[[Point], bool],
+    place: Callable[[Point], int],
+    label: str,
+    log: bool = False,
 ) -> bytes | None:
     """Mean over seeds as a line, lowest to highest as a band."""
     with style():
         figure, axes = _figure(6.4, 3.6)
         for name in results.rows(COMPARED):
-            points = [point for point in results.points(name) if wanted(point)]
-            values = [results.curve(name, point, GFD) for point in points]
+            points = [p for p in results.points(name) if wanted(p) and results.curve(name, p, metric)]
+            values = [results.curve(name, point, metric) for point in points]
             if len(points) < 2:
                 continue
             x = [place(point) for point in points]
@@ -68,7 +73,7 @@ def _curves(
         if log:
             _log_axis(axes, sorted({int(x) for line in axes.lines for x in line.get_xdata()}))
         axes.set_xlabel(label)
-        axes.set_ylabel(f"{GFD.name}, no guidance")
+        axes.set_ylabel(f"{metric.name}, no guidance")
         axes.legend(fontsize=8, frameon=False)
         return _png(figure)
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from aligntok.errors import UserError
 from aligntok.study.measure import Point
-from aligntok.study.rows import NAMES, Row
+from aligntok.study.rows import NAMES, Row, known_budget
 
 EXTRACTOR = "EffNetLite0"
 
@@ -20,7 +20,7 @@ class Metric:
     """A number of the tables: where it lies in measures.json, and which way is better."""
 
     name: str  # in print
-    kind: str  # "reconstruction", "probe", "alignment", "generation" or "ease"
+    kind: str  # "reconstruction", "probe", "alignment" or "generation"
     key: str
     higher_is_better: bool
     digits: int = 3
@@ -37,9 +37,12 @@ CKNNA = Metric("CKNNA", "alignment", "CKNNA", True)
 GFD = Metric(f"gFD-{EXTRACTOR}", "generation", f"gFD-{EXTRACTOR}", False, 0)
 GKD = Metric(f"gKD-{EXTRACTOR}", "generation", f"gKD-{EXTRACTOR}", False)
 GUIDED = Metric(f"gFD-{EXTRACTOR}, guided", "generation", f"gFD-{EXTRACTOR}", False, 0, guided=True)
-OWN = Metric(f"gFD-{EXTRACTOR}, own reconstructions", "ease", f"gFD-{EXTRACTOR}", False, 0)
-RECOGNISED = Metric("class recognised", "ease", "recognised", True)
-METRICS = (PSNR, SSIM, PERCEPTUAL, RFD, PROBE, FLATTENED, CKNNA, GFD, GKD, GUIDED, OWN, RECOGNISED)
+OWN = Metric(f"gFD-{EXTRACTOR}, own reconstructions", "generation", f"own gFD-{EXTRACTOR}", False, 0)
+CEILING = Metric("class recognised, own reconstructions", "generation", "own recognised", True)
+RECOGNISED = Metric("class recognised", "generation", "recognised", True)
+RECOGNISED_GUIDED = Metric("class recognised, guided", "generation", "recognised", True, guided=True)
+TOKENIZER_METRICS = (PSNR, SSIM, PERCEPTUAL, RFD, PROBE, FLATTENED, CKNNA)
+GENERATION_METRICS = (GFD, GUIDED, GKD, OWN, CEILING, RECOGNISED, RECOGNISED_GUIDED)
 
 
 class Results:
@@ -66,7 +69,8 @@ class Results:
         if not self._values:
             raise UserError(f"{output} holds no measured row of a study; run aligntok study --output {output} first")
         first = next(iter(self._values))
-        self.recipe = Row(*first, output).recipe()
+        self.budget = known_budget(output)
+        self.recipe = Row(*first, output, self.budget).recipe()
         config = self.recipe.generator
         self.plain = Point(config.steps, config.sampler.steps, 1.0)
         self.guided = Point(config.steps, config.sampler.steps, guidance)
@@ -83,14 +87,13 @@ class Results:
         """One number; None where it has not been measured."""
         if metric.kind == "generation":
             return self.generation(name, seed, self.guided if metric.guided else self.plain, metric)
-        values = self._values.get((name, seed), {})
-        measured = values if metric.kind == "ease" else values.get("tokenizers", {}).get(stage, {})
+        measured = self._values.get((name, seed), {}).get("tokenizers", {}).get(stage, {})
         return measured.get(metric.kind, {}).get(metric.key)
 
     def generation(self, name: str, seed: int, point: Point, metric: Metric) -> float | None:
         """One number of a generator at a point; None where it has not been measured."""
         measured = self._values.get((name, seed), {}).get("generations", {}).get(str(point))
-        return None if measured is None else measured[metric.key]
+        return None if measured is None else measured.get(metric.key)
 
     def points(self, name: str) -> list[Point]:
         """Points at which a row's generators have been measured for some seed."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any
 from aligntok.config import Recipe
 from aligntok.config_dict import from_dict
 from aligntok.errors import UserError
-from aligntok.files import unfinished_folder
+from aligntok.files import unfinished_folder, write_bytes
 from aligntok.recipes import read_recipe, recipe_path
 from aligntok.training.train_tokenizer import STAGES
 
@@ -35,6 +36,8 @@ ABLATIONS = {  # against "aligntok"
     "three_stages": "with Stage 3",
 }
 NAMES = COMPARED | ABLATIONS
+STAGE_BY_STAGE = "three_stages"  # the row whose stages are measured one by one
+BUDGET = "study.json"  # in the study's folder
 
 
 @cache
@@ -50,6 +53,7 @@ class Row:
     name: str
     seed: int
     output: Path  # of the whole study
+    budget: int = 1  # factor on the recipes' numbers of steps
 
     @property
     def folder(self) -> Path:
@@ -61,12 +65,39 @@ class Row:
         return "rival" in values_of(self.name)
 
     def recipe(self) -> Recipe:
-        """The row's recipe, with its seed and folder."""
+        """The row's recipe, with its seed, folder and budget."""
         recipe: Recipe = from_dict(Recipe, values_of(self.name))
+        _lengthen(recipe, self.budget)
         recipe.output = str(self.folder)
         for training in (recipe.tokenizer.training, recipe.generator.training, recipe.rival.training):
             training.seed = self.seed
         return recipe
+
+
+def _lengthen(recipe: Recipe, budget: int) -> None:
+    """Multiply all numbers of steps; adversarial losses keep their share of them."""
+    stages = recipe.tokenizer.stages
+    for stage in (stages.stage1, stages.stage2, stages.stage3, recipe.rival.stage):
+        stage.steps *= budget
+        stage.gan_start *= budget
+    recipe.generator.steps *= budget
+    recipe.generator.snapshot_every *= budget
+
+
+def remember_budget(output: Path, budget: int) -> None:
+    """Write down the factor on training steps; UserError where rows of another one lie in the folder."""
+    if any(output.glob("*/seed-*")) and known_budget(output) != budget:
+        raise UserError(
+            f"{output} holds a study of budget {known_budget(output)}, and {budget} was asked for: give another "
+            "--output, or the same --budget"
+        )
+    write_bytes(output / BUDGET, json.dumps({"budget": budget}).encode())
+
+
+def known_budget(output: Path) -> int:
+    """The factor that the rows of a folder were trained with."""
+    file = output / BUDGET
+    return json.loads(file.read_text())["budget"] if file.is_file() else 1
 
 
 def choose(names: list[str] | None) -> list[str]:

@@ -17,14 +17,21 @@ from aligntok.errors import UserError
 from aligntok.options import StudyConfig
 from aligntok.study.measure import Bench, Point, fingerprint
 from aligntok.study.report import write_report
-from aligntok.study.rows import COMPARED, Row, borrow_stages, choose, copy_folder, values_of
+from aligntok.study.rows import (
+    COMPARED,
+    STAGE_BY_STAGE,
+    Row,
+    borrow_stages,
+    choose,
+    copy_folder,
+    remember_budget,
+    values_of,
+)
 from aligntok.training.distributed import refuse_several
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.train_generator import PART, snapshot_folder, train_generator
 from aligntok.training.train_tokenizer import STAGES, train_tokenizer
 from aligntok.zoo.train import train_rival
-
-STAGE_BY_STAGE = "three_stages"  # the row whose stages are measured one by one
 
 
 def study(options: StudyConfig) -> None:
@@ -39,8 +46,9 @@ def study(options: StudyConfig) -> None:
 def run(options: StudyConfig, telemetry: Telemetry) -> None:
     """Train and measure what is missing."""
     output = Path(options.output)
-    rows = [Row(name, seed, output) for seed in options.seeds for name in choose(options.only)]
+    rows = [Row(name, seed, output, options.budget) for seed in options.seeds for name in choose(options.only)]
     _check(options, rows)
+    remember_budget(output, options.budget)
     base: Recipe = from_dict(Recipe, values_of("base"))
     bench = Bench(base, choose_precision("auto"), options.samples)
     for part in (_tokenizer, _generator, _convergence, _sampling):
@@ -51,10 +59,11 @@ def run(options: StudyConfig, telemetry: Telemetry) -> None:
 
 def _check(options: StudyConfig, rows: list[Row]) -> None:
     """Raise UserError now for what would end the study after hours."""
-    if not rows or min(options.samples, *options.sampling_steps) < 2:
+    if not rows or options.budget < 1 or min(options.samples, *options.sampling_steps) < 2:
         raise UserError(
-            f"study: seeds {list(options.seeds)}, samples {options.samples}, steps {list(options.sampling_steps)}: "
-            "expected at least one seed, and numbers of at least 2"
+            f"study: seeds {list(options.seeds)}, budget {options.budget}, samples {options.samples}, steps "
+            f"{list(options.sampling_steps)}: expected at least one seed, a budget of at least 1, and at least 2 "
+            "samples and steps"
         )
     if find_spec("peft") is None and any(row.recipe().tokenizer.model.encoder.lora_rank for row in rows):
         raise UserError(
@@ -85,7 +94,7 @@ def _generator(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) ->
         folder = train_generator(recipe)
     for guidance in (1.0, options.guidance):
         point = Point(recipe.generator.steps, recipe.generator.sampler.steps, guidance)
-        bench.measure_generator(row, folder, point, ease=guidance == 1.0)
+        bench.measure_generator(row, folder, point, closely=True)
     bench.draw_classes(row, folder, options.guidance)
 
 
@@ -103,7 +112,7 @@ def _convergence(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) 
     if row.name in COMPARED:
         for steps in range(config.snapshot_every, config.steps, config.snapshot_every):
             point = Point(steps, config.sampler.steps, 1.0)
-            bench.measure_generator(row, snapshot_folder(row.folder, steps), point)
+            bench.measure_generator(row, snapshot_folder(row.folder, steps), point, closely=True)
 
 
 def _sampling(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) -> None:

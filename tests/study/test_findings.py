@@ -23,12 +23,12 @@ def _measures(probe, rfd, gfd, fingerprint="a"):
         "fingerprint": fingerprint,
         "channels": 32,
     }
-    generation = {"gFD-EffNetLite0": gfd, "gKD-EffNetLite0": gfd / 1000}
+    generation = {"gFD-EffNetLite0": gfd, "gKD-EffNetLite0": gfd / 1000, "own gFD-EffNetLite0": gfd / 5}
+    generation |= {"recognised": 0.5, "own recognised": 0.625}
     steps = [(50, 30, 1), (200, 10, 1), (200, 30, 1), (200, 30, 2)]
     return {
         "tokenizers": {"final": tokenizer, "stage2": tokenizer, "stage3": tokenizer},
         "generations": {str(Point(*step)): generation for step in steps},
-        "ease": generation | {"recognised": 0.5},
         "protocols": {"probe": "made up"},
         "machine": {"processor": "abacus", "threads": 1, "torch": "2.0", "date": "2020-02-02"},
     }
@@ -129,7 +129,9 @@ def test_the_report_has_every_number_and_says_what_is_missing(tmp_path):
     assert text.count("| RAE | 32 | 17.00 | 0.500 |") == 1
     assert "equal to those before, to the bit: 2 of 2 seeds" in text
     assert all(claim.text in text for claim in CLAIMS)
-    for name in ("trade_off", "convergence", "sampling"):
+    assert "| VAE | 32 | 150 ± 0 | 150 ± 0 | 0.150 ± 0.000 | 30 ± 0 | 0.625 ± 0.000 | 0.500 ± 0.000 | 0.500" in text
+    assert "after 200 steps (30) by step 50: 4.0 times sooner" in text and "--budget" not in text
+    for name in ("trade_off", "convergence", "convergence_own", "sampling"):
         assert f"(text/{name}.png)" in text and (tmp_path / "docs" / "text" / f"{name}.png").stat().st_size > 5_000
     assert "| VAE | 1.25 | 2.50 | 30.0 ± 0.0 |  |" in text
     assert "samples.png" not in text  # no pictures were kept

@@ -79,3 +79,15 @@ def test_nothing_is_borrowed_from_another_seed(tmp_path):
     _finish(given, "stage1")
     borrow_stages(row, [given])
     assert not row.folder.exists()
+
+
+@pytest.mark.parametrize("name", ["vae", "w_sp_5", "three_stages"])
+def test_a_budget_multiplies_every_number_of_steps(name, tmp_path):
+    plain, longer = (Row(name, 0, tmp_path, budget).recipe() for budget in (1, 5))
+    for one, other in ((plain.rival.stage, longer.rival.stage), (plain.generator, longer.generator)):
+        assert other.steps == 5 * one.steps
+    assert longer.generator.snapshot_every == 5 * plain.generator.snapshot_every > 0
+    assert longer.rival.stage.gan_start == 5 * plain.rival.stage.gan_start
+    for stage in ("stage1", "stage2", "stage3"):
+        one, other = (getattr(recipe.tokenizer.stages, stage) for recipe in (plain, longer))
+        assert (other.steps, other.gan_start) == (5 * one.steps, 5 * one.gan_start)

@@ -19,6 +19,8 @@ from aligntok.study.rows import Row
 from aligntok.training.train_generator import Generator, snapshot_folder
 
 SHOWN = ["vae", "aligntok", "three_stages"]
+DISTANCES = {"gFD-EffNetLite0", "gKD-EffNetLite0"}
+CLOSELY = DISTANCES | {f"own {name}" for name in DISTANCES} | {"recognised", "own recognised"}
 
 
 def seeded_encoder(config):
@@ -71,8 +73,10 @@ def test_every_row_is_trained_and_measured(study):
         assert {"4/4/1", "4/4/2"} <= set(measures["generations"])
         assert ("2/4/1" in measures["generations"]) == (name in rows.COMPARED)
         assert ("4/2/1" in measures["generations"]) == (name in rows.COMPARED)
-        assert measures["ease"].keys() == {"gFD-EffNetLite0", "gKD-EffNetLite0", "recognised"}
-        assert 0 <= measures["ease"]["recognised"] <= 1
+        assert measures["generations"].get("2/4/1", dict.fromkeys(CLOSELY)).keys() == CLOSELY
+        assert measures["generations"].get("4/2/1", dict.fromkeys(DISTANCES)).keys() == DISTANCES
+        assert measures["generations"]["4/4/2"].keys() == CLOSELY
+        assert 0 <= measures["generations"]["4/4/2"]["recognised"] <= 1
         kept = pictures_of(Row(name, 1, output))
         assert kept["reconstructions"].shape[1:] == (3, 32, 32) and len(kept["samples"]) == 2
     stages = json.loads((Row("three_stages", 1, output).folder / "measures.json").read_text())["tokenizers"]

@@ -89,6 +89,7 @@ def _difference(name: str, base: str) -> dict:
 
 
 STAGE2 = "tokenizer.stages.stage2"
+BASE = "ablations/w_sp_1"
 
 
 @pytest.mark.parametrize(
@@ -115,7 +116,7 @@ STAGE2 = "tokenizer.stages.stage2"
     ],
 )
 def test_an_ablation_changes_one_thing(name, expected):
-    assert _difference(f"ablations/{name}", "ablations/w_sp_1") == expected
+    assert _difference(f"ablations/{name}", BASE) == expected
     lines = [line for line in recipe_path(f"ablations/{name}").read_text().splitlines() if not line.startswith("#")]
     assert len(lines) == 3
 
@@ -167,9 +168,12 @@ def _no_writing(monkeypatch):
 def test_a_dry_run_of_every_recipe(name, monkeypatch, capsys):
     _no_writing(monkeypatch)
     recipe = parse_recipe("train-tokenizer", ["--config", name])
-    found = plan.dry_run(recipe, (*plan.STAGES, "generator"))
     stages = [stage for stage in plan.STAGES if getattr(recipe.tokenizer.stages, stage).steps]
-    assert list(found["parts"]) == [*stages, "generator"]
+    asked, expected = (*plan.STAGES, "generator"), [*stages, "generator"]
+    if name.startswith("ablations/") and name != BASE:  # one value differs, and the last stage has it
+        asked, expected = tuple(stages[-1:]), stages[-1:]
+    found = plan.dry_run(recipe, asked)
+    assert list(found["parts"]) == expected
     assert all(row["activations"] > 0 and row["gradients"] > 0 for row in found["rows"])
     assert "nothing was written" in capsys.readouterr().out
 

@@ -38,12 +38,13 @@ def make(device: str, dtype: torch.dtype, B: int, N: int, H: int, D: int) -> tup
 def minimum(itemsize: int, B: int, N: int, H: int, D: int) -> tuple[float, float]:
     """In units of one of q, k, v, out or dout of all heads; the tables, fp32, are read once per launch.
 
-    Forward: qkv in, out out, and where a head does not fit on the chip k' out and in once more. Backward, as three
-    launches: q, k in, q', k' out; q, k', v, dout, out in, dq out; k, q', v, dout in, dk, dv out.
+    Forward: qkv in, out out, and where a head does not fit on the chip k' out and in once more. Backward in one launch:
+    qkv, dout, out in, dqkv out, and q', k' out and in. In three: q, k in, q', k' out; q, k', v, dout, out in, dq out;
+    k, q', v, dout in, dk, dv out.
     """
     unit, tables = B * N * H * D * itemsize, N * D * 4
     forward = 4 * unit + tables if fits_on_chip(N, D, itemsize) else 6 * unit + 2 * tables
-    return forward, 16 * unit + 3 * tables
+    return forward, 12 * unit + tables if N <= SHORT else 16 * unit + 3 * tables
 
 
 def flops(B: int, N: int, H: int, D: int) -> tuple[float, float]:

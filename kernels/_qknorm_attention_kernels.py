@@ -313,15 +313,16 @@ def _long_forward_kernel(
 
 
 @triton.jit
-def _dq_kernel(
-    qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
+def _dq_block(
+    program, first, partial, qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
     N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per (batch, head) and block of queries: dq, and delta = rowsum(out * dout) for the next kernel."""
-    program = tl.program_id(0) // tl.cdiv(N, BLOCK_Q)
-    first = tl.program_id(0) % tl.cdiv(N, BLOCK_Q) * BLOCK_Q
+    """dq of the block of queries at `first` of a (batch, head), and delta = rowsum(out * dout) for `_dkv_block`.
+
+    `partial` is the row of dweight [.., D] that takes the block's share of the weight's gradient.
+    """
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
     keys = prepared + program.to(tl.int64) * N * D
     q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
@@ -342,22 +343,20 @@ def _dq_kernel(
     dq, dweight_block = _unprepare(dq, q, q_weight, cos, sin, first, N, eps, scale, D, MAIN, TAIL, NORM, ROPE)
     _store(dqkv + _head(program, 3 * N * H * D, D, H, 8), 3 * H * D, first, N, dq, D, MAIN, TAIL, BLOCK_Q)
     if NORM:
-        _store_partial(dweight, tl.program_id(0), dweight_block, D, MAIN, TAIL)
+        _store_partial(dweight, partial, dweight_block, D, MAIN, TAIL)
 
 
 @triton.jit
-def _dkv_kernel(
-    qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dweight,
+def _dkv_block(
+    program, programs, first, partial, qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dweight,
     N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program per (batch, head) and block of keys: dk and dv over blocks of prepared queries."""
-    program = tl.program_id(0) // tl.cdiv(N, BLOCK_K)
-    first = tl.program_id(0) % tl.cdiv(N, BLOCK_K) * BLOCK_K
+    """dk and dv of the block of keys at `first` of one of `programs` (batch, head)s, over blocks of queries."""
     source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
     upstream = dout + _head(program, dout_b, D, H, ALIGN)
-    queries = prepared + (tl.num_programs(0) // tl.cdiv(N, BLOCK_K) + program).to(tl.int64) * N * D
+    queries = prepared + (programs + program).to(tl.int64) * N * D
     k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
     k = _prepare(k, k_weight, cos, sin, first, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
     v = _load(source + 2 * stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
@@ -376,4 +375,79 @@ def _dkv_kernel(
     dk, dweight_block = _unprepare(dk, k, k_weight, cos, sin, first, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE)
     _store(target + H * D, 3 * H * D, first, N, dk, D, MAIN, TAIL, BLOCK_K)
     if NORM:
-        _store_partial(dweight, tl.program_id(0), dweight_block, D, MAIN, TAIL)
+        _store_partial(dweight, partial, dweight_block, D, MAIN, TAIL)
+
+
+@triton.jit
+def _dq_kernel(
+    qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
+    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Long form: one program per (batch, head) and block of queries."""
+    blocks = tl.cdiv(N, BLOCK_Q)
+    _dq_block(
+        tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_Q, tl.program_id(0),
+        qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
+        N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
+        D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, EVEN, BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _dkv_kernel(
+    qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dweight,
+    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Long form: one program per (batch, head) and block of keys."""
+    blocks = tl.cdiv(N, BLOCK_K)
+    _dkv_block(
+        tl.program_id(0) // blocks, tl.num_programs(0) // blocks, tl.program_id(0) % blocks * BLOCK_K, tl.program_id(0),
+        qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dweight,
+        N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
+        D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def _short_backward_kernel(
+    qkv, q_weight, k_weight, cos, sin, prepared, out, lse, dout, dqkv, delta, dq_weight, dk_weight,
+    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
+    DQ_Q: tl.constexpr, DQ_K: tl.constexpr, DKV_Q: tl.constexpr, DKV_K: tl.constexpr,
+):  # fmt: skip
+    """One program per (batch, head): q' and k', then dq, then dk and dv.
+
+    What the phases hand on (q', k', delta) goes through memory, but no further than the multiprocessor's caches: the
+    program that wrote it reads it next. A barrier lies between them.
+    """
+    program, programs = tl.program_id(0), tl.num_programs(0)
+    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
+    target = prepared + program.to(tl.int64) * N * D
+    for start in range(0, N, BLOCK):
+        k = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK)
+        k = _prepare(k, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
+        _store(target, D, start, N, k, D, MAIN, TAIL, BLOCK)
+        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK)
+        q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
+        _store(target + programs.to(tl.int64) * N * D, D, start, N, q, D, MAIN, TAIL, BLOCK)
+    tl.debug_barrier()
+    for start in range(0, N, DQ_Q):
+        _dq_block(
+            program, start, program * tl.cdiv(N, DQ_Q) + start // DQ_Q,
+            qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dq_weight,
+            N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
+            D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, EVEN, DQ_Q, DQ_K,
+        )  # fmt: skip
+    tl.debug_barrier()
+    for start in range(0, N, DKV_K):
+        _dkv_block(
+            program, programs, start, program * tl.cdiv(N, DKV_K) + start // DKV_K,
+            qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dk_weight,
+            N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
+            D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, DKV_Q, DKV_K,
+        )  # fmt: skip

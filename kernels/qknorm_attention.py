@@ -15,9 +15,9 @@ results and gradients are written where the neighbouring projections read them.
 
 Forward, up to SHORT tokens one program owns a (batch, head): k' and v are prepared once and stay on the chip. Beyond,
 k' is prepared by a launch of its own, since each of the N / BLOCK programs of a head would otherwise repeat that for
-every tile. The backward pass prepares q' and k' and then runs one kernel for dq and one for dk and dv, at any length:
-all of it in one program needs more registers than there are (docs/decisions.md). No atomics: a weight's gradient is
-summed per program, then over programs in a fixed order.
+every tile. Backward, up to SHORT tokens one program owns a (batch, head) as well, in three phases: q' and k', then dq,
+then dk and dv, since all of it at once needs more registers than there are (docs/decisions.md). Beyond, each phase is a
+launch. No atomics: a weight's gradient is summed per program and block, then over them in a fixed order.
 
 A head of 72 channels is 64 + 8 and not 128: see `parts`.
 """
@@ -37,6 +37,7 @@ from ._qknorm_attention_kernels import (
     _dq_kernel,
     _long_forward_kernel,
     _prepare_kernel,
+    _short_backward_kernel,
     _short_forward_kernel,
 )
 from ._triton import Configuration, configuration, dot_precision, launch, operator, triton
@@ -94,6 +95,14 @@ def _rows(block: int, warps: int) -> Configuration:
     return {"BLOCK": block, "num_warps": warps, "num_stages": 1}
 
 
+def _phases(
+    dq: tuple[int, int], dkv: tuple[int, int], rows: int = 64, warps: int = 8, stages: int = 2
+) -> Configuration:
+    """Tiles (queries, keys) of dq and of dk and dv, and the rows that are prepared at a time."""
+    tiles = {"BLOCK": rows, "DQ_Q": dq[0], "DQ_K": dq[1], "DKV_Q": dkv[0], "DKV_K": dkv[1]}
+    return tiles | {"num_warps": warps, "num_stages": stages}
+
+
 # Rows (MAIN + TAIL up to, N up to, by architecture); the first that fits is taken.
 CONFIGURATIONS: dict[str, list[tuple[int, int, dict[int, Configuration]]]] = {
     "short_forward": [
@@ -114,10 +123,18 @@ CONFIGURATIONS: dict[str, list[tuple[int, int, dict[int, Configuration]]]] = {
         (80, ANY, {80: _blocks(32, 64, 4, 2), 90: _blocks(64, 64, 8, 2)}),
         (128, ANY, {80: _blocks(64, 64, 8, 2), 90: _blocks(64, 64, 8, 2)}),
     ],
+    "short_backward": [
+        (64, 64, {80: _phases((64, 64), (32, 64)), 90: _phases((64, 64), (64, 64))}),
+        (64, 256, {80: _phases((128, 64), (32, 128)), 90: _phases((128, 64), (64, 128))}),
+        (80, 64, {80: _phases((64, 64), (16, 64)), 90: _phases((64, 64), (64, 64))}),
+        (80, 256, {80: _phases((64, 64), (16, 128)), 90: _phases((128, 64), (64, 64))}),
+        (128, 256, {80: _phases((64, 64), (64, 64)), 90: _phases((64, 64), (32, 64))}),
+    ],
 }
 # fp32 runs on the ordinary cores (tf32 on request): tiles that fit in registers, not tuned further.
 FLOAT32 = dict.fromkeys(CONFIGURATIONS, _blocks(32, 32, 4)) | {
     "prepare": _rows(32, 4),
+    "short_backward": _phases((32, 32), (32, 32), 32, 4, 1),
 }
 
 
@@ -214,10 +231,7 @@ def _backward(
     sin: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """dqkv, and the gradients [2, D] of both weights in fp32 (zeros without weights).
-
-    Three launches: q' and k', then dq, then dk and dv.
-    """
+    """dqkv, and the gradients [2, D] of both weights in fp32 (zeros without weights)."""
     qkv, dout = _unit_stride(qkv), _unit_stride(dout)
     B, N, _, H, D = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
@@ -225,11 +239,20 @@ def _backward(
     prepared = torch.empty((2, B, H, N, D), dtype=qkv.dtype, device=qkv.device)
     tables, sizes = _dense(cos, sin), (N, H, *qkv.stride()[:4])
     constants, dots = _constants(qkv, q_weight, cos, dout), {"PRECISION": dot_precision(qkv.dtype)}
+    scalars = (*sizes, *dout.stride()[:2], eps, D**-0.5 * LOG2_E, D**-0.5)
+    if N <= SHORT:
+        config = _configured("short_backward", qkv)
+        dq_weight = _partials(q_weight, B * H * triton.cdiv(N, config["DQ_Q"]), qkv)
+        dk_weight = _partials(q_weight, B * H * triton.cdiv(N, config["DKV_K"]), qkv)
+        even = {"EVEN": N % config["DQ_K"] == 0}
+        pointers = (qkv, q_weight, k_weight, *tables, prepared, out, lse, dout, dqkv, delta, dq_weight, dk_weight)
+        kernel = wrap_triton(_short_backward_kernel)
+        launch(kernel, (B * H,), *pointers, *scalars, **constants, **dots, **even, **config)
+        return dqkv, torch.stack((dq_weight.sum(0), dk_weight.sum(0)))
     config = _configured("prepare", qkv)
     grid = (B * H * triton.cdiv(N, config["BLOCK"]), 2)
     pointers = (qkv, q_weight, k_weight, *tables, prepared)
     launch(wrap_triton(_prepare_kernel), grid, *pointers, *sizes, eps, D**-0.5 * LOG2_E, **constants, **config)
-    scalars = (*sizes, *dout.stride()[:2], eps, D**-0.5 * LOG2_E, D**-0.5)
     config = _configured("dq", qkv)
     programs = B * H * triton.cdiv(N, config["BLOCK_Q"])
     dq_weight = _partials(q_weight, programs, qkv)

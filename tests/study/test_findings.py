@@ -10,7 +10,7 @@ from aligntok.options import StudyConfig
 from aligntok.study.findings import CLAIMS, CRITICAL, Claim, Comparison, compare, same_latents, verdict
 from aligntok.study.measure import Point
 from aligntok.study.report import write_report
-from aligntok.study.results import GFD, PROBE, RFD, Results, spread
+from aligntok.study.results import GFD, GUIDED, OWN, PROBE, RFD, Results, spread
 from aligntok.study.rows import NAMES, Row
 
 
@@ -92,6 +92,11 @@ def test_differences_are_positive_where_the_claim_is_right(tmp_path):
     assert compare(results, Claim("", "", PROBE, order))[0].differences == pytest.approx((0.1,))
     assert compare(results, Claim("", "", RFD, order))[0].differences == (-10,)
     assert compare(results, Claim("", "", GFD, order))[0].differences == (20,)
+
+
+def test_every_claim_about_generation_is_also_asked_of_the_latents():
+    orders = {metric: [claim.order for claim in CLAIMS if claim.metric in metric] for metric in ((GFD, GUIDED), (OWN,))}
+    assert sorted(orders[GFD, GUIDED]) == sorted(orders[OWN,])
 
 
 def test_claims_name_rows_and_each_only_once():

@@ -5,15 +5,21 @@
 A step is forward, flow-matching loss, backward and fused AdamW under bf16 autocast, on random latents of 32 channels.
 Both paths start from the same weights and see the same batches; their first losses must agree before anything is timed.
 Steps alternate between the paths. FLOPs are counted by PyTorch's counter on the reference path; the share is against
-the rate of one large bf16 matrix product measured in the same run.
+the rate of one large bf16 matrix product measured in the same run. The step's matrix products are also timed alone, on
+operands of the same shapes, strides and types with nothing in between: what is left to them is what fusion can reach.
 """
 
 import argparse
 import copy
 import statistics
 import sys
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from aligntok.config import FlowConfig, LightningDiTConfig
@@ -58,6 +64,33 @@ class Path:
         self.samples.append(seconds_of(lambda: self.step(seed, data, labels)))
 
 
+class Products(TorchDispatchMode):
+    """Counts the matrix products of what runs inside it, by operator and by the layout of their operands."""
+
+    OPERATORS = (torch.ops.aten.mm, torch.ops.aten.addmm, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: Counter[tuple[Callable, tuple[tuple[Any, ...], ...]]] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function.overloadpacket in self.OPERATORS:
+            layouts = tuple((x.shape, x.stride(), x.dtype) for x in args if isinstance(x, Tensor))
+            self.found[function, layouts] += 1
+        return function(*args, **kwargs or {})
+
+    def seconds(self, rounds: int) -> float:
+        """Median time of each product alone, times how often it occurs."""
+        total = 0.0
+        for (function, layouts), count in self.found.items():
+            operands = [torch.empty_strided(*layout[:2], dtype=layout[2], device=DEVICE) for layout in layouts]
+            for operand in operands:
+                operand.normal_()
+            times = [seconds_of(lambda f=function, x=operands: f(*x)) for _ in range(rounds + 1)]
+            total += count * statistics.median(times[1:])
+        return total
+
+
 def batch(size: int, side: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Random latents [B, 32, side, side] and labels [B]."""
     generator = torch.Generator().manual_seed(3)
@@ -97,7 +130,7 @@ def main() -> int:
     model = perturb(LightningDiT(config, CHANNELS, (side, side)).to(DEVICE))
     inputs = batch(options.batch, side)
     paths = {name: Path(model, implementation) for name, implementation in PATHS.items()}
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter, Products() as products:
         paths["reference"].loss(0, *inputs).backward()
     paths["reference"].optimizer.zero_grad()
     first = {name: path.step(0, *inputs) for name, path in paths.items()}
@@ -125,6 +158,11 @@ def main() -> int:
             f"{name}: {seconds:.3f} s ({spread}), {images:.1f} img/s, {flops / seconds / rate:.0%} of the matmul rate"
         )
     print(f"ratio: {medians['reference'] / medians['fused']:.2f}x")
+    alone = products.seconds(options.rounds)
+    print(
+        f"its {products.found.total()} matrix products alone: {alone:.3f} s, {flops / alone / rate:.0%} of the matmul "
+        f"rate, {alone / medians['fused']:.0%} of the fused step"
+    )
     if options.profile:
         print(profile(paths["fused"], inputs))
     return 0

@@ -3,10 +3,11 @@
     python -m benchmarks.tune OP [--workload N] [--arch 80 90] [--kernel NAME] [--seconds 5]
 
 Each block size is halved and doubled, and so is the number of warps; stages go down and up by one; one kernel at a
-time, the others as pinned. Every candidate is compiled without a device for each architecture, and those that spill or
-that ask for more shared memory than a block may have are dropped. On a GPU the rest is timed side by side, its results
-compared with the reference first, and the fastest is printed as a line for the kernel's table. Without a GPU nothing
-is timed and no winner named: the table then says what the compiler made of each candidate.
+time, the others as pinned. Where a kernel has more than three sizes, one of them changes at a time. Every candidate is
+compiled without a device for each architecture, and those that spill or that ask for more shared memory than a block
+may have are dropped. On a GPU the rest is timed side by side, its results compared with the reference first, and the
+fastest is printed as a line for the kernel's table. Without a GPU nothing is timed and no winner named: the table then
+says what the compiler made of each candidate.
 """
 
 import argparse
@@ -23,14 +24,16 @@ from benchmarks.machine import CUDA, DEVICE, machine_line
 from benchmarks.workloads import Workload
 
 SMALLEST_BLOCK = 16  # of tl.dot
+SIZES = 3  # block sizes of a kernel up to which all combinations are tried
 WARPS, STAGES = (1, 16), (1, 4)  # a block has at most 32 warps; beyond 4 stages shared memory is the limit
 
 
 def candidates(pinned: Configuration) -> Iterator[Configuration]:
-    """The pinned configuration first, then all combinations of its neighbours."""
+    """The pinned configuration first, then all combinations of its neighbours, or one by one where sizes are many."""
+    sizes = [name for name, value in pinned.items() if name.isupper() and not isinstance(value, bool)]
     choices: dict[str, list[Any]] = {}
     for name, value in pinned.items():
-        if name.startswith("BLOCK"):
+        if name in sizes:
             around = [value, value // 2, value * 2]
             choices[name] = [v for v in around if v >= min(SMALLEST_BLOCK, value)]
         elif name == "num_warps":
@@ -39,6 +42,10 @@ def candidates(pinned: Configuration) -> Iterator[Configuration]:
             choices[name] = [value, *(v for v in (value - 1, value + 1) if STAGES[0] <= v <= STAGES[1])]
         else:
             choices[name] = [value]
+    if len(sizes) > SIZES:
+        yield pinned
+        yield from (pinned | {name: value} for name, values in choices.items() for value in values[1:])
+        return
     for values in itertools.product(*choices.values()):
         yield dict(zip(choices, values, strict=True))
 

@@ -20,6 +20,13 @@ def test_candidates_are_the_pinned_one_and_its_neighbours():
     assert all(c["EVEN"] is True for c in found)
 
 
+def test_many_sizes_change_one_at_a_time():
+    pinned = {"BLOCK": 64, "DQ_Q": 64, "DQ_K": 16, "DKV_Q": 32, "num_warps": 8, "num_stages": 2}
+    found = list(tune.candidates(pinned))
+    assert found[0] == pinned and len(found) == len({str(c) for c in found}) == 1 + 2 + 2 + 1 + 2 + 2 + 2
+    assert all(sum(c[name] != pinned[name] for name in pinned) == 1 for c in found[1:])
+
+
 COMPILED = """
 from benchmarks import tune
 from benchmarks.aot import workloads_of

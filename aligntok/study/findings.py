@@ -12,7 +12,7 @@ import math
 import statistics
 from dataclasses import dataclass
 
-from aligntok.study.results import CKNNA, GFD, GUIDED, OWN, PROBE, PSNR, RFD, Metric, Results
+from aligntok.study.results import ABOVE, CKNNA, GFD, GUIDED, PROBE, PSNR, RFD, Metric, Results
 from aligntok.study.rows import NAMES, STAGE_BY_STAGE
 
 # Student's one-sided 5 % points by the number of seeds; more seeds are judged by the last one, which is stricter
@@ -69,16 +69,16 @@ CLAIMS = (
         "a pretrained encoder generates better than a random one", "no such row", GFD, ("aligntok", "random_encoder")
     ),
     # Every claim about generation once more, by how well the generator has learned the latents
-    Claim("w_sp = 1 is learned better than w_sp = 5", "2.19 < 2.48", OWN, ("aligntok", "w_sp_5")),
-    Claim("w_sp = 1 is learned better than w_sp = 0", "2.19 < 3.05", OWN, ("aligntok", "w_sp_0")),
-    Claim("w_sp = 1 is learned better than Stage 1 alone", "2.19 < 3.00", OWN, ("aligntok", "stage1_only")),
-    Claim("AlignTok's latents are learned better than VA-VAE's", "4.05 < 7.79", OWN, ("aligntok", "va_vae")),
-    Claim("VA-VAE's latents are learned better than the VAE's", "7.79 < 10.17", OWN, ("va_vae", "vae")),
-    Claim("AlignTok is learned better than VA-VAE on the same ViT", "4.05 < 8.21", OWN, ("aligntok", "va_vae_vit")),
-    Claim("L_sp after the adapter is learned better than before", "2.19 < 2.83", OWN, ("aligntok", "before_adapter")),
-    Claim("a trained encoder's latents are learned better than LoRA's", "2.19 < 2.97", OWN, ("aligntok", "lora")),
-    Claim("32 channels are learned better than 64", "4.05 < 5.24", OWN, ("aligntok", "aligntok_d64")),
-    Claim("a pretrained encoder's latents are learned better", "no such row", OWN, ("aligntok", "random_encoder")),
+    Claim("w_sp = 1 is learned better than w_sp = 5", "2.19 < 2.48", ABOVE, ("aligntok", "w_sp_5")),
+    Claim("w_sp = 1 is learned better than w_sp = 0", "2.19 < 3.05", ABOVE, ("aligntok", "w_sp_0")),
+    Claim("w_sp = 1 is learned better than Stage 1 alone", "2.19 < 3.00", ABOVE, ("aligntok", "stage1_only")),
+    Claim("AlignTok's latents are learned better than VA-VAE's", "4.05 < 7.79", ABOVE, ("aligntok", "va_vae")),
+    Claim("VA-VAE's latents are learned better than the VAE's", "7.79 < 10.17", ABOVE, ("va_vae", "vae")),
+    Claim("AlignTok is learned better than VA-VAE on the same ViT", "4.05 < 8.21", ABOVE, ("aligntok", "va_vae_vit")),
+    Claim("L_sp after the adapter is learned better than before", "2.19 < 2.83", ABOVE, ("aligntok", "before_adapter")),
+    Claim("a trained encoder's latents are learned better than LoRA's", "2.19 < 2.97", ABOVE, ("aligntok", "lora")),
+    Claim("32 channels are learned better than 64", "4.05 < 5.24", ABOVE, ("aligntok", "aligntok_d64")),
+    Claim("a pretrained encoder's latents are learned better", "no such row", ABOVE, ("aligntok", "random_encoder")),
 )
 
 

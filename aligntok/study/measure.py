@@ -2,7 +2,8 @@
 
 measures.json: "tokenizers" by stage ("final" for a row's own): reconstruction, probe, alignment to the pretrained
 encoder, cost, fingerprint of the latents; "generations" by point: (training steps, sampling steps, guidance);
-"protocols" by kind; "machine": what the last of them was measured on.
+"perfect": what a perfect generator would have through the row's decoder; "protocols" by kind; "machine": what the
+last of them was measured on.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save
@@ -70,6 +71,13 @@ class Point:
         return cls(int(trained), int(sampling), float(guidance))
 
 
+class Reconstructed(NamedTuple):
+    """What a tokenizer makes of real images, as the extractor sees it."""
+
+    features: Tensor  # [n, C]
+    labels: Tensor  # [n]
+
+
 class Measures:
     """The numbers of one row in its folder."""
 
@@ -108,7 +116,7 @@ class Bench:
         self._reference: Reference | None = None
         self._tokens: Tensor | None = None
         self._classify: Callable[[Tensor], Tensor] | None = None
-        self._own: tuple[Row, Tensor, Tensor] | None = None
+        self._own: tuple[Row, Reconstructed] | None = None
 
     @property
     def reference(self) -> Reference:
@@ -175,10 +183,9 @@ class Bench:
     def measure_generator(self, row: Row, folder: Path, point: Point, closely: bool = False) -> None:
         """gFD and gKD of the generator in `folder` through the row's tokenizer.
 
-        With `closely` also how well it learned the row's latents, whatever the decoder makes of them: gFD and gKD of
-        the same samples against the tokenizer's own reconstructions of real images, and the share of samples whose
-        class a linear classifier on the extractor's features of real images recognises, beside the share of those
-        reconstructions.
+        With `closely` also how well it learned the row's latents: gFD and gKD of the same samples against the
+        tokenizer's own reconstructions of real images, and the share of samples whose class a linear classifier on the
+        extractor's features of real images recognises. `measure_perfect` has what to hold them against.
         """
         measures = Measures(row)
         known = measures.values["generations"].setdefault(str(point), {})
@@ -197,21 +204,37 @@ class Bench:
         measures.save()
 
     def _learned(self, row: Row, tokenizer: StoredTokenizer, drawn: Measured) -> Measured:
-        own, labels = self._reconstructions(row, tokenizer)
         made = drawn.extra["features"]
-        values, protocol = feature_distances(own, made, self.extractor, prefix="own g", seed=row.seed)
+        reference = self._reconstructed(row, tokenizer).features[:OWN]
+        values, protocol = feature_distances(reference, made, self.extractor, prefix="own g", seed=row.seed)
         values["recognised"] = self._recognised(made, drawn.extra["labels"])
-        values["own recognised"] = self._recognised(own, labels)
         return Measured(values, f"reference: the tokenizer's own reconstructions; {protocol}")
 
-    def _reconstructions(self, row: Row, tokenizer: StoredTokenizer) -> tuple[Tensor, Tensor]:
-        """(features, labels) of what a row makes of real images; kept until another row is asked for."""
+    def measure_perfect(self, row: Row) -> None:
+        """The numbers of `measure_generator`, `closely`, with reconstructions of other real images as samples.
+
+        That is a generator that has learned the latents perfectly, seen through the row's decoder.
+        """
+        measures = Measures(row)
+        if "perfect" in measures.values:
+            return
+        tokenizer = load_tokenizer(row.folder / "tokenizer").to(self.precision.device)
+        own = self._reconstructed(row, tokenizer)
+        pair = own.features[:OWN], own.features[OWN:]
+        values, protocol = feature_distances(*pair, self.extractor, prefix="own g", seed=row.seed)
+        values["recognised"] = self._recognised(own.features, own.labels)
+        measures.values["perfect"], measures.values["protocols"]["perfect generator"] = values, protocol
+        measures.save()
+
+    def _reconstructed(self, row: Row, tokenizer: StoredTokenizer) -> Reconstructed:
+        """Of OWN real images and as many others as there are samples; kept until another row is asked for."""
         if self._own is None or self._own[0] != row:
-            chosen = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(row.seed))[:OWN]
+            order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(row.seed))
+            chosen = order[: OWN + self.samples]
             latents = encode_all(tokenizer, self.images[chosen], self.precision)
             made = decode_all(tokenizer, latents, self.precision)
-            self._own = row, extract(self.extractor, made.split(BATCH)), self.labels[chosen]
-        return self._own[1:]
+            self._own = row, Reconstructed(extract(self.extractor, made.split(BATCH)), self.labels[chosen])
+        return self._own[1]
 
     def _recognised(self, features: Tensor, labels: Tensor) -> float:
         """Share of features [n, C] whose class a classifier trained on real images finds."""

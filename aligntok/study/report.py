@@ -17,16 +17,17 @@ from aligntok.report.pictures import contact_sheet
 from aligntok.study import plots
 from aligntok.study.findings import CLAIMS, compare, same_latents, verdict
 from aligntok.study.measure import Point, pictures_of
-from aligntok.study.results import GENERATION_METRICS, GFD, OWN, TOKENIZER_METRICS, Metric, Results, spread
+from aligntok.study.results import ABOVE, GENERATION_METRICS, GFD, TOKENIZER_METRICS, Metric, Results, spread
 from aligntok.study.rows import COMPARED, NAMES, STAGE_BY_STAGE, Row
 
 PARTS = ("tokenizer", "generator")  # of training, as times.json has them
-CONVERGENCE = {GFD: "convergence.png", OWN: "convergence_own.png"}
+CONVERGENCE = {GFD: "convergence.png", ABOVE: "convergence_above.png"}
 STAGE_NAMES = {"stage1": "after Stage 1", "stage2": "after Stage 2", "stage3": "after Stage 3"}
 GENERATORS = (
-    "Distances to real pictures, and to the tokenizer's own reconstructions of real pictures: the second asks only how "
-    "well the generator has learned the latents. A linear classifier on the extractor's features of real pictures "
-    "looks for the class of reconstructions (what a perfect generator would reach) and of samples."
+    "Distances to real pictures, and to the tokenizer's own reconstructions of real pictures. A perfect generator is "
+    "played by reconstructions of other real pictures: what is above its distance is what the generator has not "
+    "learned of the latents, as far as the decoder shows it. A linear classifier on the extractor's features of real "
+    "pictures looks for the classes."
 )
 
 
@@ -143,25 +144,24 @@ def _convergence(results: Results, metric: Metric) -> str:
 
 def _sooner(results: Results, points: list[Point], metric: Metric) -> str:
     """How many steps AlignTok needs for what VA-VAE has at the end."""
-    goals = results.curve("va_vae", points[-1], metric)
-    if not goals:
+    last = points[-1].trained
+    means = {
+        name: {p.trained: statistics.fmean(values) for p in points if (values := results.curve(name, p, metric))}
+        for name in ("va_vae", "aligntok")
+    }
+    if not all(last in found for found in means.values()):
         return ""
-    goal = statistics.fmean(goals)
-    ends = results.curve("aligntok", points[-1], metric)
-    if ends and statistics.fmean(ends) > goal:
+    goal, end = means["va_vae"][last], means["aligntok"][last]
+    if end > goal:
         return (
-            f"AlignTok ends at {statistics.fmean(ends):.0f} and VA-VAE at {goal:.0f}: there is no sooner to speak of "
-            "(the paper: about five times)."
+            f"AlignTok ends at {end:.{metric.digits}f} and VA-VAE at {goal:.{metric.digits}f}: there is no sooner to "
+            "speak of (the paper: about five times)."
         )
-    for point in points:
-        found = results.curve("aligntok", point, metric)
-        if found and statistics.fmean(found) <= goal:
-            sooner = points[-1].trained / point.trained
-            return (
-                f"AlignTok has what VA-VAE has after {points[-1].trained} steps ({goal:.0f}) by step {point.trained}: "
-                f"{sooner:.1f} times sooner, as far as the snapshots tell (the paper: about five times)."
-            )
-    return ""
+    step = next(step for step, mean in means["aligntok"].items() if mean <= goal)
+    return (
+        f"AlignTok has what VA-VAE has after {last} steps ({goal:.{metric.digits}f}) by step {step}: "
+        f"{last / step:.1f} times sooner, as far as the snapshots tell (the paper: about five times)."
+    )
 
 
 def _sampling(results: Results) -> str:
@@ -195,7 +195,7 @@ def _grid(results: Results, points: list[Point], heads: list[str], metric: Metri
         for point in points:
             values = results.curve(name, point, metric)
             fewer = 0 < len(values) < len(results.seeds(name))
-            cells.append(spread(values, 0) + (f" ({len(values)})" if fewer else ""))
+            cells.append(spread(values, metric.digits) + (f" ({len(values)})" if fewer else ""))
         lines.append([NAMES[name], *cells])
     return _markdown(lines)
 

@@ -20,11 +20,12 @@ class Metric:
     """A number of the tables: where it lies in measures.json, and which way is better."""
 
     name: str  # in print
-    kind: str  # "reconstruction", "probe", "alignment" or "generation"
+    kind: str  # "reconstruction", "probe", "alignment", "generation", or "perfect" for a perfect generator's
     key: str
     higher_is_better: bool
     digits: int = 3
     guided: bool = False  # of a generation: with the study's guidance
+    above_perfect: bool = False  # of a generation: less the perfect generator's
 
 
 PSNR = Metric("PSNR [dB]", "reconstruction", "PSNR [dB]", True, 2)
@@ -38,11 +39,13 @@ GFD = Metric(f"gFD-{EXTRACTOR}", "generation", f"gFD-{EXTRACTOR}", False, 0)
 GKD = Metric(f"gKD-{EXTRACTOR}", "generation", f"gKD-{EXTRACTOR}", False)
 GUIDED = Metric(f"gFD-{EXTRACTOR}, guided", "generation", f"gFD-{EXTRACTOR}", False, 0, guided=True)
 OWN = Metric(f"gFD-{EXTRACTOR}, own reconstructions", "generation", f"own gFD-{EXTRACTOR}", False, 0)
-CEILING = Metric("class recognised, own reconstructions", "generation", "own recognised", True)
+FLOOR = Metric(f"gFD-{EXTRACTOR}, own reconstructions, of a perfect generator", "perfect", OWN.key, False, 0)
+ABOVE = Metric(f"gFD-{EXTRACTOR} above a perfect generator", "generation", OWN.key, False, 1, above_perfect=True)
+CEILING = Metric("class recognised, of a perfect generator", "perfect", "recognised", True)
 RECOGNISED = Metric("class recognised", "generation", "recognised", True)
 RECOGNISED_GUIDED = Metric("class recognised, guided", "generation", "recognised", True, guided=True)
 TOKENIZER_METRICS = (PSNR, SSIM, PERCEPTUAL, RFD, PROBE, FLATTENED, CKNNA)
-GENERATION_METRICS = (GFD, GUIDED, GKD, OWN, CEILING, RECOGNISED, RECOGNISED_GUIDED)
+GENERATION_METRICS = (GFD, GUIDED, GKD, OWN, FLOOR, ABOVE, RECOGNISED, RECOGNISED_GUIDED, CEILING)
 
 
 class Results:
@@ -87,13 +90,18 @@ class Results:
         """One number; None where it has not been measured."""
         if metric.kind == "generation":
             return self.generation(name, seed, self.guided if metric.guided else self.plain, metric)
-        measured = self._values.get((name, seed), {}).get("tokenizers", {}).get(stage, {})
+        values = self._values.get((name, seed), {})
+        measured = values if metric.kind == "perfect" else values.get("tokenizers", {}).get(stage, {})
         return measured.get(metric.kind, {}).get(metric.key)
 
     def generation(self, name: str, seed: int, point: Point, metric: Metric) -> float | None:
         """One number of a generator at a point; None where it has not been measured."""
-        measured = self._values.get((name, seed), {}).get("generations", {}).get(str(point))
-        return None if measured is None else measured.get(metric.key)
+        values = self._values.get((name, seed), {})
+        found = values.get("generations", {}).get(str(point), {}).get(metric.key)
+        if found is None or not metric.above_perfect:
+            return found
+        perfect = values.get("perfect", {}).get(metric.key)
+        return None if perfect is None else found - perfect
 
     def points(self, name: str) -> list[Point]:
         """Points at which a row's generators have been measured for some seed."""

@@ -95,6 +95,7 @@ def _generator(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) ->
     for guidance in (1.0, options.guidance):
         point = Point(recipe.generator.steps, recipe.generator.sampler.steps, guidance)
         bench.measure_generator(row, folder, point, closely=True)
+    bench.measure_perfect(row)
     bench.draw_classes(row, folder, options.guidance)
 
 

@@ -109,3 +109,27 @@ def test_every_operator_has_workloads_and_is_in_the_gpu_check():
     for op in wanted:
         assert all(workload.op == op for workload in hardware_report.workloads_of(op))
     assert {f"bench_{op}" for op in wanted} <= {part.name for part in parts(0.1)}
+
+
+PHASES = """
+import re, triton
+from triton.backends.compiler import GPUTarget
+from benchmarks.aot import launches_of, source, workloads_of
+
+workload = next(w for w in workloads_of("qknorm_attention") if w.shape["N"] == 64 and w.shape["D"] == 64)
+_, [launch] = launches_of(workload, 80)
+code = triton.compile(source(launch), target=GPUTarget("cuda", 80, 32), options=launch.options).asm
+memory = re.sub(r"ttg.barrier all", "| barrier |", code["ttgir"])
+print(launch.kernel.__name__, *("tt.store" in part for part in memory.split("| barrier |")), sep=",")
+print(len(re.findall(r"ld\\.global[.\\w]*\\.nc", code["ptx"])))
+"""
+
+
+def test_what_phases_hand_on_through_memory_is_behind_a_barrier():
+    """The interpreter runs a program in order, whatever barriers there are: only the compiled code can tell."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", PHASES], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["_short_backward_kernel,True,True,True", "0"]

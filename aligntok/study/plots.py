@@ -73,7 +73,7 @@ def _curves(
         if log:
             _log_axis(axes, sorted({int(x) for line in axes.lines for x in line.get_xdata()}))
         axes.set_xlabel(label)
-        axes.set_ylabel(f"{metric.name}, no guidance")
+        axes.set_ylabel(f"{metric.name},\nno guidance")
         axes.legend(fontsize=8, frameon=False)
         return _png(figure)
 

@@ -72,10 +72,11 @@ class Point:
 
 
 class Reconstructed(NamedTuple):
-    """What a tokenizer makes of real images, as the extractor sees it."""
+    """Features [n, C] of what a tokenizer makes of real images: those that samples are compared with, and others."""
 
-    features: Tensor  # [n, C]
-    labels: Tensor  # [n]
+    reference: Tensor
+    others: Tensor
+    labels: Tensor  # of both, in this order
 
 
 class Measures:
@@ -205,7 +206,7 @@ class Bench:
 
     def _learned(self, row: Row, tokenizer: StoredTokenizer, drawn: Measured) -> Measured:
         made = drawn.extra["features"]
-        reference = self._reconstructed(row, tokenizer).features[:OWN]
+        reference = self._reconstructed(row, tokenizer).reference
         values, protocol = feature_distances(reference, made, self.extractor, prefix="own g", seed=row.seed)
         values["recognised"] = self._recognised(made, drawn.extra["labels"])
         return Measured(values, f"reference: the tokenizer's own reconstructions; {protocol}")
@@ -220,20 +221,21 @@ class Bench:
             return
         tokenizer = load_tokenizer(row.folder / "tokenizer").to(self.precision.device)
         own = self._reconstructed(row, tokenizer)
-        pair = own.features[:OWN], own.features[OWN:]
-        values, protocol = feature_distances(*pair, self.extractor, prefix="own g", seed=row.seed)
-        values["recognised"] = self._recognised(own.features, own.labels)
+        values, protocol = feature_distances(own.reference, own.others, self.extractor, prefix="own g", seed=row.seed)
+        values["recognised"] = self._recognised(torch.cat((own.reference, own.others)), own.labels)
         measures.values["perfect"], measures.values["protocols"]["perfect generator"] = values, protocol
         measures.save()
 
     def _reconstructed(self, row: Row, tokenizer: StoredTokenizer) -> Reconstructed:
-        """Of OWN real images and as many others as there are samples; kept until another row is asked for."""
+        """Of OWN real images and as many others as there are samples, or fewer of both; kept until the next row."""
         if self._own is None or self._own[0] != row:
+            others = min(self.samples, len(self.images) // 3)
+            count = min(OWN, len(self.images) - others)
             order = torch.randperm(len(self.images), generator=torch.Generator().manual_seed(row.seed))
-            chosen = order[: OWN + self.samples]
+            chosen = order[: count + others]
             latents = encode_all(tokenizer, self.images[chosen], self.precision)
-            made = decode_all(tokenizer, latents, self.precision)
-            self._own = row, Reconstructed(extract(self.extractor, made.split(BATCH)), self.labels[chosen])
+            made = extract(self.extractor, decode_all(tokenizer, latents, self.precision).split(BATCH))
+            self._own = row, Reconstructed(made[:count], made[count:], self.labels[chosen])
         return self._own[1]
 
     def _recognised(self, features: Tensor, labels: Tensor) -> float:

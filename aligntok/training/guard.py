@@ -220,11 +220,16 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Context in which SIGINT and SIGTERM are noted instead of obeyed; a second one acts at once."""
+    """Context in which SIGINT and SIGTERM are noted instead of obeyed; a second one acts at once.
+
+    An exception that a handler raises is lost where a callback from C++ happens to run. So `insisted` tells that a
+    second one came, for whoever comes by next.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous: dict[int, object] = {}
+        self.insisted = False
+        self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -241,4 +246,8 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         for number_again, handler in self._previous.items():
-            signal.signal(number_again, handler)
+            signal.signal(number_again, self._insist if callable(handler) else handler)
+
+    def _insist(self, number: int, frame: FrameType | None) -> None:
+        self.insisted = True
+        self._previous[number](number, frame)

@@ -220,16 +220,11 @@ class Interrupted(Exception):
 
 
 class StopSignals:
-    """Context in which SIGINT and SIGTERM are noted instead of obeyed; a second one acts at once.
-
-    An exception that a handler raises is lost where a callback from C++ happens to run. So `insisted` tells that a
-    second one came, for whoever comes by next.
-    """
+    """Context in which SIGINT and SIGTERM are noted instead of obeyed; a second one acts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.insisted = False
-        self._previous: dict[int, Any] = {}
+        self._previous: dict[int, object] = {}
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -246,8 +241,4 @@ class StopSignals:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         for number_again, handler in self._previous.items():
-            signal.signal(number_again, self._insist if callable(handler) else handler)
-
-    def _insist(self, number: int, frame: FrameType | None) -> None:
-        self.insisted = True
-        self._previous[number](number, frame)
+            signal.signal(number_again, handler)

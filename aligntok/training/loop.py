@@ -54,8 +54,6 @@ def train(
                 with telemetry.part(part, start, objective.steps) as log:
                     for step in range(start, objective.steps):
                         take_step(objective, feed, config.seed, guard, log, step, checkpoints.observe)
-                        if signals.insisted:
-                            raise KeyboardInterrupt
                         done, regular = step + 1, (step + 1) % config.checkpoint_every == 0
                         stop = collectives.largest(signals.received or 0)  # one process is signalled, all stop here
                         if stop or (regular and done < objective.steps):

@@ -1,7 +1,6 @@
 """Killed with SIGKILL ten times, in every stage and in the generator: the result is that of a run left alone, to the
 bit. And the two signals that ask politely."""
 
-import contextlib
 import dataclasses
 import itertools
 import json
@@ -17,8 +16,6 @@ import yaml
 from forked import Forked
 from helpers import MACHINE_VALUES, tiny_recipe, write_pictures
 from safetensors.torch import load_file
-
-from aligntok.training.guard import StopSignals
 
 PARTS = ("stage1", "stage2", "stage3", "generator")
 STEPS, EVERY = 8, 2
@@ -152,15 +149,3 @@ def test_a_second_signal_stops_at_once(number, status, forked, pictures, tmp_pat
     os.kill(pid, number)
     assert forked.wait() == status
     assert time.monotonic() - began < 5
-
-
-def test_a_second_signal_is_remembered_where_its_exception_is_lost():
-    before = signal.getsignal(signal.SIGINT)
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert (signals.received, signals.insisted) == (signal.SIGINT, False)
-        with contextlib.suppress(KeyboardInterrupt):  # as a callback from C++ would
-            os.kill(os.getpid(), signal.SIGINT)
-            pytest.fail("the second signal raises")
-        assert signals.insisted
-    assert signal.getsignal(signal.SIGINT) == before

@@ -103,6 +103,7 @@ def main() -> None:
         request = json.loads(line)
         pid = os.fork()
         if pid == 0:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
             file = os.open(request["output"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(file, 1)
             os.dup2(file, 2)

@@ -29,21 +29,22 @@ def _load(file: str, text: str, folder: Path) -> ModuleType:
     return module
 
 
-def _copy(op: str, kernels: str, tag: str, old: str, new: str, folder: Path) -> Callable:
-    """The public function of a copy of an operator, with `old` replaced in the file that holds its kernels.
+def _copy(files: tuple[str, ...], tag: str, old: str, new: str, folder: Path) -> Callable:
+    """The public function of a copy of an operator, with `old` replaced in those of its files that have it.
 
-    The copy's operators are registered under other names, and the dispatch keeps the original's entry.
+    `files` import one another in this order, the operator's own last. The copy's operators are registered under other
+    names, and the dispatch keeps the original's entry.
     """
-    source = (FOLDER / f"{kernels}.py").read_text()
-    assert source.count(old) >= 1, f"{kernels}.py has no {old!r}: say what to break instead"
-    changed = source.replace(old, new)
+    sources = {file: (FOLDER / f"{file}.py").read_text() for file in files}
+    assert any(old in text for text in sources.values()), f"{files} have no {old!r}: say what to break instead"
     registered = dict(_dispatch._registry)
     try:
-        if kernels != op:
-            _load(f"{kernels}_{tag}.py", changed, folder)
-            changed = (FOLDER / f"{op}.py").read_text().replace(kernels, f"{kernels}_{tag}")
-        changed = changed.replace('@operator("', f'@operator("{tag}_')
-        return getattr(_load(f"{op}_{tag}.py", changed, folder), op)
+        for number, (file, text) in enumerate(sources.items()):
+            changed = text.replace(old, new).replace('@operator("', f'@operator("{tag}_')
+            for imported in files[:number]:
+                changed = changed.replace(f"from .{imported} import", f"from .{imported}_{tag} import")
+            module = _load(f"{file}_{tag}.py", changed, folder)
+        return getattr(module, files[-1])
     finally:
         _dispatch._registry.clear()
         _dispatch._registry.update(registered)
@@ -62,24 +63,24 @@ def _check_attention(operator: Callable) -> None:
     check_kernel(lambda *x: operator(*x, implementation="triton"), qknorm_attention_reference, inputs, 1e-4)
 
 
-ATTENTION = ("qknorm_attention", "_qknorm_attention_kernels")
+ATTENTION = ("_qknorm_attention_tiles", "_qknorm_attention_kernels", "qknorm_attention")
 CASES = {
     "off-by-one mask": (
-        "swiglu", "swiglu", "inside = column < H", "inside = column < H - 1", _check_swiglu,
+        ("swiglu",), "inside = column < H", "inside = column < H - 1", _check_swiglu,
     ),
     "no softmax scale in the gradient of the keys": (
-        *ATTENTION, "N, eps, scale / factor,", "N, eps, 1.0 / factor,", _check_attention,
+        ATTENTION, "N, eps, scale / factor,", "N, eps, 1.0 / factor,", _check_attention,
     ),
     "rotation in the wrong direction in the backward pass": (
-        *ATTENTION, "ROPE, -1)", "ROPE, 1)", _check_attention,
+        ATTENTION, "ROPE, -1)", "ROPE, 1)", _check_attention,
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("mistake", CASES)
 def test_a_broken_copy_is_caught_and_a_faithful_one_is_not(mistake, tmp_path):
-    op, kernels, old, new, check = CASES[mistake]
+    files, old, new, check = CASES[mistake]
     number = list(CASES).index(mistake)
-    check(_copy(op, kernels, f"faithful{number}", old, old, tmp_path))
+    check(_copy(files, f"faithful{number}", old, old, tmp_path))
     with pytest.raises(AssertionError, match="relative error"):
-        check(_copy(op, kernels, f"broken{number}", old, new, tmp_path))
+        check(_copy(files, f"broken{number}", old, new, tmp_path))

@@ -8,14 +8,15 @@ For fx, fy [B, C, H, W] and head [C], with |f| the norm over the channels of a p
 
 (Zhang et al. 2018, arXiv 1801.03924, equation 1.) f / |f| counts as 0 for the zero vector. Arithmetic is fp32, fp64 for
 fp64 features. Forward reads both maps once and writes partial sums, added up in fixed order; backward reads both maps
-once, computes the norms again and writes dfx, and dfy only if it is wanted: nothing else is saved.
+once, computes the norms again and writes dfx, and dfy only if it is wanted: nothing else is saved. The Triton
+implementation does so on GPUs, the C++ one on CPUs.
 """
 
 import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from . import _triton
+from . import _extension, _triton
 from ._dispatch import register, select
 from ._dtypes import DTYPES, short
 from ._triton import configuration, launch, operator, tl, triton
@@ -136,7 +137,7 @@ def _gradients(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Non
 
 
 _forward.register_autograd(_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
-register("lpips_distance", triton=_triton.refusal)
+register("lpips_distance", triton=_triton.refusal, cpp=_extension.cpu_refusal)
 
 
 def _check(fx: Tensor, fy: Tensor, head: Tensor) -> None:
@@ -160,10 +161,10 @@ def lpips_distance(fx: Tensor, fy: Tensor, head: Tensor, *, implementation: str 
             are copied into it.
         fy: like fx, with its dtype. Either may go without a gradient, which then is not computed.
         head: [C], any floating-point dtype. Its gradient is for the reference.
-        implementation: "auto", "triton" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
+        implementation: "auto", "triton", "cpp" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
 
     Returns:
-        distances [B], fp32 (fp64 for fp64 features). The Triton implementation differentiates once. In fp16 the
+        distances [B], fp32 (fp64 for fp64 features). Triton and C++ implementations differentiate once. In fp16 the
         gradient at a zero vector, which is divided by 1e-10, can pass the largest number and become infinite.
 
     Raises:
@@ -172,12 +173,13 @@ def lpips_distance(fx: Tensor, fy: Tensor, head: Tensor, *, implementation: str 
     _check(fx, fy, head)
     unfit = ()
     if fx.dtype == torch.float64 or head.dtype == torch.float64:
-        unfit = (("triton", "fp64 is for the reference"),)
+        unfit = tuple((name, "fp64 is for the reference") for name in ("triton", "cpp"))
     elif head.requires_grad and torch.is_grad_enabled():
-        unfit = (("triton", "the gradient of head is for the reference"),)
-    if select("lpips_distance", fx.device.type, implementation, unfit) != "triton":
+        unfit = tuple((name, "the gradient of head is for the reference") for name in ("triton", "cpp"))
+    name = select("lpips_distance", fx.device.type, implementation, unfit)
+    if name == "reference":
         return lpips_distance_reference(fx, fy, head)
     fx, fy = (f.contiguous(memory_format=torch.channels_last) for f in (fx, fy))
     if fy.requires_grad and not fx.requires_grad:
         fx, fy = fy, fx  # symmetric, and the first one's gradient is always computed
-    return _forward(fx, fy, head)
+    return _forward(fx, fy, head) if name == "triton" else torch.ops.aligntok.lpips_distance.default(fx, fy, head)

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from aligntok.config import DecoderConfig
 from aligntok.errors import UserError
 from aligntok.kernels import group_norm_silu
+from aligntok.models.attention import attend
 
 EPS = 1e-6  # of every GroupNorm (LDM)
 
@@ -57,7 +58,7 @@ class SpatialAttention(nn.Module):
         qkv = (
             self.qkv(apply_norm(x, self.norm, activation=False)).flatten(2).transpose(1, 2).unsqueeze(1)
         )  # [B, 1, H*W, 3C]
-        out = F.scaled_dot_product_attention(*qkv.split(channels, dim=-1))  # [B, 1, H*W, C]
+        out = attend(*qkv.split(channels, dim=-1))  # [B, 1, H*W, C]
         return x + self.proj(out.squeeze(1).transpose(1, 2).unflatten(2, (height, width)))
 
 

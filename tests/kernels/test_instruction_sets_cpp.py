@@ -1,4 +1,4 @@
-"""adaln, qknorm_rope and swiglu in C++ on older instruction sets, run on this processor."""
+"""adaln, lpips_distance, qknorm_rope and swiglu in C++ on older instruction sets, run on this processor."""
 
 import os
 import subprocess
@@ -8,23 +8,25 @@ import torch
 
 CHECK = """
 import torch
-from aligntok.kernels import adaln, qknorm_rope, swiglu
+from aligntok.kernels import adaln, lpips_distance, qknorm_rope, swiglu
 assert torch.backends.cpu.get_cpu_capability() == "{capability}"
+TRAINED = {{lpips_distance: 2, qknorm_rope: 3}}
 generator = torch.Generator().manual_seed(0)
 for dtype, tolerance in [(torch.bfloat16, 2**-6), (torch.float16, 2**-9), (torch.float32, 4e-6)]:
     def normal(*shape):
         return torch.randn(shape, generator=generator).to(dtype)
     cases = [
         (swiglu, [normal(3, 70, 74)]),
+        (lpips_distance, [normal(3, 37, 9, 8), normal(3, 37, 9, 8), normal(37).abs()]),
         (adaln, [normal(2, 70, 37), normal(2, 37), normal(2, 37), normal(2, 70, 37), normal(2, 37), normal(37)]),
         (qknorm_rope, [normal(2, 35, 3, 3, 38), normal(38), normal(38), normal(35, 38), normal(35, 38)]),
     ]
     for op, inputs in cases:
         found = []
         for implementation, kind in [("cpp", lambda t: t), ("reference", torch.Tensor.double)]:
-            leaves = [kind(tensor).requires_grad_(op is not qknorm_rope or i < 3) for i, tensor in enumerate(inputs)]
+            leaves = [kind(tensor).requires_grad_(i < TRAINED.get(op, 9)) for i, tensor in enumerate(inputs)]
             outputs = op(*leaves, implementation=implementation)
-            outputs = [outputs] if op is swiglu else outputs
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
             wanted = [leaf for leaf in leaves if leaf.requires_grad]
             found.append([*outputs, *torch.autograd.grad(outputs, wanted, [y.detach() for y in outputs])])
         for one, other in zip(*found, strict=True):

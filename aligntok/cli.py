@@ -28,6 +28,7 @@ from aligntok.options import (
     StatisticsConfig,
     StudyConfig,
 )
+from aligntok.world import refuse_several
 
 if TYPE_CHECKING:
     from aligntok.config import Recipe
@@ -221,6 +222,7 @@ usage: aligntok evaluate PART [options]        aligntok evaluate PART --help exp
   self-test         every metric on distributions with a known answer; needs no weights and no images
 
 FID, sFID, IS, precision and recall are those of the Inception network, whose weights no package carries: --inception.
+Under torchrun all processes draw the samples of `generation`, which are the same however many there are.
 Without them, distances are taken from EfficientNet-Lite0 and say so in their names.
 """
 
@@ -268,6 +270,8 @@ def _doctor(arguments: list[str]) -> None:
     print_report()
 
 
+# Commands for as many processes as torchrun starts; the others refuse to run in several.
+TOGETHER = ("train-tokenizer", "train-generator", "train-rival", "cache-latents", "plan", "evaluate generation")
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": _quickstart,
     "train-tokenizer": _train_tokenizer,
@@ -292,8 +296,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(OVERVIEW, end="")
         return 0
     name, rest = arguments[0], arguments[1:]
-    # Before torch is loaded: large CPU tensors in huge pages, 512 times fewer page faults (docs/environment.md)
+    # Before torch is loaded (docs/environment.md): large CPU tensors in huge pages, 512 times fewer page faults; where
+    # the extension is built, freed ones leave their memory to new ones, with hardly any
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    os.environ.setdefault("ALIGNTOK_KEEP_MEMORY", "1")
     try:
         if name == "--version":
             from importlib.metadata import version
@@ -302,6 +308,9 @@ def main(arguments: list[str] | None = None) -> int:
         elif name not in COMMANDS:
             raise UserError(f"unknown command {name!r}{_nearest(name, COMMANDS)}; aligntok --help lists them")
         else:
+            job = " ".join([name, *rest[:1]]) if name == "evaluate" else name
+            if job not in TOGETHER:
+                refuse_several(job)
             COMMANDS[name](rest)
     except UserError as error:
         print(f"aligntok: error: {error}", file=sys.stderr)

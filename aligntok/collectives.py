@@ -6,7 +6,7 @@ the latter do not wait for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -82,6 +82,33 @@ def on_main(work: Callable[[], T]) -> T:
     if box[1] is not None:
         raise UserError(f"the first process failed: {box[1]}")
     return box[0]
+
+
+def in_turns(own: Iterator[Tensor], shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Tensors that the processes make in turns, in the first process; nothing in the others.
+
+    Tensor number i has the i-th of `shapes` and is the next of `own` in process i % size, on the CPU. A process makes
+    one ahead of what the first has asked for. No process leaves before the first has everything.
+    """
+    world, sent = current(), None
+    for number, shape in enumerate(shapes):
+        maker = number % world.size
+        if world.main:
+            if maker == world.rank:
+                tensor = next(own)
+            else:
+                tensor = torch.empty(shape, dtype=dtype)
+                dist.recv(tensor, src=maker)
+            yield tensor
+        elif maker == world.rank:
+            tensor = next(own).contiguous()
+            if sent is not None:
+                sent.wait()
+            sent = dist.isend(tensor, dst=0)
+    if sent is not None:
+        sent.wait()
+    if world.size > 1:
+        dist.barrier()
 
 
 @contextmanager

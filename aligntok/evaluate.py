@@ -32,7 +32,9 @@ from aligntok.evaluation.tokenizer import Measured, stream_reconstruction
 from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.tokenizer import load_tokenizer
+from aligntok.training.distributed import LONG_TIMEOUT, start
 from aligntok.training.telemetry import Telemetry
+from aligntok.world import refuse_several
 
 Numbers = dict[str, Measured]
 
@@ -86,39 +88,59 @@ def evaluate_generation(
     output: str | None,
     device: str,
 ) -> Numbers:
-    """`aligntok evaluate generation`; the options are those of aligntok.options.EvaluateGenerationConfig."""
-    precision, telemetry = choose_precision(device), Telemetry(".", log_every=1)
-    overrides: dict[str, Any] = {"steps": steps, "guidance": guidance, "guidance_interval": guidance_interval}
-    overrides = {key: value for key, value in overrides.items() if value is not None}
-    if guidance_channels is not None:
-        overrides["guidance_channels"] = guidance_channels or None
-    samples: DrawnSamples | StoredSamples
+    """`aligntok evaluate generation`; the options are those of aligntok.options.EvaluateGenerationConfig.
+
+    Under torchrun every process but the first returns nothing.
+    """
     if samples_file is not None:
-        if generator is not None or npz is not None:
-            raise UserError("--samples_file measures samples that exist: leave out --generator and --npz")
-        samples = StoredSamples(samples_file, telemetry)
-    elif generator is None or tokenizer is None:
-        raise UserError("evaluate generation needs --generator and --tokenizer, or --samples_file")
-    else:
-        samples = DrawnSamples(generator, tokenizer, overrides, labels, count, seed, precision, telemetry)
-    require_enough(samples.count, "samples")
-    network = _inception(inception, precision, telemetry)
-    if fidelity and (network is None or (samples_file is None and npz is None)):
-        raise UserError("--fidelity true needs Inception weights (--inception) and samples on the disk (--npz)")
-    real = RealImages(reference, samples.size, network, precision, telemetry)
-    if isinstance(samples, DrawnSamples) and npz is not None:
-        samples = samples.store(npz)
-    made = ImageFeatures(network, real.extractors, KEPT_SAMPLES).add_all(samples.batches("measuring samples"))
-    telemetry.say("comparing with the reference")
-    found = real.compare(made, seed)
-    if fidelity:
-        assert network is not None
-        found["generation, torch-fidelity"] = torch_fidelity_numbers(
-            lambda: samples.batches("torch-fidelity: samples"), samples.count, real.images, real.count, network
-        )
-    for measured in found.values():
-        measured.protocol += f"; reference: {reference}; samples: {samples.protocol}"
-    return _report(found, output)
+        refuse_several("evaluate generation --samples_file")
+    with start(device, LONG_TIMEOUT) as world:
+        precision, telemetry = choose_precision(device), Telemetry(".", log_every=1)
+        samples: DrawnSamples | StoredSamples
+        if samples_file is not None:
+            if generator is not None or npz is not None:
+                raise UserError("--samples_file measures samples that exist: leave out --generator and --npz")
+            samples = StoredSamples(samples_file, telemetry)
+        elif generator is None or tokenizer is None:
+            raise UserError("evaluate generation needs --generator and --tokenizer, or --samples_file")
+        else:
+            sampler = _given(steps, guidance, guidance_channels, guidance_interval)
+            samples = DrawnSamples(generator, tokenizer, sampler, labels, count, seed, precision, telemetry)
+        require_enough(samples.count, "samples")
+        if isinstance(samples, DrawnSamples) and not world.main:
+            samples.hand_over()
+            return {}
+        network = _inception(inception, precision, telemetry)
+        if fidelity and (network is None or (samples_file is None and npz is None)):
+            raise UserError("--fidelity true needs Inception weights (--inception) and samples on the disk (--npz)")
+        real = RealImages(reference, samples.size, network, precision, telemetry)
+        if isinstance(samples, DrawnSamples) and npz is not None:
+            samples = samples.store(npz)
+        made = ImageFeatures(network, real.extractors, KEPT_SAMPLES).add_all(samples.batches("measuring samples"))
+        telemetry.say("comparing with the reference")
+        found = real.compare(made, seed)
+        if fidelity:
+            assert network is not None
+            found["generation, torch-fidelity"] = torch_fidelity_numbers(
+                lambda: samples.batches("torch-fidelity: samples"), samples.count, real.images, real.count, network
+            )
+        for measured in found.values():
+            measured.protocol += f"; reference: {reference}; samples: {samples.protocol}"
+        return _report(found, output)
+
+
+def _given(
+    steps: int | None,
+    guidance: float | None,
+    guidance_channels: int | None,
+    guidance_interval: tuple[float, float] | None,
+) -> dict[str, Any]:
+    """What of the generator's own sampler is to be replaced."""
+    options = {"steps": steps, "guidance": guidance, "guidance_interval": guidance_interval}
+    replaced: dict[str, Any] = {key: value for key, value in options.items() if value is not None}
+    if guidance_channels is not None:
+        replaced["guidance_channels"] = guidance_channels or None
+    return replaced
 
 
 def evaluate_probe(

@@ -7,6 +7,7 @@ process and several draw the same.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -73,6 +74,13 @@ class Place:
         wanted = max(1, round(share * self.batch_size))
         edges = [(self.first + i) * wanted // self.batch_size for i in range(self.count + 1)]
         return [i for i in range(self.count) if edges[i] != edges[i + 1]], wanted
+
+
+def refuse_several(command: str) -> None:
+    """Raise UserError under torchrun with more than one process, for a command that has no use for them."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if count > 1:
+        raise UserError(f"{command} runs in one process, torchrun has started {count}: start it without torchrun")
 
 
 def current() -> World:

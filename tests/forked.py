@@ -8,15 +8,20 @@ Started as a script, it imports everything once and then forks for every line on
                                                           function of aligntok.files or aligntok.training.checkpoint
 
 It answers every line with the process's number, and when that has ended with its status.
+
+`run_at_once` starts several commands in the same way, which run beside each other and may belong together as those that
+torchrun starts.
 """
 
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -54,6 +59,60 @@ class Forked:
         """Exit status of the running command, negative for the signal that ended it."""
         status, self.running = int(self.parent.stdout.readline()), None
         return status
+
+
+@dataclass
+class Job:
+    """A command, the environment of its process, and what `prepare` of `run_at_once` is called with there."""
+
+    arguments: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+    prepare: dict[str, Any] = field(default_factory=dict)
+
+
+AT_ONCE = """
+import json, os, signal, sys
+from aligntok import cli
+
+{setup}
+
+def run(job):
+    os.dup2(2, 1)
+    os.environ.update(job["environment"])
+    prepare(**job["prepare"])
+    status = cli.main(job["arguments"])
+    sys.stdout.flush()
+    return status
+
+jobs = {{}}
+for name, job in json.load(sys.stdin).items():
+    jobs[name] = os.fork()
+    if not jobs[name]:
+        os._exit(run(job))
+print(json.dumps({{name: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for name, pid in jobs.items()}}))
+"""
+
+
+def run_at_once(jobs: dict[str, Job], setup: str) -> tuple[dict[str, int], str]:
+    """Exit statuses by name, and what all of them said; `setup` imports what all need and defines `prepare`."""
+    done = subprocess.run(
+        [sys.executable, "-c", AT_ONCE.format(setup=setup)],
+        input=json.dumps({name: asdict(job) for name, job in jobs.items()}),
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout), done.stderr
+
+
+def places(size: int) -> list[dict[str, str]]:
+    """The environments of the processes that torchrun starts on one machine."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        group = {"WORLD_SIZE": str(size), "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
+    return [group | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
 def kill() -> None:

@@ -86,6 +86,13 @@ def test_mistakes_end_with_one_line_and_status_2(arguments, message, capsys, tmp
     assert error.count("\n") == 1 and "Traceback" not in error
 
 
+@pytest.mark.parametrize("command", ["quickstart", "study", "sample", "convert", "evaluate probe"])
+def test_commands_for_one_process_refuse_to_be_several(command, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(command.split()) == 2
+    assert f"{command} runs in one process, torchrun has started 2" in capsys.readouterr().err
+
+
 def test_unknown_keys_in_a_file_are_refused_with_the_nearest(tmp_path, capsys):
     file = tmp_path / "mine.yaml"
     file.write_text("data:\n  imag_size: 64\n")

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forked import Job, places, run_at_once
 from helpers import tiny_tokenizer, write_pictures
 from inception_weights import TinyInception
 
@@ -165,6 +166,41 @@ def test_generation_through_a_file_gives_the_same_numbers(run, tmp_path, incepti
         assert alone[name]["values"] == pytest.approx(direct[name]["values"], rel=1e-6)
     assert "random labels" in kept["generation, ADM protocol"]["protocol"]
     assert str(samples) in alone["generation, ADM protocol"]["protocol"]
+
+
+SMALL_BATCHES = """
+from aligntok import evaluate
+from aligntok.evaluation import generation
+from aligntok.training import train_generator
+
+def prepare():
+    generation.SAMPLING_BATCH = 4
+"""
+
+
+def test_three_processes_draw_what_one_does(run, tmp_path):
+    """Five batches, the last of them short; the file and the numbers are those of a single process."""
+    jobs = {}
+    for name, place in zip(("alone", "first", "second", "third"), [{}, *places(3)], strict=True):
+        folder = tmp_path / ("one" if name == "alone" else "three")
+        files = ["--npz", str(folder / "samples.npz"), "--output", str(folder / f"{name}.json")]
+        pair = ["--generator", str(run / "generator"), "--tokenizer", str(run / "tokenizer")]
+        options = [*pair, "--reference", str(run / "pictures"), "--count", "18", "--device", "cpu"]
+        jobs[name] = Job(["evaluate", "generation", *options, *files], place)
+    statuses, said = run_at_once(jobs, SMALL_BATCHES)
+    assert set(statuses.values()) == {0}, said
+    one, three = (np.load(tmp_path / name / "samples.npz")["arr_0"] for name in ("one", "three"))
+    assert one.shape == (18, 32, 32, 3) and np.array_equal(one, three)
+    assert not (one == one[:1]).all(axis=(1, 2, 3))[1:].any(), "no two samples are the same"
+    numbers = measured(tmp_path / "one" / "alone.json")["generation, EffNetLite0"]["values"]
+    assert measured(tmp_path / "three" / "first.json")["generation, EffNetLite0"]["values"] == numbers
+    assert sorted(file.name for file in (tmp_path / "three").iterdir()) == ["first.json", "samples.npz"]
+
+
+def test_stored_samples_are_measured_by_one_process(run, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert evaluate("generation", "--samples_file", run / "s.npz") == 2
+    assert "evaluate generation --samples_file runs in one process" in capsys.readouterr().err
 
 
 def test_torch_fidelity_gets_the_same_images(run, tmp_path, inception, monkeypatch):

@@ -18,6 +18,7 @@ from aligntok.evaluation.features import FeatureExtractor, extract
 from aligntok.evaluation.tokenizer import BATCH, Measured, decode_all
 from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.training.train_generator import Generator
+from aligntok.world import World
 
 SAMPLING_BATCH = 128
 
@@ -43,7 +44,12 @@ def draw(
 ) -> Tensor:
     """Images [n, 3, H, W] float32 in [-1, 1] for labels [n]; picture i depends on the seed, i and its label
     alone."""
-    return torch.cat(list(stream_draw(generator, tokenizer, labels, sampler, precision, seed, progress)))
+    images: list[Tensor] = []
+    for batch in stream_draw(generator, tokenizer, labels, sampler, precision, seed):
+        images += batch
+        if progress is not None:
+            progress(len(images), len(labels))
+    return torch.stack(images)
 
 
 @torch.no_grad()
@@ -54,21 +60,29 @@ def stream_draw(
     sampler: SamplerConfig,
     precision: Precision,
     seed: int = 0,
-    progress: Callable[[int, int], None] | None = None,
+    world: World | None = None,
 ) -> Iterator[Tensor]:
-    """The images of `draw` in batches [B, 3, H, W]; memory holds one of them."""
+    """The images of `draw` in batches [B, 3, H, W]; memory holds one of them.
+
+    Of several processes each makes every size-th batch, from its rank on; None = this one makes all.
+    """
     check_pair(generator, tokenizer)
+    world = world or World()
     model, source = generator.model.to(precision.device), torch.Generator().manual_seed(seed)
-    for start in range(0, len(labels), SAMPLING_BATCH):
-        chunk = labels[start : start + SAMPLING_BATCH]
-        noise = torch.randn(len(chunk), *generator.latent_shape, generator=source)
+    for number, chunk in enumerate(batches_of(labels)):
+        noise = torch.randn(len(chunk), *generator.latent_shape, generator=source)  # also of batches that others make
+        if number % world.size != world.rank:
+            continue
         with precision.autocast():
             latents = integrate(
                 model, noise.to(precision.device), chunk.to(precision.device), model.null_class, sampler
             )
         yield decode_all(tokenizer, latents.cpu(), precision)
-        if progress is not None:
-            progress(start + len(chunk), len(labels))
+
+
+def batches_of(labels: Tensor) -> tuple[Tensor, ...]:
+    """Labels [n] as `stream_draw` takes them."""
+    return labels.split(SAMPLING_BATCH)
 
 
 def choose_labels(policy: str, count: int, classes: int, seed: int = 0) -> Tensor:

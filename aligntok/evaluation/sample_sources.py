@@ -1,4 +1,8 @@
-"""Both sides of a comparison of generated with real images, as streams: samples drawn or stored, and a reference."""
+"""Both sides of a comparison of generated with real images, as streams: samples drawn or stored, and a reference.
+
+Under torchrun all processes draw; the first has all samples, in the order and with the bits of a single process, and is
+the only one that reads and measures anything.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from aligntok import collectives
 from aligntok.config import SamplerConfig
 from aligntok.data.images import open_images
 from aligntok.devices import Precision
@@ -23,12 +29,13 @@ from aligntok.evaluation.generated import (
     compare_with_set,
     require_enough,
 )
-from aligntok.evaluation.generation import check_pair, choose_labels, describe, stream_draw
+from aligntok.evaluation.generation import batches_of, check_pair, choose_labels, describe, stream_draw
 from aligntok.evaluation.inception import Inception
 from aligntok.evaluation.tokenizer import Measured
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.train_generator import Generator
+from aligntok.world import current
 
 
 class DrawnSamples:
@@ -58,12 +65,20 @@ class DrawnSamples:
         )
 
     def batches(self, title: str) -> Iterator[Tensor]:
-        """uint8 [B, 3, H, W], drawn as they are asked for."""
+        """uint8 [B, 3, H, W], drawn as they are asked for; nothing but in the first process, which gets the others'."""
+        world, done = current(), 0
+        made = stream_draw(self.network, self.tokenizer, self.labels, self.sampler, self.precision, self.seed, world)
+        shapes = [(len(chunk), 3, self.size, self.size) for chunk in batches_of(self.labels)]
         with self.telemetry.bar(f"drawing, {title}") as update:
-            for images in stream_draw(
-                self.network, self.tokenizer, self.labels, self.sampler, self.precision, self.seed, update
-            ):
-                yield to_uint8(images)
+            for images in collectives.in_turns(map(to_uint8, made), shapes, torch.uint8):
+                yield images
+                done += len(images)
+                update(done, self.count)
+
+    def hand_over(self) -> None:
+        """Draw what the first process waits for; the part of every other one."""
+        for images in self.batches("for the first process"):
+            raise AssertionError(f"{len(images)} images are left in process {current().rank}")
 
     def store(self, path: str) -> StoredSamples:
         """Draw all of them into a file, which is complete and safe before anything is measured."""

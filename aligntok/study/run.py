@@ -27,7 +27,6 @@ from aligntok.study.rows import (
     remember_budget,
     values_of,
 )
-from aligntok.training.distributed import refuse_several
 from aligntok.training.telemetry import Telemetry
 from aligntok.training.train_generator import PART, snapshot_folder, train_generator
 from aligntok.training.train_tokenizer import STAGES, train_tokenizer
@@ -36,7 +35,6 @@ from aligntok.zoo.train import train_rival
 
 def study(options: StudyConfig) -> None:
     """`aligntok study`; the options are those of aligntok.options.StudyConfig."""
-    refuse_several("study")
     telemetry = Telemetry(options.output, log_every=1)
     if not options.report_only:
         run(options, telemetry)

@@ -14,7 +14,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -41,14 +40,12 @@ from aligntok.devices import Precision, choose_precision
 from aligntok.errors import UserError
 from aligntok.files import digest, remove_unfinished, write_bytes
 from aligntok.models.tokenizer import AlignTok, load_tokenizer
-from aligntok.training.distributed import start
+from aligntok.training.distributed import LONG_TIMEOUT, start
 from aligntok.training.telemetry import Telemetry
 from aligntok.world import World
 
 Progress = Callable[[int, int], None]
 Record = dict[str, Any]
-# Processes meet once, at the end: the wait lasts as long as the slowest works, and torchrun ends it if one dies
-WAIT = timedelta(days=30)
 _NAMED = 5  # unreadable images that are named on the screen; cache.json names all
 
 
@@ -72,7 +69,7 @@ def cache_latents(
     for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
         if value < 1:
             raise UserError(f"{name} is {value}, expected at least 1")
-    with start(device, WAIT) as world:
+    with start(device, LONG_TIMEOUT) as world:
         chosen = choose_precision(device, precision)
         network = load_tokenizer(tokenizer).to(chosen.device).requires_grad_(False)
         found = open_images(images)

@@ -33,6 +33,8 @@ from aligntok.world import World, current
 # The others wait this long for the first process, which may download weights meanwhile; torchrun ends them at once
 # when it dies.
 TIMEOUT = timedelta(minutes=30)
+# Where processes meet only now and then: the wait lasts as long as the slowest works
+LONG_TIMEOUT = timedelta(days=30)
 # PyTorch renames the option and warns of the old name.
 _OPTIONS = inspect.signature(DistributedDataParallel).parameters
 _SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _OPTIONS else "broadcast_buffers"
@@ -64,13 +66,6 @@ def start(device: str, timeout: timedelta = TIMEOUT) -> Iterator[World]:
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo", timeout=timeout)
     yield current()
     dist.destroy_process_group()
-
-
-def refuse_several(command: str) -> None:
-    """Raise UserError under torchrun with more than one process, for a command that has no use for them."""
-    count = int(os.environ.get("WORLD_SIZE", "1"))
-    if count > 1:
-        raise UserError(f"{command} runs in one process, torchrun has started {count}: start it without torchrun")
 
 
 class Trained(nn.Module):

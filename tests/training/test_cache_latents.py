@@ -4,13 +4,11 @@ import json
 import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from forked import Job, places, run_at_once
 from helpers import tiny_recipe, tiny_tokenizer, write_pictures
 from safetensors.torch import load_file
 
@@ -29,30 +27,19 @@ from aligntok.training.train_tokenizer import TokenizerTraining
 
 OPTIONS = {"image_size": 32, "flip": True, "shard_size": 6, "batch_size": 4, "workers": 0}
 OPTIONS |= {"precision": "fp32", "device": "cpu"}
-# Runs several commands in processes of their own, which it forks after the imports; one may die on its n-th flush to
-# disk (cache.json, then each shard and its record).
-PROCESSES = """
-import json, os, signal, sys
-from aligntok import cli, files
+# A writer may die on its n-th flush to disk (cache.json, then each shard and its record).
+DIES = """
+from aligntok import files
 from aligntok.training import cache_latents
 
-def run(job):
+def prepare(dies_on):
     flush, flushes = files._flush, []
     def flush_or_die(path):
         flushes.append(path)
-        if len(flushes) == job["dies_on"]:
+        if len(flushes) == dies_on:
             os.kill(os.getpid(), signal.SIGKILL)
         flush(path)
     files._flush = flush_or_die
-    os.environ.update(job["environment"])
-    return cli.main(job["arguments"])
-
-jobs = {}
-for name, job in json.load(sys.stdin).items():
-    jobs[name] = os.fork()
-    if not jobs[name]:
-        os._exit(run(job))
-print(json.dumps({name: os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for name, pid in jobs.items()}))
 """
 KILLS = {2: 0, 5: 1}  # flush on which a writer dies -> its finished shards
 
@@ -107,27 +94,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 def processes(tmp_path_factory, tokenizer, pictures) -> tuple[Path, dict[str, int], str]:
     """(folder, exit statuses, standard error) of writers that die and of two that share one cache."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(free.getsockname()[1])}
     jobs = {}
     for kill in KILLS:
-        arguments = command(folder / f"killed{kill}", tokenizer, pictures)
-        jobs[f"killed{kill}"] = {"arguments": arguments, "environment": {}, "dies_on": kill}
-    for rank in ("0", "1"):
-        places = {"RANK": rank, "LOCAL_RANK": rank}
-        arguments = command(folder / "shared", tokenizer, pictures)
-        jobs[f"rank{rank}"] = {"arguments": arguments, "environment": group | places, "dies_on": None}
-    done = subprocess.run(
-        [sys.executable, "-c", PROCESSES],
-        input=json.dumps(jobs),
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout), done.stderr
+        jobs[f"killed{kill}"] = Job(command(folder / f"killed{kill}", tokenizer, pictures), prepare={"dies_on": kill})
+    for rank, place in enumerate(places(2)):
+        jobs[f"rank{rank}"] = Job(command(folder / "shared", tokenizer, pictures), place, {"dies_on": None})
+    return folder, *run_at_once(jobs, DIES)
 
 
 @pytest.mark.parametrize("kill", KILLS)

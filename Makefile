@@ -3,6 +3,7 @@
 
 PYTHON ?= python3
 VENV := .venv
+NEEDED_GIB ?= 8
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -47,6 +48,9 @@ $(BIN)/python:
 	  { echo "aligntok needs Python 3.10 or newer, '$(PYTHON)' is not; choose one with: make PYTHON=python3.11"; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || \
 	  { echo "'$(PYTHON)' cannot make virtual environments; on Debian or Ubuntu: apt-get install python3-venv"; exit 1; }
+	@free=$$(df -Pk . | awk 'NR == 2 {print int($$4 / 1048576)}'); [ "$$free" -ge $(NEEDED_GIB) ] || \
+	  { echo "$$free GiB are free here, $(VENV) takes up to $(NEEDED_GIB) (most of it PyTorch for CUDA): make room on this disk,"; \
+	    echo "or say that less will do, as for a PyTorch without CUDA: make NEEDED_GIB=2"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
 # torch first: the extension is compiled against the release that constraints.txt names, and torch is unpacked only once.

@@ -14,9 +14,11 @@ from torchmetrics.image.kid import poly_mmd
 from aligntok.errors import UserError
 from aligntok.evaluation import distances
 from aligntok.evaluation.distances import (
+    FeatureSet,
     GaussianStatistics,
     feature_distances,
     frechet_distance,
+    frechet_distance_of_rows,
     kernel_distance,
 )
 
@@ -59,8 +61,39 @@ def test_matches_scipy_and_torchmetrics(n):
 
 
 def test_equal_sets_are_at_distance_zero():
-    a = GaussianStatistics.of(samples(100, 16, 0))
+    rows = samples(100, 16, 0)
+    a = GaussianStatistics.of(rows)
     assert frechet_distance(a, a) == pytest.approx(0, abs=1e-9)
+    assert frechet_distance_of_rows(rows, rows) == pytest.approx(0, abs=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(n=st.integers(2, 40), m=st.integers(2, 40), d=st.integers(1, 40), seed=st.integers(0, 100))
+def test_rows_and_moments_give_the_same_distance(n, m, d, seed):
+    x, y = samples(n, d, seed), samples(m, d, seed + 1, 1.3, 0.2)
+    expected = frechet_distance(GaussianStatistics.of(x), GaussianStatistics.of(y))
+    assert frechet_distance_of_rows(x, y) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+def test_sets_are_compared_by_their_rows_where_there_are_few_and_all_are_kept(monkeypatch):
+    def of(rows, **options):
+        found = FeatureSet(rows.shape[1], **options)
+        found.add(rows)
+        return found
+
+    x, y = samples(15, 16, 0), samples(17, 16, 1)
+    moments = of(x).statistics, of(y).statistics
+    with monkeypatch.context() as without:
+        without.setattr(distances, "frechet_distance", None)
+        assert of(x).frechet_distance(of(y)) == pytest.approx(frechet_distance(*moments), rel=1e-6)
+    monkeypatch.setattr(distances, "frechet_distance_of_rows", None)
+    assert of(x, kept=9).frechet_distance(of(y)) == frechet_distance(*moments)
+    many = samples(18, 16, 1)
+    assert of(x).frechet_distance(of(many)) == frechet_distance(moments[0], of(many).statistics)
+    with pytest.raises(UserError, match="width"):
+        of(x).frechet_distance(of(samples(3, 4, 0)))
+    with pytest.raises(UserError, match="at least two"):
+        of(x[:1]).frechet_distance(of(y))
 
 
 @settings(max_examples=25, deadline=None)

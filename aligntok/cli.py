@@ -50,7 +50,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   statistics        latent statistics for a tokenizer that has none
   doctor            what is installed, built and selected here, and why not otherwise
 
-  aligntok quickstart                                                     twelve minutes on two cores, no GPU
+  aligntok quickstart                                                     ten minutes on two cores, no GPU
   aligntok quickstart --data ~/pictures                                   the same on your own images
   aligntok quickstart --ablation                                          and Stage 2 without its semantic loss
   aligntok train-tokenizer --config imagenet256_f16d32 --data.path /data/imagenet/train

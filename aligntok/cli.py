@@ -222,8 +222,8 @@ usage: aligntok evaluate PART [options]        aligntok evaluate PART --help exp
   self-test         every metric on distributions with a known answer; needs no weights and no images
 
 FID, sFID, IS, precision and recall are those of the Inception network, whose weights no package carries: --inception.
-Under torchrun all processes draw the samples of `generation`, which are the same however many there are.
 Without them, distances are taken from EfficientNet-Lite0 and say so in their names.
+Under torchrun all processes draw the samples of `generation`, which are the same however many there are.
 """
 
 

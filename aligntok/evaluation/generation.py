@@ -81,7 +81,7 @@ def stream_draw(
 
 
 def batches_of(labels: Tensor) -> tuple[Tensor, ...]:
-    """Labels [n] as `stream_draw` takes them."""
+    """The labels of every batch that `stream_draw` makes, in order."""
     return labels.split(SAMPLING_BATCH)
 
 

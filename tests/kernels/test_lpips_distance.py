@@ -4,26 +4,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import DEVICE, assert_close, check_kernel, normal, outputs_and_gradients, widened
+from kernel_checks import assert_close, check_kernel, normal, outputs_and_gradients, widened
+from lpips_maps import inputs, other_layouts, with_zero_vectors
 from torch import Tensor
 
 from aligntok.kernels import explain
 from aligntok.kernels._triton import record_launches, use_configurations
 from aligntok.kernels.lpips_distance import lpips_distance, lpips_distance_reference
 
-LAST = torch.channels_last
 SMALL = {"lpips_distance": {"TILE": 256, "num_warps": 1, "num_stages": 1}}
 
 
 def triton(*inputs: Tensor) -> Tensor:
     return lpips_distance(*inputs, implementation="triton")
-
-
-def inputs(*shape: int, dtype=torch.float32, seed: int = 0, gradients: str = "xy") -> list[Tensor]:
-    """Two maps in channels-last memory and positive weights of the channels."""
-    fx, fy = (normal(*shape, seed=seed + i, dtype=dtype).contiguous(memory_format=LAST) for i in range(2))
-    head = normal(shape[1], seed=seed + 2).abs()
-    return [fx.requires_grad_("x" in gradients), fy.requires_grad_("y" in gradients), head]
 
 
 @settings(max_examples=12)
@@ -61,32 +54,23 @@ def test_one_channel_and_equal_maps_have_no_gradient():
 @pytest.mark.parametrize("zeros", ["x", "y", "xy"])
 def test_zero_vectors(zeros):
     """Where all channels are zero: the norm has gradient 0, what is left is g / 1e-10. No NaN anywhere."""
-    tensors = inputs(2, 20, 4, 3)
-    with torch.no_grad():
-        for name, f in zip("xy", tensors[:2], strict=True):
-            if name in zeros:
-                f[0, :, 1, 2] = 0
-                f[1, :, 3, 0] = 0
+    tensors, rest = with_zero_vectors(zeros)
     with use_configurations(SMALL):
         check_kernel(triton, lpips_distance_reference, tensors)
         found = outputs_and_gradients(triton, tensors)
     expected = outputs_and_gradients(lpips_distance_reference, widened(tensors))
-    rest = torch.ones(2, 1, 4, 3, dtype=torch.bool, device=DEVICE)  # the other pixels, 1e10 times smaller
-    rest[0, :, 1, 2] = rest[1, :, 3, 0] = False
-    for name in ("gradient 0", "gradient 1"):
+    for name in ("gradient 0", "gradient 1"):  # of the other pixels 1e10 times smaller
         assert found[name].isfinite().all()
         assert_close({name: found[name] * rest}, {name: expected[name] * rest}, 2e-5)
 
 
 def test_other_layouts_give_the_same_bits():
-    fx, fy, head = inputs(2, 24, 6, 5)
-    expected = outputs_and_gradients(triton, [fx, fy, head])
-    sliced = torch.empty(2, 48, 6, 10, device=DEVICE)[:, ::2, :, ::2].copy_(fx.detach()).requires_grad_()
-    wide = torch.stack([head, head], 1)[:, 1]
-    for x, y in ((sliced, fy.detach().contiguous().requires_grad_()), (fx.detach().contiguous().requires_grad_(), fy)):
-        found = outputs_and_gradients(triton, [x, y, wide])
+    tensors = inputs(2, 24, 6, 5)
+    expected = outputs_and_gradients(triton, tensors)
+    for others in other_layouts(*tensors):
+        found = outputs_and_gradients(triton, others)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert found["gradient 0"].is_contiguous(memory_format=LAST)
+        assert found["gradient 0"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_expanded_cotangent_and_dtype_of_the_head():

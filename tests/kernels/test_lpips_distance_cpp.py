@@ -5,12 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import assert_close, check_kernel, normal, outputs_and_gradients, widened
+from lpips_maps import inputs, other_layouts, with_zero_vectors
 from torch import Tensor
 
 from aligntok.kernels import explain, lpips_distance, use_implementation
 from aligntok.kernels.lpips_distance import lpips_distance_reference
 
-LAST = torch.channels_last
 # Two roundings: check_kernel rounds the upstream gradient for the kernel and not for the reference
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-9, torch.bfloat16: 2**-7}
 
@@ -22,12 +22,6 @@ def cpp(*tensors: Tensor) -> Tensor:
 @pytest.fixture(autouse=True)
 def on_the_cpu(monkeypatch):
     monkeypatch.setattr("kernel_checks.DEVICE", "cpu")
-
-
-def inputs(*shape: int, dtype=torch.float32, seed: int = 0, gradients: str = "xy") -> list[Tensor]:
-    """Two maps in channels-last memory and positive weights of the channels."""
-    fx, fy = (normal(*shape, seed=seed + i, dtype=dtype).contiguous(memory_format=LAST) for i in range(2))
-    return [fx.requires_grad_("x" in gradients), fy.requires_grad_("y" in gradients), normal(shape[1], seed=9).abs()]
 
 
 @settings(max_examples=60)
@@ -53,20 +47,11 @@ def test_maps_of_the_networks(shape):
 @pytest.mark.parametrize("zeros", ["x", "y", "xy"])
 def test_zero_vectors(zeros):
     """Where all channels are zero the norm has gradient 0, and what is left is g / 1e-10."""
-    tensors = inputs(2, 20, 4, 3)
-    with torch.no_grad():
-        for name, f in zip("xy", tensors[:2], strict=True):
-            if name in zeros:
-                f[0, :, 1, 2] = 0
-                f[1, :, 3, 0] = 0
+    tensors, rest = with_zero_vectors(zeros)
     check_kernel(cpp, lpips_distance_reference, tensors, TOLERANCE[torch.float32])
-    found, expected = (
-        outputs_and_gradients(cpp, tensors),
-        outputs_and_gradients(lpips_distance_reference, widened(tensors)),
-    )
-    rest = torch.ones(2, 1, 4, 3, dtype=torch.bool)  # the other pixels, 1e10 times smaller
-    rest[0, :, 1, 2] = rest[1, :, 3, 0] = False
-    for name in ("gradient 0", "gradient 1"):
+    found = outputs_and_gradients(cpp, tensors)
+    expected = outputs_and_gradients(lpips_distance_reference, widened(tensors))
+    for name in ("gradient 0", "gradient 1"):  # of the other pixels 1e10 times smaller
         assert found[name].isfinite().all()
         assert_close({name: found[name] * rest}, {name: expected[name] * rest}, TOLERANCE[torch.float32])
 
@@ -87,14 +72,12 @@ def test_equal_maps_have_no_distance():
 
 
 def test_other_layouts_give_the_same_bits():
-    fx, fy, head = inputs(2, 24, 6, 5)
-    expected = outputs_and_gradients(cpp, [fx, fy, head])
-    sliced = torch.empty(2, 48, 6, 10)[:, ::2, :, ::2].copy_(fx.detach()).requires_grad_()
-    wide = torch.stack([head, head], 1)[:, 1]
-    for x, y in ((sliced, fy.detach().contiguous().requires_grad_()), (fx.detach().contiguous().requires_grad_(), fy)):
-        found = outputs_and_gradients(cpp, [x, y, wide])
+    tensors = inputs(2, 24, 6, 5)
+    expected = outputs_and_gradients(cpp, tensors)
+    for others in other_layouts(*tensors):
+        found = outputs_and_gradients(cpp, others)
         assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert found["gradient 0"].is_contiguous(memory_format=LAST)
+        assert found["gradient 0"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_same_bits_for_any_number_of_threads():

@@ -268,6 +268,7 @@ class LatentsBeside:
                 f"be read: restore them, or remove the cache and make it anew with: {cache.command}"
             )
         self.source, self.cache, self.cache_rows = source, cache, cache.rows_of(numbers)
+        self.order = source.order
 
     def __str__(self) -> str:
         return f"{self.source}, their latents from the cache {self.cache.folder}"

@@ -33,6 +33,8 @@ _SHOWN = 5  # file names in a message
 
 
 class Source(Protocol):
+    order: Order  # its count is that of the pictures in an epoch: in memory, those that could be read
+
     def batch(self, step: int) -> Batch:
         """The batch of one training step."""
 

@@ -152,7 +152,7 @@ def _inputs(recipe: Recipe, tokenizer: StoredTokenizer, precision: Precision, te
     if isinstance(source, MemorySource):
         with telemetry.bar("latents") as update:
             latents = tabulate(tokenizer.encode, source, precision, progress=update)
-    return _Inputs(source, latents, images.classes, images.name, len(images))
+    return _Inputs(source, latents, images.classes, images.name, source.order.count)
 
 
 def _cached_inputs(recipe: Recipe, tokenizer: StoredTokenizer) -> _Inputs:

@@ -112,7 +112,7 @@ class TokenizerTraining:
             course(
                 self.config.training,
                 self.data,
-                images=len(self.images),
+                images=source.order.count,
                 crop=self.config.crop,
                 betas=self.config.betas,
                 model=self.config.model,

@@ -170,6 +170,16 @@ def test_a_checkpoint_of_another_configuration_is_refused(pictures, tmp_path, mo
         TokenizerTraining(recipe).run()
 
 
+def test_a_checkpoint_of_pictures_that_can_no_longer_be_read_is_refused(tmp_path, monkeypatch):
+    """They would shift the order of all others."""
+    pictures = write_pictures(tmp_path / "pictures", 20)
+    recipe, _ = damaged_run(pictures, tmp_path / "run", monkeypatch)
+    for picture in sorted(pictures.rglob("*.png"))[:5]:  # more than are held out
+        picture.write_bytes(b"broken")
+    with pytest.raises(UserError, match=r"another configuration.*images"):
+        TokenizerTraining(recipe).run()
+
+
 def test_a_full_disk_leaves_the_previous_checkpoint(pictures, tmp_path, monkeypatch):
     recipe, folder = damaged_run(pictures, tmp_path, monkeypatch)
     before = {p.name for p in folder.iterdir()}

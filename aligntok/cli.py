@@ -296,10 +296,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(OVERVIEW, end="")
         return 0
     name, rest = arguments[0], arguments[1:]
-    # Before torch is loaded (docs/environment.md): large CPU tensors in huge pages, 512 times fewer page faults; where
-    # the extension is built, freed ones leave their memory to new ones, with hardly any
+    # Before torch is loaded: large CPU tensors in huge pages, 512 times fewer page faults (docs/environment.md)
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    os.environ.setdefault("ALIGNTOK_KEEP_MEMORY", "1")
     try:
         if name == "--version":
             from importlib.metadata import version

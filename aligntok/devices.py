@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from aligntok.errors import UserError
-from aligntok.kernels import _extension
-
-KEEP_MEMORY = "ALIGNTOK_KEEP_MEMORY"  # docs/environment.md; the command sets it
 
 
 @dataclass(frozen=True)
@@ -31,8 +26,6 @@ class Precision:
 def choose_precision(device: str = "auto", precision: str = "bf16") -> Precision:
     """The device to use ("auto" = CUDA, else MPS, else CPU) with its precision.
 
-    If it is the CPU and ALIGNTOK_KEEP_MEMORY is 1, freed tensors leave their memory to new ones from here on.
-
     Raises:
         UserError: an unknown or absent device, or an unknown precision.
     """
@@ -48,9 +41,6 @@ def choose_precision(device: str = "auto", precision: str = "bf16") -> Precision
         raise UserError(
             f"training.device is {device!r}, but torch {torch.__version__} sees no CUDA device; use auto or cpu"
         )
-    wanted = chosen.type == "cpu" and os.environ.get(KEEP_MEMORY) == "1"
-    if wanted and sys.platform == "linux" and _extension.unavailable() is None:
-        torch.ops.aligntok.keep_cpu_memory(True)
     return Precision(chosen, precision)
 
 

@@ -4,8 +4,9 @@
     python -m benchmarks.bench_quickstart --before ../before/.venv/bin/python --after .venv/bin/python
 
 A shared machine may run at half its speed for minutes, so that two runs one after the other say little. Here both are
-started and take turns: one is stopped (SIGSTOP) while the other has all processors for some seconds, and the one that
-has finished fewer parts goes first. A part's seconds are those in which its run was not stopped, to within a turn.
+started and take turns: one is stopped (SIGSTOP) while the other has all processors for some seconds. The slower one
+ends a part by itself, before the other begins the next. A part's seconds are those in which its run was not stopped,
+to within a turn.
 Arguments behind `--` go to both, for example: -- --tokenizer.stages.stage1.steps 50
 """
 
@@ -115,12 +116,15 @@ def main() -> int:
     parser.add_argument("--turn", type=float, default=4.0, help="seconds that a run has the machine for itself")
     parser.add_argument("arguments", nargs="*", help="of `aligntok quickstart`, behind --")
     options = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="quickstart-"))
-    runs = {
-        name: Run(python, folder / name, options.arguments)
-        for name, python in (("before", options.before), ("after", options.after))
-    }
+    pythons = {"before": options.before, "after": options.after}
+    for name, python in pythons.items():
+        if not os.access(python, os.X_OK):
+            parser.error(f"--{name} is {python!r}, expected the Python of an environment with aligntok in it")
+    folder, runs = Path(tempfile.mkdtemp(prefix="quickstart-")), {}
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # or the stopped runs stay behind
     try:
+        for name, python in pythons.items():
+            runs[name] = Run(python, folder / name, options.arguments)
         alternate(runs, options.turn)
         print(machine_line(), report(runs), f"both runs are in {folder}", sep="\n\n")
     except UserError as error:

@@ -33,7 +33,7 @@ constexpr float kEpsilon = 1e-10f;  // as in kernels/lpips_distance.py
 constexpr int64_t kPixels = 64;     // of a chunk
 
 // fp64 is for the reference.
-#define DISPATCH(TYPE, NAME, ...)                                            \
+#define ALIGNTOK_DISPATCH(TYPE, NAME, ...)                                  \
   AT_DISPATCH_SWITCH(                                                        \
       TYPE, NAME, AT_DISPATCH_CASE(at::kFloat, __VA_ARGS__)                  \
       AT_DISPATCH_CASE(at::kHalf, __VA_ARGS__) AT_DISPATCH_CASE(at::kBFloat16, __VA_ARGS__))
@@ -66,10 +66,10 @@ struct Forward {
     for (int64_t pixel = 0; pixel < pixels; ++pixel, x += channels, y += channels) {
       float nx, ny, distance = 0;
       norms_of(x, y, channels, nx, ny);
-      const float ix = 1 / (nx + kEpsilon), iy = 1 / (ny + kEpsilon);
+      const float ix = 1 / (nx + kEpsilon), iy = 1 / (ny + kEpsilon), ratio = iy / ix;
 #pragma omp simd reduction(+ : distance)
       for (int64_t c = 0; c < channels; ++c) {
-        const float d = difference(widened(x[c]), widened(y[c]), ix, iy / ix);
+        const float d = difference(widened(x[c]), widened(y[c]), ix, ratio);
         distance += head[c] * d * d;
       }
       total += distance;
@@ -87,11 +87,11 @@ struct Backward {
     for (int64_t pixel = 0; pixel < pixels; ++pixel, x += channels, y += channels, dx += channels) {
       float nx, ny, along_x = 0, along_y = 0;
       norms_of(x, y, channels, nx, ny);
-      const float ix = 1 / (nx + kEpsilon), iy = 1 / (ny + kEpsilon);
+      const float ix = 1 / (nx + kEpsilon), iy = 1 / (ny + kEpsilon), ratio = iy / ix;
 #pragma omp simd reduction(+ : along_x, along_y)
       for (int64_t c = 0; c < channels; ++c) {
         const float vx = widened(x[c]), vy = widened(y[c]);
-        const float g = scale * head[c] * difference(vx, vy, ix, iy / ix);
+        const float g = scale * head[c] * difference(vx, vy, ix, ratio);
         along_x += g * (vx * ix);
         along_y += g * (vy * iy);
       }
@@ -112,10 +112,11 @@ struct Backward {
   ALIGNTOK_INLINE static void write(
       const scalar_t* f, const scalar_t* other, const float* head, float scale, float i, float i_other, float tilt,
       scalar_t* gradient, int64_t channels) {
+    const float ratio = i_other / i;
 #pragma omp simd
     for (int64_t c = 0; c < channels; ++c) {
       const float value = widened(f[c]);
-      const float g = scale * head[c] * difference(value, widened(other[c]), i, i_other / i);
+      const float g = scale * head[c] * difference(value, widened(other[c]), i, ratio);
       gradient[c] = narrowed<scalar_t>(g * i - value * tilt);
     }
   }
@@ -147,7 +148,7 @@ Tensor forward_cpu(const Tensor& fx, const Tensor& fy, const Tensor& head) {
   const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3), chunks = at::divup(pixels, kPixels);
   std::vector<double> sums(x.size(0) * chunks);
   constexpr auto name = "aligntok::lpips_distance";
-  DISPATCH(x.scalar_type(), name, [&] {
+  ALIGNTOK_DISPATCH(x.scalar_type(), name, [&] {
     const scalar_t *px = x.const_data_ptr<scalar_t>(), *py = y.const_data_ptr<scalar_t>();
     const float* w = weights.const_data_ptr<float>();
     const int64_t grain = at::divup(kGrain, kPixels * channels);
@@ -190,7 +191,7 @@ std::tuple<Tensor, Tensor> backward_cpu(
   auto gradients = backward_meta(fx, fy, head, upstream, both);
   const int64_t channels = x.size(1), pixels = x.size(2) * x.size(3), chunks = at::divup(pixels, kPixels);
   constexpr auto name = "aligntok::lpips_distance backward";
-  DISPATCH(x.scalar_type(), name, [&] {
+  ALIGNTOK_DISPATCH(x.scalar_type(), name, [&] {
     const scalar_t *px = x.const_data_ptr<scalar_t>(), *py = y.const_data_ptr<scalar_t>();
     scalar_t* dx = std::get<0>(gradients).mutable_data_ptr<scalar_t>();
     scalar_t* dy = both ? std::get<1>(gradients).mutable_data_ptr<scalar_t>() : nullptr;

@@ -171,11 +171,12 @@ def lpips_distance(fx: Tensor, fy: Tensor, head: Tensor, *, implementation: str 
         ValueError: a shape, dtype or device does not fit; `implementation` is unknown or cannot run here.
     """
     _check(fx, fy, head)
-    unfit = ()
+    reason = None
     if fx.dtype == torch.float64 or head.dtype == torch.float64:
-        unfit = tuple((name, "fp64 is for the reference") for name in ("triton", "cpp"))
+        reason = "fp64 is for the reference"
     elif head.requires_grad and torch.is_grad_enabled():
-        unfit = tuple((name, "the gradient of head is for the reference") for name in ("triton", "cpp"))
+        reason = "the gradient of head is for the reference"
+    unfit = tuple((name, reason) for name in ("triton", "cpp") if reason)
     name = select("lpips_distance", fx.device.type, implementation, unfit)
     if name == "reference":
         return lpips_distance_reference(fx, fy, head)

@@ -73,3 +73,16 @@ def check_kernel(kernel: Callable, reference: Callable, inputs: Sequence, tolera
     assert_close(found, outputs_and_gradients(reference, widened(inputs)), tolerance)
     for name, one in found.items():
         assert torch.equal(one, again[name]), f"{name}: two runs differ"
+
+
+def check_threads(function: Callable, inputs: Sequence) -> None:
+    """Outputs and gradients have the same bits in every run and for any number of CPU threads."""
+    before, runs = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(outputs_and_gradients(function, inputs))
+    finally:
+        torch.set_num_threads(before)
+    for other in runs[1:]:
+        assert all(torch.equal(one, other[name]) for name, one in runs[0].items())

@@ -15,3 +15,9 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+@pytest.fixture
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs are made on the CPU, also where there is a GPU: for tests of C++ operators."""
+    monkeypatch.setattr("kernel_checks.DEVICE", "cpu")

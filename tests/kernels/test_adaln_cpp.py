@@ -4,19 +4,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_close, check_kernel, normal, outputs_and_gradients, widened
+from kernel_checks import assert_close, check_kernel, check_threads, normal, outputs_and_gradients, widened
 
 from aligntok.kernels import explain
 from aligntok.kernels.adaln import adaln, adaln_reference
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # y comes from the rounded x_new, which the fp64 reference does not round: two roundings where x is not fp32.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-9, torch.bfloat16: 2**-6}
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setattr("kernel_checks.DEVICE", "cpu")
 
 
 def inputs(B, N, D, seed, dtype=torch.float32, branch=torch.float32, shift=True, residual=True, weight=True):
@@ -166,15 +163,7 @@ def test_y_comes_from_the_rounded_stream():
 @pytest.mark.parametrize("shape", [(5, 150, 384), (1, 300, 200), (1, 63, 1000)])
 def test_same_bits_for_any_number_of_threads(shape):
     arguments = inputs(*shape, 9, branch=torch.bfloat16)
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2, 5):
-            torch.set_num_threads(threads)
-            runs.append(outputs_and_gradients(cpp(torch.bfloat16), arguments))
-    finally:
-        torch.set_num_threads(before)
-    for other in runs[1:]:
-        assert all(torch.equal(one, other[name]) for name, one in runs[0].items())
+    check_threads(cpp(torch.bfloat16), arguments)
 
 
 def test_nan_and_zero_rows():

@@ -4,12 +4,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_close, check_kernel, normal, outputs_and_gradients, widened
+from kernel_checks import assert_close, check_kernel, check_threads, normal, outputs_and_gradients, widened
 from lpips_maps import inputs, other_layouts, with_zero_vectors
 from torch import Tensor
 
 from aligntok.kernels import explain, lpips_distance, use_implementation
 from aligntok.kernels.lpips_distance import lpips_distance_reference
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 # Two roundings: check_kernel rounds the upstream gradient for the kernel and not for the reference
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-9, torch.bfloat16: 2**-7}
@@ -17,11 +19,6 @@ TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-9, torch.bfloat16: 2**-7}
 
 def cpp(*tensors: Tensor) -> Tensor:
     return lpips_distance(*tensors, implementation="cpp")
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setattr("kernel_checks.DEVICE", "cpu")
 
 
 @settings(max_examples=60)
@@ -82,15 +79,7 @@ def test_other_layouts_give_the_same_bits():
 
 def test_same_bits_for_any_number_of_threads():
     tensors = inputs(3, 64, 40, 40, dtype=torch.bfloat16)
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            runs.append(outputs_and_gradients(cpp, tensors))
-    finally:
-        torch.set_num_threads(before)
-    for other in runs[1:]:
-        assert all(torch.equal(one, other[name]) for name, one in runs[0].items())
+    check_threads(cpp, tensors)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -4,18 +4,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_close, check_kernel, normal, outputs_and_gradients, widened
+from kernel_checks import assert_close, check_kernel, check_threads, normal, outputs_and_gradients, widened
 
 from aligntok.kernels import explain
 from aligntok.kernels.qknorm_rope import qknorm_rope, qknorm_rope_reference
 
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
+
 # Two roundings: check_kernel rounds the incoming gradients for the kernel and not for the reference.
 TOLERANCE = {torch.float32: 4e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float64: 1e-13}
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setattr("kernel_checks.DEVICE", "cpu")
 
 
 def inputs(B, N, H, D, seed, dtype=torch.float32, norm=True, rope=True):
@@ -120,15 +117,7 @@ def test_outputs_have_the_heads_outside_and_own_their_memory():
 @pytest.mark.parametrize("shape", [(3, 130, 6, 64), (1, 64, 16, 72), (2, 37, 12, 64)])
 def test_same_bits_for_any_number_of_threads(shape):
     arguments = inputs(*shape, 16, torch.bfloat16)
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 2, 5):
-            torch.set_num_threads(threads)
-            runs.append(outputs_and_gradients(cpp, arguments))
-    finally:
-        torch.set_num_threads(before)
-    for other in runs[1:]:
-        assert all(torch.equal(one, other[name]) for name, one in runs[0].items())
+    check_threads(cpp, arguments)
 
 
 @pytest.mark.parametrize(("norm", "rope"), [(True, True), (False, True), (False, False)])

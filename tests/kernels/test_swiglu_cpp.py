@@ -4,10 +4,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_checks import assert_close, check_kernel, normal, outputs_and_gradients
+from kernel_checks import assert_close, check_kernel, check_threads, normal, outputs_and_gradients
 
 from aligntok.kernels import explain, swiglu, use_implementation
 from aligntok.kernels.swiglu import swiglu_reference
+
+pytestmark = pytest.mark.usefixtures("on_the_cpu")
 
 # Two roundings: check_kernel rounds dy for the kernel and not for the reference, then the gradient is rounded.
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7, torch.float64: 1e-14}
@@ -15,11 +17,6 @@ TOLERANCE = {torch.float32: 1e-6, torch.float16: 2**-10, torch.bfloat16: 2**-7, 
 
 def cpp(packed):
     return swiglu(packed, implementation="cpp")
-
-
-@pytest.fixture(autouse=True)
-def on_the_cpu(monkeypatch):
-    monkeypatch.setattr("kernel_checks.DEVICE", "cpu")
 
 
 @settings(max_examples=60)
@@ -75,15 +72,7 @@ def test_extreme_gates_and_nan():
 
 def test_same_bits_for_any_number_of_threads():
     packed = normal(400, 2 * 300, seed=6, dtype=torch.bfloat16).requires_grad_()
-    before, runs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            runs.append(outputs_and_gradients(cpp, [packed]))
-    finally:
-        torch.set_num_threads(before)
-    for other in runs[1:]:
-        assert all(torch.equal(one, other[name]) for name, one in runs[0].items())
+    check_threads(cpp, [packed])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

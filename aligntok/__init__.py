@@ -16,10 +16,10 @@ _PUBLIC = {
     "AlignTok": "aligntok.models.tokenizer",
     "Tokenizer": "aligntok.models.tokenizer",
     "LightningDiT": "aligntok.models.lightning_dit",
-    "Generator": "aligntok.training.train_generator",
+    "Generator": "aligntok.models.generator",
     "draw": "aligntok.evaluation.generation",
     "integrate": "aligntok.diffusion.sampler",
-    "choose_precision": "aligntok.devices",
+    "choose_precision": "aligntok.runtime.devices",
     "Recipe": "aligntok.config",
     "UserError": "aligntok.errors",
 }

@@ -14,8 +14,7 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-from aligntok.errors import UserError
-from aligntok.options import (
+from aligntok.config.options import (
     CacheLatentsConfig,
     ConvertConfig,
     EvaluateGenerationConfig,
@@ -26,8 +25,9 @@ from aligntok.options import (
     StatisticsConfig,
     StudyConfig,
 )
-from aligntok.parsing import nearest, parse_options, parse_recipe
-from aligntok.world import refuse_several
+from aligntok.config.parsing import nearest, parse_options, parse_recipe
+from aligntok.errors import UserError
+from aligntok.runtime.world import refuse_several
 
 OVERVIEW = """\
 usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its options
@@ -63,7 +63,7 @@ command again; Ctrl-C and SIGTERM write a checkpoint first, a second one stops a
 
 def _quickstart(arguments: list[str]) -> None:
     recipe = parse_recipe("quickstart", expand_short_options(arguments), default_recipe="quickstart")
-    from aligntok.quickstart import quickstart
+    from aligntok.commands.quickstart import quickstart
 
     quickstart(recipe, " ".join(["aligntok quickstart", *arguments]))
 
@@ -109,8 +109,8 @@ def _train_tokenizer(arguments: list[str]) -> None:
     dry_run, arguments = take_dry_run(arguments)
     recipe = parse_recipe("train-tokenizer", arguments, epilog=DRY_RUN_HELP)
     if dry_run:
-        from aligntok.plan import STAGES
-        from aligntok.plan import dry_run as run_dry
+        from aligntok.commands.plan import STAGES
+        from aligntok.commands.plan import dry_run as run_dry
 
         run_dry(recipe, STAGES)
         return
@@ -123,7 +123,7 @@ def _train_generator(arguments: list[str]) -> None:
     dry_run, arguments = take_dry_run(arguments)
     recipe = parse_recipe("train-generator", arguments, epilog=DRY_RUN_HELP)
     if dry_run:
-        from aligntok.plan import dry_run as run_dry
+        from aligntok.commands.plan import dry_run as run_dry
 
         run_dry(recipe, ("generator",))
         return
@@ -134,7 +134,7 @@ def _train_generator(arguments: list[str]) -> None:
 
 def _train_rival(arguments: list[str]) -> None:
     recipe = parse_recipe("train-rival", arguments)
-    from aligntok.zoo.train import train_rival
+    from aligntok.zoo.train_rival import train_rival
 
     train_rival(recipe)
 
@@ -158,7 +158,7 @@ def _convert(arguments: list[str]) -> None:
         raise UserError("what to convert is missing: give --from LAYOUT FILE; aligntok convert --help has examples")
     shown = {"--layout LAYOUT": "--from LAYOUT", "--layout": "--from", "--file FILE": "FILE"}
     options = parse_options("convert", ConvertConfig, arguments, CONVERT_USAGE, shown)
-    from aligntok.zoo import convert
+    from aligntok.zoo.converters import convert
 
     print(convert(**asdict(options)))
 
@@ -179,7 +179,7 @@ def expand_convert_options(arguments: list[str]) -> list[str]:
 
 def _cache_latents(arguments: list[str]) -> None:
     options = parse_options("cache-latents", CacheLatentsConfig, arguments)
-    from aligntok.training.cache_latents import cache_latents
+    from aligntok.commands.cache_latents import cache_latents
 
     cache_latents(**asdict(options))
 
@@ -187,7 +187,7 @@ def _cache_latents(arguments: list[str]) -> None:
 def _plan(arguments: list[str]) -> None:
     options, arguments = take_plan_options(arguments)
     recipe = parse_recipe("plan", arguments, epilog=PLAN_HELP)
-    from aligntok.plan import PlanConfig, print_plan
+    from aligntok.commands.plan import PlanConfig, print_plan
 
     print_plan(recipe, PlanConfig(**options))
 
@@ -212,14 +212,14 @@ def take_plan_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _sample(arguments: list[str]) -> None:
     options = parse_options("sample", SampleConfig, arguments)
-    from aligntok.jobs import sample
+    from aligntok.commands.pictures import sample
 
     sample(**asdict(options))
 
 
 def _reconstruct(arguments: list[str]) -> None:
     options = parse_options("reconstruct", ReconstructConfig, arguments)
-    from aligntok.jobs import reconstruct
+    from aligntok.commands.pictures import reconstruct
 
     reconstruct(**asdict(options))
 
@@ -253,14 +253,14 @@ def _evaluate(arguments: list[str]) -> None:
         raise UserError(f"evaluate {part!r}: expected one of {', '.join(parts)}{nearest(part, parts)}")
     name, options_class = parts[part]
     options = {} if options_class is None else asdict(parse_options(f"evaluate {part}", options_class, rest))
-    import aligntok.evaluate
+    import aligntok.commands.evaluate
 
-    getattr(aligntok.evaluate, name)(**options)
+    getattr(aligntok.commands.evaluate, name)(**options)
 
 
 def _statistics(arguments: list[str]) -> None:
     options = parse_options("statistics", StatisticsConfig, arguments)
-    from aligntok.jobs import statistics
+    from aligntok.commands.pictures import statistics
 
     statistics(**asdict(options))
 
@@ -276,7 +276,7 @@ def _doctor(arguments: list[str]) -> None:
     if arguments:
         print("usage: aligntok doctor\n\nPrints what is installed, built and selected here, and why not otherwise.")
         return
-    from aligntok.doctor import print_report
+    from aligntok.commands.doctor import print_report
 
     print_report()
 

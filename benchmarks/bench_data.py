@@ -28,7 +28,7 @@ from aligntok.config import DataConfig
 from aligntok.data.dali import DaliSource
 from aligntok.data.images import ImageSet, open_images
 from aligntok.data.sources import Source, StreamSource
-from aligntok.files import write_bytes
+from aligntok.runtime.files import write_bytes
 from benchmarks.machine import machine_line
 
 LOADERS = {"torchvision": StreamSource, "DALI": DaliSource}

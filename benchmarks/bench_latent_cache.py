@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from aligntok.commands.cache_latents import cache_latents
 from aligntok.config import (
     DataConfig,
     DecoderConfig,
@@ -40,13 +41,12 @@ from aligntok.data.images import load_center_crops, open_images
 from aligntok.data.latent_cache import CachedLatentSource, LatentCache, LatentsBeside
 from aligntok.data.latent_format import FORMAT, MANIFEST, VERSION, Origin, shard_file
 from aligntok.data.sources import MemorySource, Source
-from aligntok.devices import choose_precision
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import AlignTok
-from aligntok.training.cache_latents import cache_latents
+from aligntok.runtime.devices import choose_precision
 from aligntok.training.feed import move
-from aligntok.training.guard import Guard
 from aligntok.training.loop import run_phase
+from aligntok.training.recovery.guard import Guard
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
 from benchmarks.machine import DEVICE, machine_line, seconds_of
 

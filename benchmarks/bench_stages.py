@@ -19,19 +19,19 @@ import torch
 from torch import Tensor
 
 from aligntok.config import Recipe
+from aligntok.config.parsing import parse_recipe
 from aligntok.data.sources import MemorySource
-from aligntok.devices import choose_precision
 from aligntok.kernels import use_implementation
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import AlignTok
-from aligntok.parsing import parse_recipe
+from aligntok.runtime.devices import choose_precision
 from aligntok.training.feed import move
 from aligntok.training.generator_objective import GeneratorObjective
-from aligntok.training.guard import Guard
 from aligntok.training.loop import run_phase
 from aligntok.training.objective import Values
+from aligntok.training.recovery.guard import Guard
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
 from benchmarks.bench_training_step import perturb
 from benchmarks.machine import DEVICE, machine_line, seconds_of

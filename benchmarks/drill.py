@@ -23,8 +23,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from random import Random
 
-from aligntok.files import write_bytes
-from aligntok.training.progress import clock
+from aligntok.runtime.files import write_bytes
+from aligntok.training.monitoring.progress import clock
 from benchmarks.drills.disks import flipped, full_disk, read_only, truncated
 from benchmarks.drills.inputs import clock_back, corrupt_images, stalled_loader
 from benchmarks.drills.kills import dead_rank, impatient, kill_cache, kill_generator, kill_tokenizer, polite

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from aligntok.files import write_bytes
+from aligntok.runtime.files import write_bytes
 from benchmarks.machine import machine_line
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -29,7 +29,7 @@ import torch
 import triton
 
 from aligntok import kernels
-from aligntok.files import write_bytes
+from aligntok.runtime.files import write_bytes
 from benchmarks import bench_qknorm_attention, cuda_report
 from benchmarks.aot import ARCHITECTURES, LIMITS, compile_launch, key, launches_of, workloads_of
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from aligntok.machine import processor
+from aligntok.runtime.machine import processor
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"

@@ -5,7 +5,7 @@ Started as a script, it imports everything once and then forks for every line on
 
     {"part": P, "step": S, "delay": D}                    SIGKILL, D seconds after step S of part P was logged
     {"at": NAME, "call": N, "does": "kill" or "hang"}     to the thread that writes checkpoints, at its N-th call of a
-                                                          function of aligntok.files or aligntok.training.checkpoint
+                                                          function of runtime.files or training.recovery.checkpoint
 
 It answers every line with the process's number, and when that has ended with its status.
 
@@ -121,7 +121,7 @@ def kill() -> None:
 
 def kill_after(part: str, step: int, delay: float) -> None:
     """Have the process killed some time after a step."""
-    from aligntok.training.telemetry import PartLog
+    from aligntok.training.monitoring.telemetry import PartLog
 
     original = PartLog.step
 
@@ -135,8 +135,8 @@ def kill_after(part: str, step: int, delay: float) -> None:
 
 def lie_in_wait(at: str, call: int, does: str) -> None:
     """Replace a function by one that kills the process, or hangs, at the writing thread's `call`-th call."""
-    from aligntok import files
-    from aligntok.training import checkpoint
+    from aligntok.runtime import files
+    from aligntok.training.recovery import checkpoint
 
     owner = files if hasattr(files, at) else checkpoint
     original, calls = getattr(owner, at), []

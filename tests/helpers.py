@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from aligntok.config import AdapterConfig, DecoderConfig, EncoderConfig, Recipe, TokenizerConfig
-from aligntok.config_dict import from_dict
+from aligntok.config.from_dict import from_dict
 from aligntok.models.tokenizer import AlignTok
 
 # What a record of metrics.jsonl says of the machine and not of the training

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from aligntok.config import DataConfig, TrainingConfig
-from aligntok.training.checkpoint import Checkpoints, course
 from aligntok.training.ema import build_ema
+from aligntok.training.recovery.checkpoint import Checkpoints, course
 
 
 class Small:

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from aligntok.cli import COMMANDS, OVERVIEW, main
+from aligntok.config.parsing import parse_recipe
+from aligntok.config.recipes import recipe_path
 from aligntok.errors import UserError
-from aligntok.parsing import parse_recipe
-from aligntok.recipes import recipe_path
 
 
 def test_help_needs_neither_torch_nor_half_a_second():

@@ -11,7 +11,7 @@ import pytest
 from torch.distributed.run import get_args_parser
 
 from aligntok.cli import COMMANDS
-from aligntok.parsing import parse_recipe
+from aligntok.config.parsing import parse_recipe
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 NODE, SLURM = SCRIPTS / "launch_node.sh", SCRIPTS / "slurm.sbatch"

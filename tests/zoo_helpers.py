@@ -8,10 +8,10 @@ import torch
 from aligntok.config import EncoderConfig, TrainingConfig
 from aligntok.data.sources import MemorySource
 from aligntok.models.encoder import Encoder
-from aligntok.training.checkpoint import Checkpoints
 from aligntok.training.loop import train
+from aligntok.training.monitoring.telemetry import Telemetry
 from aligntok.training.objective import Objective
-from aligntok.training.telemetry import Telemetry
+from aligntok.training.recovery.checkpoint import Checkpoints
 
 
 def tiny_encoder(downsample: int = 16) -> Encoder:

@@ -48,7 +48,7 @@ from aligntok.data.sources import (
     whole_batch_unreadable,
 )
 from aligntok.errors import UserError
-from aligntok.world import World
+from aligntok.runtime.world import World
 
 READ_STEPS = 4  # steps whose files are read ahead of the one that is asked for
 FAILURES = 3  # batches in a row that DALI refuses although Pillow reads them: then DALI itself is at fault

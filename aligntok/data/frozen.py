@@ -16,7 +16,7 @@ from torch import Tensor
 
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.sources import Batch, MemorySource
-from aligntok.devices import Precision
+from aligntok.runtime.devices import Precision
 
 FrozenOutput = Callable[[Batch], Tensor]
 

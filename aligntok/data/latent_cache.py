@@ -33,7 +33,7 @@ from aligntok.data.latent_format import (
 )
 from aligntok.data.sources import Batch, MemorySource, Order, Source
 from aligntok.errors import UserError
-from aligntok.world import World
+from aligntok.runtime.world import World
 
 _CAN_ANNOUNCE = hasattr(mmap, "MADV_WILLNEED")  # everywhere but on Windows
 Place = tuple[int, int, int, str]  # position in the batch, shard, row of the shard, tensor

@@ -6,7 +6,7 @@
 
 Shard k has the readable ones of images k * shard_size ... (k+1) * shard_size - 1, in order; `index` is the number of
 the image in its set. bfloat16 keeps 8 significant bits: a cached value differs from what `encode` gives by at most 2^-8
-of its magnitude, 0.4 %. `aligntok.training.cache_latents` writes caches, `aligntok.data.latent_cache` reads them.
+of its magnitude, 0.4 %. `aligntok.commands.cache_latents` writes caches, `aligntok.data.latent_cache` reads them.
 """
 
 from __future__ import annotations

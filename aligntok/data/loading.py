@@ -20,7 +20,7 @@ from aligntok.data.dali_graph import refusal
 from aligntok.data.images import ImageSet, load_center_crops
 from aligntok.data.sources import MemorySource, Source, StreamSource
 from aligntok.errors import UserError
-from aligntok.world import World
+from aligntok.runtime.world import World
 
 Say = Callable[[str], None]
 Bar = Callable[[str], AbstractContextManager[Callable[..., None]]]

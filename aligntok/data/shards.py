@@ -19,9 +19,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from aligntok.assets import cache_folder
 from aligntok.errors import UserError
-from aligntok.files import write_bytes
+from aligntok.runtime.assets import cache_folder
+from aligntok.runtime.files import write_bytes
 
 EXTENSIONS = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
 Progress = Callable[[int, int], None]

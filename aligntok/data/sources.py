@@ -2,7 +2,7 @@
 
 Data position therefore needs no saving: a resumed run asks for the next step and gets the batch that it would have
 got. A batch is a dictionary: images [B, 3, H, W] float32 in [-1, 1], labels [B], index [B] (into the image set),
-flip [B], and rows [B], the numbers of its rows in the batch of all processes (aligntok.world).
+flip [B], and rows [B], the numbers of its rows in the batch of all processes (aligntok.runtime.world).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aligntok.config import DataConfig
 from aligntok.data.geometry import cut, to_tensor, to_unit_range, window
 from aligntok.data.images import ImageSet
 from aligntok.errors import UserError
-from aligntok.world import World
+from aligntok.runtime.world import World
 
 Batch = dict[str, Tensor]
 Request = tuple[int, bool, float, float]

@@ -14,11 +14,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aligntok.autocast import autocast_dtype
 from aligntok.config import FlowConfig
 from aligntok.errors import UserError
 from aligntok.kernels import flow_interpolate, flow_loss, noise_key
-from aligntok.world import Place
+from aligntok.runtime.autocast import autocast_dtype
+from aligntok.runtime.world import Place
 
 
 def sample_time(batch: int, kind: str, device: torch.device | str = "cpu") -> Tensor:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.files import digest, unfinished_file
+from aligntok.runtime.files import digest, unfinished_file
 
 NEIGHBOURS = 3  # k of precision and recall
 SPLIT = 5_000  # samples per split of the Inception score

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from aligntok.data.images import ImageSet, stream_crops
 from aligntok.data.loading import report_skipped
-from aligntok.training.telemetry import Telemetry
+from aligntok.training.monitoring.telemetry import Telemetry
 
 
 @contextmanager

@@ -18,8 +18,8 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from aligntok import assets
 from aligntok.errors import UserError
+from aligntok.runtime import assets
 
 INCEPTION = "Inception"  # the name that the Inception network has with the published weights, and only with them
 

@@ -10,15 +10,15 @@ from torch import Tensor
 
 from aligntok.config import SamplerConfig
 from aligntok.data.geometry import to_unit_range
-from aligntok.devices import Precision
 from aligntok.diffusion.sampler import integrate
 from aligntok.errors import UserError
 from aligntok.evaluation.distances import feature_distances
 from aligntok.evaluation.features import FeatureExtractor, extract
 from aligntok.evaluation.tokenizer import BATCH, Measured, decode_all
+from aligntok.models.generator import Generator
 from aligntok.models.tokenizer import StoredTokenizer
-from aligntok.training.train_generator import Generator
-from aligntok.world import World
+from aligntok.runtime.devices import Precision
+from aligntok.runtime.world import World
 
 SAMPLING_BATCH = 128
 

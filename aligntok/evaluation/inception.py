@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from aligntok.errors import UserError
 from aligntok.evaluation.adm import spatial_features
 from aligntok.evaluation.features import INCEPTION, to_uint8
-from aligntok.files import digest
-from aligntok.weights import in_short, read_tensors
+from aligntok.runtime.files import digest
+from aligntok.runtime.weights import in_short, read_tensors
 
 PUBLISHED = "6726825d"  # first digits of the file's SHA-256, which its name ends with
 FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")  # one file, two names

@@ -8,7 +8,6 @@ from torch import Tensor
 from aligntok.config import EncoderConfig
 from aligntok.data.images import load_center_crops, open_images
 from aligntok.data.loading import report_skipped
-from aligntok.devices import Precision
 from aligntok.errors import UserError
 from aligntok.evaluation.alignment import NEIGHBOURS, cknna
 from aligntok.evaluation.crops import crops_with_bar
@@ -16,7 +15,8 @@ from aligntok.evaluation.tokenizer import Measured, encode_all, encoder_probe, e
 from aligntok.evaluation.trained_probe import LatentTable, train_probe
 from aligntok.models.encoder import Encoder
 from aligntok.models.tokenizer import StoredTokenizer
-from aligntok.training.telemetry import Telemetry
+from aligntok.runtime.devices import Precision
+from aligntok.training.monitoring.telemetry import Telemetry
 
 SMALL = 20_000  # images that a cross-validated probe keeps in memory: 3.9 GB at 256 px
 

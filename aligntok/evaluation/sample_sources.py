@@ -13,10 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aligntok import collectives
 from aligntok.config import SamplerConfig
 from aligntok.data.images import open_images
-from aligntok.devices import Precision
 from aligntok.diffusion.sampler import check_sampler
 from aligntok.errors import UserError
 from aligntok.evaluation.adm import read_reference, read_samples, sample_shape, write_sample_batches
@@ -34,10 +32,12 @@ from aligntok.evaluation.generated import (
 from aligntok.evaluation.generation import batches_of, check_pair, choose_labels, describe, stream_draw
 from aligntok.evaluation.inception import Inception
 from aligntok.evaluation.tokenizer import Measured
+from aligntok.models.generator import Generator
 from aligntok.models.tokenizer import load_tokenizer
-from aligntok.training.telemetry import Telemetry
-from aligntok.training.train_generator import Generator
-from aligntok.world import current
+from aligntok.runtime import collectives
+from aligntok.runtime.devices import Precision
+from aligntok.runtime.world import current
+from aligntok.training.monitoring.telemetry import Telemetry
 
 
 class DrawnSamples:

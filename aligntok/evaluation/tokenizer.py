@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from aligntok.data.geometry import to_unit_range
-from aligntok.devices import Precision
 from aligntok.errors import UserError
 from aligntok.evaluation.features import FeatureExtractor
 from aligntok.evaluation.probe import linear_probe, probe_latents
@@ -18,6 +17,7 @@ from aligntok.evaluation.reconstruction import ReconstructionMetrics
 from aligntok.losses.perceptual import PerceptualDistance
 from aligntok.models.encoder import Encoder
 from aligntok.models.tokenizer import StoredTokenizer, Tokenizer
+from aligntok.runtime.devices import Precision
 
 BATCH = 32
 

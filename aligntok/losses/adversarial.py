@@ -16,8 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aligntok import collectives
 from aligntok.kernels import norm_ratio
+from aligntok.runtime import collectives
 
 DELTA = 1e-4  # keeps the ratio finite (VQGAN)
 

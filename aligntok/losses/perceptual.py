@@ -18,11 +18,11 @@ import torch
 import torchvision
 from torch import Tensor, nn
 
-from aligntok.autocast import without_autocast
 from aligntok.config import PerceptualConfig
 from aligntok.errors import UserError
 from aligntok.kernels import lpips_distance
 from aligntok.losses import st_lpips
+from aligntok.runtime.autocast import without_autocast
 
 # The published scaling of [-1, 1] images: the `lpips` package, ScalingLayer
 _SHIFT = (-0.030, -0.088, -0.188)

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from aligntok import assets
+from aligntok.runtime import assets
 
 ROW = torch.tensor([1.0, 2.0, 1.0], device="cpu") / 4
 _VGG_WIDTHS = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))  # VGG16's five groups
@@ -85,7 +85,7 @@ def vgg_layers() -> tuple[nn.Sequential, tuple[int, ...]]:
 def load(network: str, path: str | Path | None = None) -> tuple[nn.Sequential, tuple[int, ...], list[Tensor]]:
     """Layers with weights, tapped indices, and the weights [C] of the linear heads, for "alex" or "vgg".
 
-    `path` gives the weight file instead of the package that is fetched by default (see aligntok.assets).
+    `path` gives the weight file instead of the package that is fetched by default (see aligntok.runtime.assets).
     """
     layers, taps = alex_layers() if network == "alex" else vgg_layers()
     file = assets.fetch(f"st-lpips-{network}", path)

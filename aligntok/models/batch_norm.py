@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from aligntok import collectives
-from aligntok.world import current
+from aligntok.runtime import collectives
+from aligntok.runtime.world import current
 
 
 class SynchronisedBatchNorm(nn.BatchNorm2d):

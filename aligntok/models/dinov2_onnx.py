@@ -1,6 +1,6 @@
 """DINOv2 ViT-S/14 out of an ONNX graph, as a state dict of timm's `vit_small_patch14_dinov2`.
 
-The file (`dinov2-vits14` in aligntok.assets) is an export of the Hugging Face implementation under a
+The file (`dinov2-vits14` in aligntok.runtime.assets) is an export of the Hugging Face implementation under a
 saliency head:
 - norms, biases, LayerScale, the patch convolution and the class token keep their names under `backbone.`;
 - weights of linear layers were folded into anonymous constants, transposed; the node that multiplies by one

@@ -13,11 +13,11 @@ from pathlib import Path
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from aligntok import assets
 from aligntok.config import EncoderConfig
 from aligntok.errors import UserError
 from aligntok.models.dinov2_onnx import read_state_dict
-from aligntok.weights import misfit, read_tensors
+from aligntok.runtime import assets
+from aligntok.runtime.weights import misfit, read_tensors
 
 EMBEDDED_NAME = "vit_small_patch14_dinov2"  # the architecture whose weights the asset "dinov2-vits14" carries
 _CUT_KEYS = re.compile(r"^(head|fc_norm|attn_pool)\.")  # parts behind the tokens

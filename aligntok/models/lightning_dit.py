@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from aligntok.autocast import autocast_dtype
 from aligntok.config import LightningDiTConfig
 from aligntok.errors import UserError
 from aligntok.kernels import adaln, swiglu
 from aligntok.models.attention import Rope, attention
+from aligntok.runtime.autocast import autocast_dtype
 
 SIZES = {  # depth, width, heads. S as in DiT; L/1 is not defined in LightningDiT, its L/2 widths are used
     "S": (12, 384, 6),

@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import nn
 
 from aligntok.errors import UserError
-from aligntok.foreign import without_our_kernels
 from aligntok.models.encoder import Encoder
+from aligntok.runtime.foreign import without_our_kernels
 
 
 def add(encoder: Encoder, rank: int) -> None:

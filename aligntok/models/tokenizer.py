@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -19,13 +20,21 @@ from torch import Tensor, nn
 
 from aligntok.config import TokenizerConfig
 from aligntok.errors import UserError
-from aligntok.files import write_folder
-from aligntok.manifest import VERSION, Manifest
 from aligntok.models.adapter import Adapter
 from aligntok.models.decoder import Decoder
 from aligntok.models.encoder import Encoder
-from aligntok.weights import misfit, read_tensors
-from aligntok.zoo import tokenizer_class
+from aligntok.runtime.files import write_folder
+from aligntok.runtime.manifest import VERSION, Manifest
+from aligntok.runtime.weights import load_strictly, read_tensors
+
+# What config.json of a tokenizer folder says -> module and class that read it. By name and imported on use, so that the
+# rivals stay above this file and whoever reads a folder needs to know none of them.
+TOKENIZERS = {
+    "aligntok.tokenizer": ("aligntok.models.tokenizer", "AlignTok"),
+    "aligntok.zoo.vae": ("aligntok.zoo.vae", "VAE"),  # VA-VAE, FLUX, Stable Diffusion: the same network
+    "aligntok.zoo.rae": ("aligntok.zoo.rae", "RAE"),
+    "aligntok.zoo.maetok": ("aligntok.zoo.maetok", "MAETok"),
+}
 
 
 class Tokenizer(Protocol):
@@ -173,6 +182,15 @@ def check_upsampling(decoder: Decoder, downsample: int) -> None:
         )
 
 
+def tokenizer_class(name: str, source: Path) -> type[StoredTokenizer]:
+    """The class behind a format's name; UserError, naming `source`, where there is none."""
+    if name not in TOKENIZERS:
+        others = ", ".join(list(TOKENIZERS)[1:])
+        raise UserError(f"{source} says format {name!r}, expected 'aligntok.tokenizer' or a rival's: {others}")
+    module, attribute = TOKENIZERS[name]
+    return getattr(import_module(module), attribute)
+
+
 def load_tokenizer(folder: str | Path, require_statistics: bool = True) -> StoredTokenizer:
     """Read a tokenizer folder, of AlignTok or of a rival in aligntok.zoo, in eval mode on the CPU.
 
@@ -189,10 +207,3 @@ def load_tokenizer(folder: str | Path, require_statistics: bool = True) -> Store
     if require_statistics:
         tokenizer._require_statistics()
     return tokenizer.eval()
-
-
-def load_strictly(module: nn.Module, state: dict[str, Tensor], source: Path) -> None:
-    """Load `state` into `module`; UserError counts and names missing, unexpected and misshapen tensors."""
-    if told := misfit(module.state_dict(), state):
-        raise UserError(f"{source} belongs to another configuration: {told}")
-    module.load_state_dict(state)

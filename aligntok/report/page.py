@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from aligntok.errors import UserError
-from aligntok.files import write_bytes
 from aligntok.report import markup
 from aligntok.report.markup import Better, Cell
 from aligntok.report.plots import Plot
+from aligntok.runtime.files import write_bytes
 
 LARGEST_PLOT = 1.5  # CSS pixels per point: 9 pt letters grow to at most 13.5 px
 # Whatever a text may smuggle in, nothing loads and nothing runs.

@@ -23,7 +23,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from aligntok.config import PerceptualConfig, Recipe
 from aligntok.data.images import load_center_crops, open_images
-from aligntok.devices import Precision
 from aligntok.errors import UserError
 from aligntok.evaluation.distances import feature_distances
 from aligntok.evaluation.features import EfficientNetLite0, extract, to_uint8
@@ -39,13 +38,14 @@ from aligntok.evaluation.tokenizer import (
     evaluate_reconstruction,
     pooled_tokens,
 )
-from aligntok.files import write_bytes
 from aligntok.losses.perceptual import build_perceptual
-from aligntok.machine import processor
 from aligntok.models.encoder import Encoder
+from aligntok.models.generator import Generator
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
+from aligntok.runtime.devices import Precision
+from aligntok.runtime.files import write_bytes
+from aligntok.runtime.machine import processor
 from aligntok.study.rows import Row
-from aligntok.training.train_generator import Generator
 
 Latents = Callable[[], Tensor]  # normalised latents [n, d, h, w] of all images, computed when first asked for
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from aligntok.config.options import StudyConfig
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import load_center_crops, open_images
-from aligntok.files import write_bytes
-from aligntok.options import StudyConfig
 from aligntok.report.pictures import contact_sheet
+from aligntok.runtime.files import write_bytes
 from aligntok.study import plots
 from aligntok.study.findings import same_latents
 from aligntok.study.measure import Point, pictures_of

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from aligntok.config import Recipe
-from aligntok.config_dict import from_dict
+from aligntok.config.from_dict import from_dict
+from aligntok.config.recipes import read_recipe, recipe_path
 from aligntok.errors import UserError
-from aligntok.files import unfinished_folder, write_bytes
-from aligntok.recipes import read_recipe, recipe_path
+from aligntok.runtime.files import unfinished_folder, write_bytes
 from aligntok.training.train_tokenizer import STAGES
 
 COMPARED = {  # recipe: name in print

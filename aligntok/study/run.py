@@ -9,13 +9,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-from aligntok.clock import Clock
 from aligntok.config import Recipe
-from aligntok.config_dict import from_dict
-from aligntok.devices import choose_precision
+from aligntok.config.from_dict import from_dict
+from aligntok.config.options import StudyConfig
 from aligntok.errors import UserError
 from aligntok.evaluation.generated import require_enough
-from aligntok.options import StudyConfig
+from aligntok.runtime.clock import Clock
+from aligntok.runtime.devices import choose_precision
 from aligntok.study.measure import Bench, Point, fingerprint
 from aligntok.study.report import write_report
 from aligntok.study.rows import (
@@ -28,14 +28,14 @@ from aligntok.study.rows import (
     remember,
     values_of,
 )
-from aligntok.training.telemetry import Telemetry
+from aligntok.training.monitoring.telemetry import Telemetry
 from aligntok.training.train_generator import PART, snapshot_folder, train_generator
 from aligntok.training.train_tokenizer import STAGES, train_tokenizer
-from aligntok.zoo.train import train_rival
+from aligntok.zoo.train_rival import train_rival
 
 
 def study(options: StudyConfig) -> None:
-    """`aligntok study`; the options are those of aligntok.options.StudyConfig."""
+    """`aligntok study`; the options are those of aligntok.config.options.StudyConfig."""
     telemetry = Telemetry(options.output, log_every=1)
     if not options.report_only:
         run(options, telemetry)

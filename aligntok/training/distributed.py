@@ -23,12 +23,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from aligntok import collectives
 from aligntok.data.sources import Batch
-from aligntok.devices import choose_precision
 from aligntok.errors import UserError
+from aligntok.runtime import collectives
+from aligntok.runtime.devices import choose_precision
+from aligntok.runtime.world import World, current
 from aligntok.training.objective import Phase, Values
-from aligntok.world import World, current
 
 # The others wait this long for the first process, which may download weights meanwhile; torchrun ends them at once
 # when it dies.

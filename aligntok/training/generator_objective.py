@@ -10,14 +10,14 @@ from torch.optim import Optimizer
 from aligntok.config import GeneratorTrainingConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
-from aligntok.devices import Precision
 from aligntok.diffusion.flow import drop_labels, training_loss
 from aligntok.models.blocks import prepare
 from aligntok.models.lightning_dit import LightningDiT
+from aligntok.runtime.devices import Precision
+from aligntok.runtime.world import Place
 from aligntok.training.distributed import is_sharded, replicate, shard
 from aligntok.training.ema import build_ema
 from aligntok.training.objective import Phase, Schedule, Values, build_optimizer, parameter_group
-from aligntok.world import Place
 
 
 class GeneratorObjective:

@@ -14,17 +14,17 @@ from functools import partial
 import torch
 from torch import nn
 
-from aligntok import collectives
 from aligntok.config import TrainingConfig
 from aligntok.data.sources import Batch, Source
 from aligntok.errors import UserError
-from aligntok.training.checkpoint import Checkpoints
+from aligntok.runtime import collectives
 from aligntok.training.distributed import complete, gradients
 from aligntok.training.feed import Feed
-from aligntok.training.guard import Guard, Interrupted, StopSignals
+from aligntok.training.monitoring.telemetry import PartLog, Telemetry
 from aligntok.training.objective import Objective, Phase, Values
-from aligntok.training.spikes import Spike
-from aligntok.training.telemetry import PartLog, Telemetry
+from aligntok.training.recovery.checkpoint import Checkpoints
+from aligntok.training.recovery.guard import Guard, Interrupted, StopSignals
+from aligntok.training.recovery.spikes import Spike
 
 
 def train(

@@ -17,8 +17,8 @@ from torch.optim import AdamW, Optimizer
 
 from aligntok.config import TrainingConfig
 from aligntok.data.sources import Batch
-from aligntok.devices import optimizer_is_fused
 from aligntok.errors import UserError
+from aligntok.runtime.devices import optimizer_is_fused
 
 Values = dict[str, Tensor]  # detached scalars for the log
 

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from aligntok import collectives
 from aligntok.data.sources import Source
-from aligntok.devices import Precision
 from aligntok.models.tokenizer import StoredTokenizer
-from aligntok.world import current
+from aligntok.runtime import collectives
+from aligntok.runtime.devices import Precision
+from aligntok.runtime.world import current
 
 
 @torch.no_grad()

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from aligntok import collectives
 from aligntok.config import LossConfig, RivalStageConfig, StageConfig, TrainingConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
-from aligntok.devices import Precision
 from aligntok.kernels import gan_loss
 from aligntok.losses.adversarial import LeCam, adaptive_weight, image_gradient, surrogate
 from aligntok.losses.semantic import semantic_loss
@@ -27,10 +25,12 @@ from aligntok.models import lora
 from aligntok.models.batch_norm import synchronise
 from aligntok.models.blocks import prepare, restore
 from aligntok.models.tokenizer import AlignTok, StoredTokenizer
+from aligntok.runtime import collectives
+from aligntok.runtime.devices import Precision
+from aligntok.runtime.world import Place
 from aligntok.training.distributed import is_sharded, replicate, shard
 from aligntok.training.ema import adopt, build_ema
 from aligntok.training.objective import Phase, Schedule, Values, build_optimizer, parameter_group
-from aligntok.world import Place
 
 
 @dataclass

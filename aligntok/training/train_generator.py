@@ -12,34 +12,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from aligntok.collectives import on_main
-from aligntok.config import LightningDiTConfig, Recipe, SamplerConfig
+from aligntok.config import LightningDiTConfig, Recipe
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, latents_in_batch, tabulate
 from aligntok.data.images import open_images
 from aligntok.data.latent_cache import CachedLatentSource, LatentCache
 from aligntok.data.latent_format import make_command
 from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource, Source
-from aligntok.devices import Precision, choose_precision
 from aligntok.errors import UserError
-from aligntok.files import remove_unfinished, write_folder
-from aligntok.manifest import VERSION, Manifest
-from aligntok.models.lightning_dit import LightningDiT
-from aligntok.models.tokenizer import StoredTokenizer, load_strictly, load_tokenizer
+from aligntok.models.generator import generator_class, save_generator
+from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
+from aligntok.runtime.collectives import on_main
+from aligntok.runtime.devices import Precision, choose_precision
+from aligntok.runtime.files import remove_unfinished
+from aligntok.runtime.world import current
 from aligntok.training import distributed
-from aligntok.training.banner import PartFacts, generator_kernels, machine_line, part_lines
-from aligntok.training.checkpoint import Checkpoints, course, discard
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
-from aligntok.training.previews import GeneratorPreview
-from aligntok.training.telemetry import Telemetry
-from aligntok.weights import read_tensors
-from aligntok.world import current
-from aligntok.zoo import generator_class
+from aligntok.training.monitoring.banner import PartFacts, generator_kernels, machine_line, part_lines
+from aligntok.training.monitoring.previews import GeneratorPreview
+from aligntok.training.monitoring.telemetry import Telemetry
+from aligntok.training.recovery.checkpoint import Checkpoints, course, discard
 
-FORMAT = "aligntok.generator"
 PART = "generator"
 # Of the configuration, to the course of training; see `course`
 INDIFFERENT = ("tokenizer", "sampler", "training", "latents", "snapshot_every")
@@ -176,50 +171,3 @@ def check_classes(model: LightningDiTConfig, classes: list[str]) -> None:
             f"the images have {len(classes)} classes, but generator.model.classes is {model.classes}: "
             f"raise it, or leave it at null"
         )
-
-
-def save_generator(
-    folder: Path,
-    model: LightningDiT,
-    weights: dict[str, Tensor],
-    sampler: SamplerConfig,
-    classes: list[str],
-    tokenizer_fingerprint: str,
-) -> None:
-    """Write a generator folder: config.json, with the sampler's defaults and what it belongs to, and the weights."""
-    manifest = {
-        "format": FORMAT,
-        "version": VERSION,
-        "config": dataclasses.asdict(model.config),
-        "sampler": dataclasses.asdict(sampler),
-        "latent_channels": model.latent_channels,
-        "latent_size": list(model.latent_size),
-        "classes": classes,
-        "tokenizer": tokenizer_fingerprint,
-    }
-    write_folder(folder, {"model": weights}, {"config": manifest})
-
-
-class Generator:
-    """A trained generator read from its folder: the network, its class names and its sampler's defaults.
-
-    Raises:
-        UserError: no such folder, a damaged one, another format or version, or weights that do not fit.
-    """
-
-    def __init__(self, folder: str | Path) -> None:
-        manifest, weights = Manifest(folder, "generator"), Path(folder) / "model.safetensors"
-        if manifest.format != FORMAT:
-            raise UserError(f"{manifest.file} says format {manifest.format!r}, expected {FORMAT!r}")
-        manifest.check_version()
-        size = manifest.value("latent_size", tuple[int, int])
-        self.latent_shape: tuple[int, ...] = (manifest.value("latent_channels", int), *size)
-        self.classes: list[str] = manifest.value("classes", list[str])
-        self.tokenizer_fingerprint: str = manifest.value("tokenizer", str)
-        self.sampler: SamplerConfig = manifest.value("sampler", SamplerConfig)
-        config = manifest.value("config", LightningDiTConfig)
-        self.model = manifest.build(
-            lambda: generator_class(config)(config, self.latent_shape[0], self.latent_shape[1:])
-        )
-        load_strictly(self.model, read_tensors(weights), weights)
-        self.model.eval().requires_grad_(False)

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from aligntok.collectives import main_first, on_main
 from aligntok.config import PerceptualConfig, Recipe, StageConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, latents_in_batch, tabulate
 from aligntok.data.geometry import check_size
@@ -27,22 +26,24 @@ from aligntok.data.latent_cache import LatentCache, LatentsBeside
 from aligntok.data.latent_format import make_command
 from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource, Source
-from aligntok.devices import choose_precision
 from aligntok.errors import UserError
-from aligntok.files import remove_unfinished, write_folder
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models import lora
 from aligntok.models.discriminator import PatchDiscriminator
-from aligntok.models.tokenizer import AlignTok, load_strictly, load_tokenizer
+from aligntok.models.tokenizer import AlignTok, load_tokenizer
+from aligntok.runtime.collectives import main_first, on_main
+from aligntok.runtime.devices import choose_precision
+from aligntok.runtime.files import remove_unfinished, write_folder
+from aligntok.runtime.weights import load_strictly
+from aligntok.runtime.world import current
 from aligntok.training import distributed
-from aligntok.training.banner import PartFacts, machine_line, part_lines, tokenizer_kernels
-from aligntok.training.checkpoint import Checkpoints, course, discard
 from aligntok.training.loop import train
-from aligntok.training.previews import TokenizerPreview
+from aligntok.training.monitoring.banner import PartFacts, machine_line, part_lines, tokenizer_kernels
+from aligntok.training.monitoring.previews import TokenizerPreview
+from aligntok.training.monitoring.telemetry import Telemetry
+from aligntok.training.recovery.checkpoint import Checkpoints, course, discard
 from aligntok.training.statistics import latent_statistics
-from aligntok.training.telemetry import Telemetry
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
-from aligntok.world import current
 
 STAGES = ("stage1", "stage2", "stage3")
 

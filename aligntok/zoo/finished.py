@@ -10,8 +10,8 @@ from typing import Any
 
 from aligntok.config import RivalConfig
 from aligntok.errors import UserError
-from aligntok.manifest import Manifest
 from aligntok.models.tokenizer import StoredTokenizer
+from aligntok.runtime.manifest import Manifest
 from aligntok.zoo.maetok import MAETok
 from aligntok.zoo.rae import RAE
 from aligntok.zoo.vae import VAE

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from aligntok.config import MAETokConfig, RivalConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
-from aligntok.devices import Precision
 from aligntok.errors import UserError
 from aligntok.losses.semantic import semantic_loss
+from aligntok.runtime.devices import Precision
 from aligntok.training.objective import Values
 from aligntok.training.tokenizer_objective import deviation
 from aligntok.zoo.hog import hog, hog_width

@@ -16,14 +16,14 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from aligntok import collectives
 from aligntok.config import RivalConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
-from aligntok.devices import Precision
 from aligntok.kernels import norm_ratio
 from aligntok.losses.adversarial import DELTA, image_gradient, surrogate
 from aligntok.models.tokenizer import StoredTokenizer
+from aligntok.runtime import collectives
+from aligntok.runtime.devices import Precision
 from aligntok.training.objective import Values
 from aligntok.training.tokenizer_objective import AutoencoderObjective, deviation
 from aligntok.zoo.rae import RAE

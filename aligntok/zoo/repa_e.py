@@ -24,21 +24,21 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from aligntok import collectives
 from aligntok.config import GeneratorTrainingConfig, RivalConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
-from aligntok.devices import Precision
 from aligntok.diffusion.flow import drop_labels, sample_time, shift_time
 from aligntok.errors import UserError
 from aligntok.kernels import flow_interpolate, flow_loss, gan_loss, noise_key
 from aligntok.losses.semantic import semantic_loss
 from aligntok.models.blocks import prepare, restore
 from aligntok.models.lightning_dit import LightningDiT
+from aligntok.runtime import collectives
+from aligntok.runtime.devices import Precision
+from aligntok.runtime.world import current
 from aligntok.training.distributed import replicate
 from aligntok.training.ema import build_ema
 from aligntok.training.objective import Phase, Schedule, Values, build_optimizer, parameter_group
-from aligntok.world import current
 from aligntok.zoo.objectives import VAEObjective
 from aligntok.zoo.vae import VAE
 

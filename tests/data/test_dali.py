@@ -15,7 +15,7 @@ from aligntok.data.dali_graph import refusal
 from aligntok.data.images import open_images
 from aligntok.data.sources import StreamSource
 from aligntok.errors import UserError
-from aligntok.world import World
+from aligntok.runtime.world import World
 
 NUMBERS = ("labels", "index", "flip", "rows")
 

@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
+from aligntok.commands.cache_latents import cache_latents
 from aligntok.config import DataConfig
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import load_center_crops, open_images
 from aligntok.data.latent_cache import CachedLatentSource, LatentCache, LatentsBeside
 from aligntok.data.sources import MemorySource, StreamSource
 from aligntok.errors import UserError
-from aligntok.training.cache_latents import cache_latents
-from aligntok.world import World
+from aligntok.runtime.world import World
 from benchmarks.bench_latent_cache import synthetic_cache
 
 SIZE = 32

@@ -14,7 +14,7 @@ from aligntok.data.images import open_images
 from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource, StreamSource
 from aligntok.errors import UserError
-from aligntok.world import World
+from aligntok.runtime.world import World
 
 
 def _bar(title):

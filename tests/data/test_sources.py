@@ -12,9 +12,9 @@ from aligntok.config import DataConfig
 from aligntok.data.frozen import FrozenNetwork, tabulate
 from aligntok.data.images import load_center_crops, open_images
 from aligntok.data.sources import MemorySource, Order, StreamSource, stand_ins
-from aligntok.devices import choose_precision
 from aligntok.errors import UserError
-from aligntok.world import World
+from aligntok.runtime.devices import choose_precision
+from aligntok.runtime.world import World
 
 
 @settings(max_examples=40, deadline=None)

@@ -88,7 +88,7 @@ def test_a_wrong_metric_is_found(name, monkeypatch):
 
 def test_a_failure_ends_with_status_1(monkeypatch, capsys):
     failure = self_test.Check("SSIM [x]", "case", 1.0, 0.0, 0.1)
-    monkeypatch.setattr("aligntok.evaluate.self_test", lambda update: [failure])
+    monkeypatch.setattr("aligntok.commands.evaluate.self_test", lambda update: [failure])
     with pytest.raises(SystemExit) as done:
         main(["evaluate", "self-test"])
     printed = capsys.readouterr().out

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from aligntok import assets
 from aligntok.config import EncoderConfig
 from aligntok.errors import UserError
 from aligntok.models.dinov2_onnx import read_state_dict
 from aligntok.models.encoder import Encoder
+from aligntok.runtime import assets
 
 SMALL = "vit_small_patch14_dinov2.lvd142m"
 TINY = "test_vit.r160_in1k"  # timm's own test model: patch 16, width 64, six blocks

@@ -5,7 +5,8 @@ import re
 import pytest
 import torch
 
-from aligntok import cli, parsing
+from aligntok import cli
+from aligntok.config import parsing
 from aligntok.errors import UserError
 from aligntok.report import findings, quickstart_page
 from aligntok.report.quickstart_page import build_page

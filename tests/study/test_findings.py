@@ -5,8 +5,8 @@ import json
 import pytest
 from scipy import stats
 
+from aligntok.config.options import StudyConfig
 from aligntok.errors import UserError
-from aligntok.options import StudyConfig
 from aligntok.study.findings import (
     CONTROL,
     GENERATION,

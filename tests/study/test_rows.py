@@ -3,7 +3,7 @@
 import pytest
 
 from aligntok.errors import UserError
-from aligntok.files import write_folder
+from aligntok.runtime.files import write_folder
 from aligntok.study.rows import ABLATIONS, COMPARED, NAMES, Row, borrow_stages, choose
 
 FREE_OF_BUDGET = {"three_stages"}  # says that it sees more images

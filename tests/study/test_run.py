@@ -10,14 +10,15 @@ from zoo_rivals import tiny_vit
 
 from aligntok.cli import main
 from aligntok.config import DecoderConfig, RepaEConfig, VAEConfig
-from aligntok.devices import choose_precision
+from aligntok.config.recipes import merge
 from aligntok.models.encoder import Encoder
+from aligntok.models.generator import Generator
 from aligntok.models.tokenizer import load_tokenizer
-from aligntok.recipes import merge
+from aligntok.runtime.devices import choose_precision
 from aligntok.study import measure, rows, run
 from aligntok.study.measure import pictures_of
 from aligntok.study.rows import Row
-from aligntok.training.train_generator import Generator, snapshot_folder
+from aligntok.training.train_generator import snapshot_folder
 
 SHOWN = ["vae", "repa_e", "aligntok", "three_stages"]
 DISTANCES = {"gFD-EffNetLite0", "gKD-EffNetLite0"}

@@ -14,11 +14,11 @@ import torch
 from helpers import tiny_recipe
 from rich.console import Console
 
-from aligntok import collectives
 from aligntok.errors import UserError
+from aligntok.runtime import collectives
 from aligntok.training import distributed, loop
-from aligntok.training.guard import Interrupted
-from aligntok.training.telemetry import PartLog, Telemetry
+from aligntok.training.monitoring.telemetry import PartLog, Telemetry
+from aligntok.training.recovery.guard import Interrupted
 from aligntok.training.train_generator import train_generator
 from aligntok.training.train_tokenizer import TokenizerTraining
 

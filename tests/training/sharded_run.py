@@ -19,10 +19,10 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
-from aligntok import files
 from aligntok.errors import UserError
-from aligntok.training.state import collect
-from aligntok.world import current
+from aligntok.runtime import files
+from aligntok.runtime.world import current
+from aligntok.training.recovery.state import collect
 
 
 def whole(objective: Small) -> dict[str, torch.Tensor]:
@@ -58,7 +58,7 @@ def save(folder: Path, shard) -> None:
 
 
 def refused(folder: Path, shard, name: str) -> str:
-    """What this process says of a save on whose way a function of aligntok.files fails in the first process."""
+    """What this process says of a save on whose way a function of aligntok.runtime.files fails in the first process."""
 
     def no_space(*_: object) -> None:
         raise OSError(28, "No space left on device")

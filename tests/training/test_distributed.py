@@ -27,19 +27,19 @@ from aligntok.config import (
     StageConfig,
     TrainingConfig,
 )
-from aligntok.devices import choose_precision
 from aligntok.diffusion.flow import drop_labels, training_loss
 from aligntok.errors import UserError
 from aligntok.models.batch_norm import SynchronisedBatchNorm
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.lightning_dit import LightningDiT
+from aligntok.runtime.devices import choose_precision
+from aligntok.runtime.world import Place, World
 from aligntok.training import distributed
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.objective import Phase, build_optimizer
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
 from aligntok.training.train_generator import train_generator
 from aligntok.training.train_tokenizer import TokenizerTraining
-from aligntok.world import Place, World
 
 FP32 = choose_precision("cpu", "fp32")
 LIMIT = 480  # seconds for all that two processes run: much more than it takes, other work may slow it down

@@ -12,11 +12,11 @@ import torch
 from helpers import tiny_recipe, write_pictures
 from safetensors.torch import load_file
 
-from aligntok import files
 from aligntok.errors import UserError
+from aligntok.runtime import files
 from aligntok.training import loop
-from aligntok.training.guard import Interrupted
-from aligntok.training.telemetry import PartLog
+from aligntok.training.monitoring.telemetry import PartLog
+from aligntok.training.recovery.guard import Interrupted
 from aligntok.training.train_generator import train_generator
 from aligntok.training.train_tokenizer import TokenizerTraining
 

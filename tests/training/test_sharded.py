@@ -11,8 +11,8 @@ import torch
 from objectives import Small, checkpoints
 
 from aligntok.errors import UserError
-from aligntok.training.checkpoint import damage
-from aligntok.training.state import collect
+from aligntok.training.recovery.checkpoint import damage
+from aligntok.training.recovery.state import collect
 
 
 def state_of(objective: Small) -> dict[str, torch.Tensor]:

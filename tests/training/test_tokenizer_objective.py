@@ -7,10 +7,10 @@ import torch
 from helpers import tiny_tokenizer
 
 from aligntok.config import DiscriminatorConfig, LossConfig, SemanticConfig, StageConfig, TrainingConfig
-from aligntok.devices import choose_precision
 from aligntok.losses.semantic import semantic_loss
 from aligntok.models import adapter
 from aligntok.models.discriminator import PatchDiscriminator
+from aligntok.runtime.devices import choose_precision
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
 
 

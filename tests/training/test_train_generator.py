@@ -7,8 +7,8 @@ import torch
 
 from aligntok.config import LightningDiTConfig, SamplerConfig
 from aligntok.errors import UserError
+from aligntok.models.generator import Generator, save_generator
 from aligntok.models.lightning_dit import LightningDiT
-from aligntok.training.train_generator import Generator, save_generator
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from zoo_rivals import KINDS, rival_recipe
 
 from aligntok.errors import UserError
 from aligntok.training import distributed
-from aligntok.zoo.train import train_rival
+from aligntok.zoo.train_rival import train_rival
 
 LIMIT = 240  # seconds: much more than it takes, other work may slow it down
 

@@ -11,7 +11,7 @@ from aligntok.errors import UserError
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.zoo.finished import check_finished
 from aligntok.zoo.rae import RAE
-from aligntok.zoo.train import build_rival
+from aligntok.zoo.train_rival import build_rival
 
 
 def rival(kind: str, encoder: str = "cnn", **more) -> RivalConfig:

@@ -9,13 +9,14 @@ from skimage.feature import hog as peer_hog
 from timm.models.vision_transformer import VisionTransformer
 
 from aligntok.config import FlowConfig, LightningDiTConfig, MAETokConfig
-from aligntok.devices import choose_precision
 from aligntok.diffusion.flow import training_loss
 from aligntok.errors import UserError
 from aligntok.evaluation.generation import draw
+from aligntok.models.generator import Generator
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import load_tokenizer
-from aligntok.training.train_generator import Generator, train_generator
+from aligntok.runtime.devices import choose_precision
+from aligntok.training.train_generator import train_generator
 from aligntok.zoo.hog import hog, hog_width
 from aligntok.zoo.maetok import MAETok, draw_mask
 

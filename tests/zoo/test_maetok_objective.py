@@ -9,9 +9,9 @@ from zoo_rivals import tiny_maetok, tiny_maetok_loss
 
 from aligntok.config import DiscriminatorConfig, MAETokLossConfig, RivalConfig, RivalStageConfig, TrainingConfig
 from aligntok.data.frozen import FrozenNetwork
-from aligntok.devices import choose_precision
 from aligntok.errors import UserError
 from aligntok.models.discriminator import PatchDiscriminator
+from aligntok.runtime.devices import choose_precision
 from aligntok.zoo import maetok_objective
 from aligntok.zoo.hog import hog
 from aligntok.zoo.maetok import MAETok

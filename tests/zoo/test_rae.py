@@ -7,7 +7,7 @@ from zoo_rivals import tiny_dino, tiny_rae
 from aligntok.config import DinoDiscriminatorConfig, EncoderConfig, RAEConfig, ViTDecoderConfig
 from aligntok.errors import UserError
 from aligntok.models.tokenizer import load_tokenizer
-from aligntok.zoo.convert_rae import sources
+from aligntok.zoo.converters.rae import sources
 from aligntok.zoo.dino_discriminator import DinoDiscriminator, augment
 from aligntok.zoo.rae import RAE, ViTDecoder
 

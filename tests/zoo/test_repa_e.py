@@ -22,11 +22,11 @@ from aligntok.config import (
     VAEConfig,
 )
 from aligntok.data.frozen import FrozenNetwork
-from aligntok.devices import choose_precision
 from aligntok.errors import UserError
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import load_tokenizer
+from aligntok.runtime.devices import choose_precision
 from aligntok.zoo import repa_e
 from aligntok.zoo.maetok import MAETok
 from aligntok.zoo.repa_e import AlignedGenerator, Bridge, RepaEObjective

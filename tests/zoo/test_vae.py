@@ -9,8 +9,9 @@ from zoo_rivals import tiny_vae
 
 from aligntok.config import DecoderConfig, VAEConfig
 from aligntok.errors import UserError
-from aligntok.models.tokenizer import load_strictly, load_tokenizer
-from aligntok.zoo.convert_flux import flux_config
+from aligntok.models.tokenizer import load_tokenizer
+from aligntok.runtime.weights import load_strictly
+from aligntok.zoo.converters.flux import flux_config
 from aligntok.zoo.vae import VAE, Posterior, scale_and_shift
 
 

@@ -7,7 +7,7 @@ import torch
 from zoo_rivals import KINDS, rival_recipe
 
 from aligntok.training import distributed
-from aligntok.zoo.train import train_rival
+from aligntok.zoo.train_rival import train_rival
 
 
 def run(pictures: Path, output: Path) -> None:

@@ -1,0 +1,285 @@
+"""`aligntok cache-latents`: encode an image set once, so that Stage 3 and the generator need no encoder.
+
+Images are decoded by worker processes while the network encodes; the latents of a shard are collected, written with its
+record, and forgotten. Under torchrun, process r of n makes the shards r, r + n, ...; none waits for another before the
+end, when the first of them puts cache.json together.
+
+A shard whose record and checksum are right is never made again; one that is missing, truncated or damaged is. Giving
+the command again therefore continues an interrupted cache, at the loss of the shard in work, and checks a finished one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, distributed
+
+from aligntok.data.crop_reader import Crops, read_crops
+from aligntok.data.geometry import check_size, to_unit_range
+from aligntok.data.images import ImageSet, open_images
+from aligntok.data.latent_format import (
+    FORMAT,
+    MANIFEST,
+    VERSION,
+    Origin,
+    images_fingerprint,
+    origin_of,
+    read_manifest,
+    record_file,
+    shard_file,
+    shard_problem,
+)
+from aligntok.errors import UserError
+from aligntok.models.tokenizer import AlignTok, load_tokenizer
+from aligntok.runtime.devices import Precision, choose_precision
+from aligntok.runtime.files import digest, remove_unfinished, write_bytes
+from aligntok.runtime.world import World
+from aligntok.training.distributed import LONG_TIMEOUT, start
+from aligntok.training.monitoring.telemetry import Telemetry
+
+Progress = Callable[[int, int], None]
+Record = dict[str, Any]
+_NAMED = 5  # unreadable images that are named on the screen; cache.json names all
+
+
+def cache_latents(
+    tokenizer: str,
+    images: str,
+    output: str,
+    image_size: int,
+    flip: bool,
+    shard_size: int,
+    batch_size: int,
+    workers: int,
+    precision: str,
+    device: str,
+) -> None:
+    """Make, continue or check a cache; the options are those of aligntok.config.options.CacheLatentsConfig.
+
+    Raises:
+        UserError: no tokenizer or images, a size that does not fit, `output` has another cache, the disk refuses.
+    """
+    for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
+        if value < 1:
+            raise UserError(f"{name} is {value}, expected at least 1")
+    with start(device, LONG_TIMEOUT) as world:
+        chosen = choose_precision(device, precision)
+        network = load_tokenizer(tokenizer).to(chosen.device).requires_grad_(False)
+        found = open_images(images)
+        origin = describe(network, found, image_size, flip, precision, shard_size)
+        telemetry = Telemetry(output, log_every=1)
+        writer = Writer(Path(output), origin, network, found, chosen, batch_size, workers, telemetry.say)
+        writer.claim()
+        if world.main:
+            with telemetry.bar("latents") as update:
+                writer.write(world, update)
+        else:
+            writer.write(world, lambda done, total: None)
+        if world.size > 1:
+            distributed.barrier()
+        if world.main:
+            report(writer.finish(), output, telemetry)
+
+
+def describe(
+    tokenizer: AlignTok, images: ImageSet, image_size: int, flip: bool, precision: str, shard_size: int
+) -> Origin:
+    """What a cache with these options is made from.
+
+    Raises:
+        UserError: the image size is not a multiple of the tokenizer's downsampling.
+    """
+    check_size(image_size, tokenizer.downsample, "image_size")
+    return Origin(
+        tokenizer=tokenizer.fingerprint(),
+        latent_mean=tokenizer.latent_mean.tolist(),
+        latent_std=tokenizer.latent_std.tolist(),
+        latent_shape=[tokenizer.latent_channels, *2 * [image_size // tokenizer.downsample]],
+        images=images_fingerprint(images),
+        image_set=images.name,
+        image_count=len(images),
+        classes=images.classes,
+        image_size=image_size,
+        flip=flip,
+        precision=precision,
+        shard_size=shard_size,
+    )
+
+
+@dataclass
+class Writer:
+    """Makes the shards of one cache folder."""
+
+    folder: Path
+    origin: Origin
+    tokenizer: AlignTok
+    images: ImageSet
+    precision: Precision
+    batch_size: int
+    workers: int
+    say: Callable[[str], None]
+
+    def claim(self) -> None:
+        """Leave `origin` in the folder, or find it there.
+
+        Raises:
+            UserError: the folder has a cache with another origin.
+        """
+        manifest = read_manifest(self.folder)
+        if manifest is None:
+            write_bytes(self.folder / MANIFEST, _manifest(self.origin, complete=False))
+        else:
+            origin_of(manifest).check(self.origin, self.folder)
+
+    def write(self, world: World, progress: Progress) -> None:
+        """Make this process's shards, except those that are there and sound."""
+        own = range(world.rank, self.origin.shards, world.size)
+        total, done = sum(len(self.origin.numbers(shard)) for shard in own), 0
+        progress(done, total)
+        missing = []
+        for shard in own:
+            if self._is_sound(shard):
+                done += len(self.origin.numbers(shard))
+                progress(done, total)
+            else:
+                missing.append(shard)
+        plans = [_batches(self.origin.numbers(shard), self.batch_size) for shard in missing]
+        crops = read_crops(self.images, self.origin.image_size, [b for plan in plans for b in plan], self.workers)
+        for shard, plan in zip(missing, plans, strict=True):
+            parts, skipped = [], []
+            for numbers, read in zip(plan, crops, strict=False):  # stops with `plan`: the rest is the next shards'
+                parts.append(self._encode(read))
+                skipped += read.skipped
+                done += len(numbers)
+                progress(done, total)
+            self._save(shard, parts, skipped)
+
+    def finish(self) -> Record:
+        """Put cache.json together from the records of all shards; returns it.
+
+        Raises:
+            UserError: not a single image could be read, or a shard has vanished in the meantime.
+        """
+        records = [json.loads((self.folder / record_file(n)).read_text()) for n in range(self.origin.shards)]
+        problems = [f"{r['file']} {problem}" for r in records if (problem := shard_problem(self.folder, r))]
+        if problems:
+            raise UserError(f"{self.folder}: {problems[0]}; give the same command again to make it anew")
+        skipped = [entry for record in records for entry in record["skipped"]]
+        count = sum(record["rows"] for record in records)
+        if not count:
+            first = skipped[0]
+            raise UserError(
+                f"none of the {self.origin.image_count} images of {self.origin.image_set} could be read; the first, "
+                f"{first['name']}: {first['reason']}"
+            )
+        document = _manifest(
+            self.origin,
+            complete=True,
+            count=count,
+            **_moments(records),
+            shards=[{key: record[key] for key in ("file", "rows", "bytes", "sha256")} for record in records],
+            skipped=skipped,
+        )
+        write_bytes(self.folder / MANIFEST, document)
+        remove_unfinished(self.folder, lambda name: name == MANIFEST or name.startswith("latents-"))
+        return json.loads(document)
+
+    def _is_sound(self, shard: int) -> bool:
+        """Whether a shard is finished and has the checksum that its record says; a damaged one is named."""
+        try:
+            record = json.loads((self.folder / record_file(shard)).read_text())
+            problem = shard_problem(self.folder, record)
+            if record["origin"] != self.origin.fingerprint():
+                problem = "is a shard of another cache"
+            elif problem is None and digest(self.folder / record["file"]) != record["sha256"]:
+                problem = "differs from its checksum"
+        except FileNotFoundError:
+            return False
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            problem = f"has a record that cannot be read ({type(error).__name__}: {error})"
+        if problem is not None:
+            self.say(f"{shard_file(shard)} {problem}; it is made anew")
+        return problem is None
+
+    @torch.no_grad()
+    def _encode(self, read: Crops) -> dict[str, Tensor]:
+        """The rows of a shard that come from one batch."""
+        labels = [self.images.entries[i].label for i in read.numbers]
+        rows = {"labels": torch.tensor(labels, dtype=torch.int64)}
+        rows["index"] = torch.tensor(read.numbers, dtype=torch.int64)
+        images = to_unit_range(read.pixels.to(self.precision.device, non_blocking=True))
+        views = {"latents": images} | ({"flipped": images.flip(-1)} if self.origin.flip else {})
+        for name, view in views.items():
+            if len(view):
+                with self.precision.autocast():
+                    rows[name] = self.tokenizer.encode(view).to("cpu", torch.bfloat16).contiguous()
+            else:
+                rows[name] = torch.empty(0, *self.origin.latent_shape, dtype=torch.bfloat16)
+        return rows
+
+    def _save(self, shard: int, parts: list[dict[str, Tensor]], skipped: list[tuple[int, str]]) -> None:
+        """Write a shard, then its record: a shard without one counts for nothing."""
+        rows = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        moments = torch.stack([_sums(part) for part in parts]).sum(0)
+        if not torch.isfinite(moments).all():
+            raise UserError(f"latents of {self.origin.image_set} are not finite: this tokenizer cannot be used")
+        data = save(rows)
+        write_bytes(self.folder / shard_file(shard), data)
+        record = {
+            "origin": self.origin.fingerprint(),
+            "file": shard_file(shard),
+            "rows": len(rows["index"]),
+            "bytes": len(data),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "skipped": [{"index": i, "name": self.images.entries[i].name, "reason": why} for i, why in skipped],
+            "moments": moments.tolist(),
+        }
+        write_bytes(self.folder / record_file(shard), json.dumps(record).encode())
+
+
+def report(manifest: Record, output: str, telemetry: Telemetry) -> None:
+    """What is in the cache, and what is not."""
+    skipped = manifest["skipped"]
+    for entry in skipped[:_NAMED]:
+        telemetry.say(f"skipped {entry['name']}: {entry['reason']}")
+    if len(skipped) > _NAMED:
+        telemetry.say(f"... and {len(skipped) - _NAMED} more unreadable images, all named in {MANIFEST}")
+    gib = sum(shard["bytes"] for shard in manifest["shards"]) / 2**30
+    mean, std = torch.tensor(manifest["mean"]), torch.tensor(manifest["std"])
+    telemetry.say(
+        f"{output}: latents of {manifest['count']} images{' and their mirror images' if manifest['flip'] else ''}, "
+        f"{len(skipped)} skipped, {len(manifest['shards'])} shards, {gib:.2f} GiB; channel means {mean.min():.2f} to "
+        f"{mean.max():.2f}, standard deviations {std.min():.2f} to {std.max():.2f}"
+    )
+
+
+def _manifest(origin: Origin, complete: bool, **contents: Any) -> bytes:
+    document = {"format": FORMAT, "version": VERSION, "complete": complete, **asdict(origin), **contents}
+    return json.dumps(document, indent=1).encode()
+
+
+def _batches(numbers: range, size: int) -> list[range]:
+    return [numbers[start : start + size] for start in range(0, len(numbers), size)]
+
+
+def _sums(rows: dict[str, Tensor]) -> Tensor:
+    """[3, d] float64: sum, sum of squares and number of the latents' values, per channel."""
+    total = 0
+    for values in (rows[name].double() for name in ("latents", "flipped") if name in rows):
+        squares, count = values.square().sum((0, 2, 3)), torch.full(values.shape[1:2], values[:, 0].numel())
+        total = total + torch.stack([values.sum((0, 2, 3)), squares, count])
+    return total
+
+
+def _moments(records: list[Record]) -> dict[str, list[float]]:
+    """Mean and standard deviation of every channel of the cached latents, near 0 and 1 if the statistics are right."""
+    sums, squares, count = torch.tensor([record["moments"] for record in records], dtype=torch.float64).sum(0)
+    mean = sums / count
+    return {"mean": mean.tolist(), "std": (squares / count - mean.square()).clamp(min=0).sqrt().tolist()}

@@ -1,0 +1,1 @@
+"""What everything stands on: files and weights, processes, devices, and where the program runs."""

@@ -1,0 +1,1 @@
+"""What shows a run: its records, trackers, progress, pictures, speed and cost."""

@@ -35,7 +35,7 @@ def read_crops(images: ImageSet, size: int, batches: list[range], workers: int) 
     return iter(
         DataLoader(
             _CenterCrops(images, size),
-            batch_sampler=batches,
+            batch_sampler=map(list, batches),
             num_workers=min(workers, os.cpu_count() or 1),
             collate_fn=collate,
         )

@@ -84,13 +84,16 @@ class Unreadable:
     reason: str
 
 
+Row = Encoded | Decoded | Unreadable
+
+
 @dataclass
 class Step:
     """A batch on its way: what each row became, and whether DALI works on it."""
 
     number: int
     requests: list[Request]
-    rows: list[Encoded | Decoded | Unreadable]
+    rows: list[Row]
 
     @property
     def encoded(self) -> list[int]:
@@ -98,7 +101,7 @@ class Step:
         return [row for row, item in enumerate(self.rows) if isinstance(item, Encoded)]
 
 
-def prepare(entry: Entry, crop: str, size: int, request: Request, pillow: bool = False) -> Any:
+def prepare(entry: Entry, crop: str, size: int, request: Request, pillow: bool = False) -> Row:
     """Read one picture and decide by its header who decodes it; Pillow's share is decoded and cropped at once."""
     u, v = request[2:]
     try:
@@ -155,7 +158,7 @@ class DaliSource:
         self._threads = max(1, data.workers)
         self._readers = ReadAhead(self._threads)
         self._pipeline = self._build()
-        self._reading: deque[tuple[int, list[Request], list[Future]]] = deque()
+        self._reading: deque[tuple[int, list[Request], list[Future[Row]]]] = deque()
         self._running: deque[Step] = deque()
         self._next_step = -1
         self._refused: set[int] = set()  # pictures on which DALI has failed
@@ -205,7 +208,7 @@ class DaliSource:
             wanted = requests(self.order, number, self.data.flip)
             self._reading.append((number, wanted, [self._read(request) for request in wanted]))
 
-    def _read(self, request: Request) -> Future:
+    def _read(self, request: Request) -> Future[Row]:
         entry, size, pillow = self.images.entries[request[0]], self.data.image_size, request[0] in self._refused
         return self._readers.submit(prepare, entry, self.crop, size, request, pillow)
 
@@ -225,9 +228,9 @@ class DaliSource:
         self._running.append(step)
         if not step.encoded or self._broken is not None:
             return
-        items = [step.rows[row] for row in step.encoded]
+        items = [item for item in step.rows if isinstance(item, Encoded)]
         regions = [item.region() for item in items]
-        inputs = {
+        inputs: dict[str, list[np.ndarray | np.generic]] = {
             "encoded": [item.data for item in items],
             "begin": [begin for begin, _ in regions],
             "end": [end for _, end in regions],
@@ -235,7 +238,7 @@ class DaliSource:
         }
         if self.crop == "center":
             inputs["halvings"] = [np.int32(item.place.halvings) for item in items]
-            inputs["shape"] = [np.float32([item.height, item.width]) for item in items]
+            inputs["shape"] = [np.array([item.height, item.width], np.float32) for item in items]
         try:
             run(self._pipeline, inputs)
         except Exception as error:  # a batch before this one has broken the pipeline: see _images
@@ -305,14 +308,13 @@ class DaliSource:
         merged = torch.zeros(len(names), 3, size, size, device=device)
         if images is not None:
             merged[torch.tensor(step.encoded, device=device)] = images
-        rows = [row for row, item in enumerate(step.rows) if isinstance(item, Decoded)]
-        for row in rows:
-            reason = step.rows[row].reason
-            self.by_pillow[reason] += 1
-            if self.by_pillow[reason] == 1:
-                self.say(f"{names[row]} and others like it are decoded by Pillow, more slowly: {reason}")
-        if rows:
-            pixels = torch.stack([step.rows[row].pixels for row in rows]).to(device)
+        decoded = {row: item for row, item in enumerate(step.rows) if isinstance(item, Decoded)}
+        for row, item in decoded.items():
+            self.by_pillow[item.reason] += 1
+            if self.by_pillow[item.reason] == 1:
+                self.say(f"{names[row]} and others like it are decoded by Pillow, more slowly: {item.reason}")
+        if rows := list(decoded):
+            pixels = torch.stack([item.pixels for item in decoded.values()]).to(device)
             merged[torch.tensor(rows, device=device)] = flip_images(to_unit_range(pixels), flip[rows].to(device))
         return merged
 

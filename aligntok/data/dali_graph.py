@@ -8,6 +8,7 @@ sampling grid. One graph serves both devices. Nothing of DALI is imported before
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from io import BytesIO
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+Inputs = Mapping[str, Sequence[np.ndarray | np.generic]]  # one array or number per picture, by the graph's names
 DEPTH = 2  # batches inside the pipeline: one running, one behind it
 MAX_HALVINGS = 8  # levels in the graph: 65,536 px at 256; larger pictures go through Pillow
 
@@ -87,7 +89,7 @@ def halve(images: Any, shape: Any) -> tuple[Any, Any]:
     shift = (shape / half - 1.0) * 0.5
     corners = []
     for signs in ([-1.0, -1.0], [-1.0, 1.0], [1.0, -1.0], [1.0, 1.0]):
-        start = shift * types.Constant(np.float32(signs))
+        start = shift * types.Constant(np.array(signs, np.float32))
         corners.append(
             fn.resize(images, size=half, roi_start=start, roi_end=start + shape, interp_type=types.INTERP_NN)
         )
@@ -95,7 +97,7 @@ def halve(images: Any, shape: Any) -> tuple[Any, Any]:
     return fn.cast(mean, dtype=types.UINT8), half
 
 
-def run(pipeline: Any, inputs: dict[str, list[np.ndarray]], start: bool = True) -> None:
+def run(pipeline: Any, inputs: Inputs, start: bool = True) -> None:
     """Feed one batch and, unless told otherwise, start it."""
     for name, values in inputs.items():
         pipeline.feed_input(name, values)
@@ -110,11 +112,11 @@ def outputs(pipeline: Any, device: torch.device) -> Tensor:
     return torch.from_dlpack(images.as_tensor())
 
 
-def sample_inputs(crop: str) -> dict[str, list[np.ndarray]]:
+def sample_inputs(crop: str) -> Inputs:
     """A small JPEG with its numbers."""
     buffer = BytesIO()
     Image.new("RGB", (16, 16), (9, 99, 199)).save(buffer, "JPEG")
-    inputs = {
+    inputs: dict[str, list[np.ndarray | np.generic]] = {
         "encoded": [np.frombuffer(buffer.getvalue(), np.uint8)],
         "begin": [np.zeros(2, np.float32)],
         "end": [np.full(2, 16, np.float32)],

@@ -60,7 +60,8 @@ def tabulate(
 ) -> FrozenTable:
     """Table of network(image) over every picture of a source and, where it flips, its mirror image."""
     mirrors = (False, True) if source.flip else (False,)
-    total, rows = len(mirrors) * len(source.images), []
+    total = len(mirrors) * len(source.images)
+    rows: list[Tensor] = []
     for mirrored in mirrors:
         outputs = []
         for start in range(0, len(source.images), batch_size):

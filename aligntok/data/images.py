@@ -127,8 +127,10 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def _stretch(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float grey pictures -> 8 bit; Pillow's own conversion clips everything above 255."""
-    low, high = image.convert("F").getextrema()
-    return image.convert("F").point(lambda v: (v - low) * (255.0 / max(high - low, 1e-9)) + 0).convert("L")
+    grey = image.convert("F")
+    low, high = grey.getextrema()
+    assert isinstance(low, float) and isinstance(high, float)  # one band
+    return grey.point(lambda v: (v - low) * (255.0 / max(high - low, 1e-9)) + 0).convert("L")
 
 
 def open_images(path: str, max_images: int | None = None, progress: Progress | None = None) -> ImageSet:
@@ -179,10 +181,10 @@ def _entries(rows: list[tuple], classes: list[str]) -> tuple[list[Entry], list[s
 
 def _scan_folder(folder: Path) -> tuple[list[Entry], list[str]]:
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    tops = [p.relative_to(folder).parts[0] if p.parent != folder else None for p in files]
-    classes = sorted({top for top in tops if top is not None})
-    if not classes or None in tops:
-        classes, tops = ["all"], ["all"] * len(files)
+    classes, tops = ["all"], ["all"] * len(files)
+    if files and all(p.parent != folder for p in files):
+        tops = [p.relative_to(folder).parts[0] for p in files]
+        classes = sorted(set(tops))
     number = {name: i for i, name in enumerate(classes)}
     return [Entry(str(p.relative_to(folder)), p, number[t]) for p, t in zip(files, tops, strict=True)], classes
 

@@ -230,7 +230,7 @@ class CachedLatentSource:
 
     def batch(self, step: int) -> Batch:
         if self._next is None or self._next[0] != step:
-            self._prepare(step)
+            self._next = self._prepare(step)
         _, rows, flip = self._next
         batch = {
             "latents": self.cache.latents(rows, flip),
@@ -239,15 +239,15 @@ class CachedLatentSource:
             "flip": flip,
             "rows": self.order.rows,
         }
-        self._prepare(step + 1)
+        self._next = self._prepare(step + 1)
         return batch
 
-    def _prepare(self, step: int) -> None:
+    def _prepare(self, step: int) -> tuple[int, Tensor, Tensor]:
         """Choose the rows of a step and have the disk look for them."""
         rows = self.cache_rows[self.order.indices(step)]
         flip = (self.order.uniforms(step)[:, 0] < 0.5) & self.flip
         self.cache.announce(rows, flip)
-        self._next = step, rows, flip
+        return step, rows, flip
 
 
 class LatentsBeside:

@@ -7,7 +7,9 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from queue import SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 
 class ReadAhead:
@@ -21,9 +23,9 @@ class ReadAhead:
             Thread(target=_serve, args=(self._jobs,), daemon=True).start()
         weakref.finalize(self, _stop, self._jobs, threads)
 
-    def submit(self, work: Callable[..., Any], *arguments: Any) -> Future:
+    def submit(self, work: Callable[..., T], *arguments: Any) -> Future[T]:
         """work(*arguments) in some thread; `future.running()` tells whether it has been begun."""
-        future: Future = Future()
+        future: Future[T] = Future()
         self._jobs.put((future, work, arguments))
         return future
 

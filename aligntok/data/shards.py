@@ -129,11 +129,17 @@ def _scan(path: Path) -> list[list[Any]]:
                 if "." + extension.lower() in EXTENSIONS:
                     pictures[key] = (member.name, member.offset_data, member.size)
                 elif extension == "cls":
-                    labels[key] = int(tar.extractfile(member).read())
-                tar.members = []  # tarfile keeps all of them otherwise
+                    labels[key] = _label(tar, member)
+                tar.members = []  # type: ignore[attr-defined]  # missing in typeshed; tarfile keeps all of them otherwise
     except (OSError, tarfile.TarError, ValueError) as error:
         raise UserError(f"{path} is not a WebDataset tar that can be read: {error}") from error
     return [[name, labels.get(key, 0), offset, size] for key, (name, offset, size) in pictures.items()]
+
+
+def _label(tar: tarfile.TarFile, member: tarfile.TarInfo) -> int:
+    content = tar.extractfile(member)
+    assert content is not None  # a regular file has one
+    return int(content.read())
 
 
 def _class_names(listing: Path, count: int) -> list[str]:

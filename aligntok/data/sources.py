@@ -33,7 +33,9 @@ _SHOWN = 5  # file names in a message
 
 
 class Source(Protocol):
-    order: Order  # its count is that of the pictures in an epoch: in memory, those that could be read
+    @property
+    def order(self) -> Order:
+        """Its count is that of the pictures in an epoch: in memory, those that could be read."""
 
     def batch(self, step: int) -> Batch:
         """The batch of one training step."""
@@ -137,7 +139,7 @@ class StreamSource:
         if self._batches is None or step != self._next_step:
             self._batches = self._start(step)
         self._next_step = step + 1
-        batch = self._fetch(step) | {"rows": self.order.rows}
+        batch = self._fetch(self._batches, step) | {"rows": self.order.rows}
         self.skips.add(batch.pop("skipped"))
         return batch
 
@@ -152,11 +154,12 @@ class StreamSource:
         )
         return iter(loader)
 
-    def _fetch(self, step: int) -> dict[str, Any]:
-        limit, fetched = self.data.stall_timeout, Future()
+    def _fetch(self, batches: Iterator[dict[str, Any]], step: int) -> dict[str, Any]:
+        limit = self.data.stall_timeout
         if not limit:
-            return next(self._batches)
-        Thread(target=_run_into, args=(fetched, partial(next, self._batches)), daemon=True).start()
+            return next(batches)
+        fetched: Future[dict[str, Any]] = Future()
+        Thread(target=_run_into, args=(fetched, partial(next, batches)), daemon=True).start()
         try:
             return fetched.result(limit)
         except NotInTime as error:
@@ -258,8 +261,9 @@ def _collate(items: list[Batch | tuple[str, str]]) -> dict[str, Any]:
     skipped = [item for item in items if not isinstance(item, dict)]
     if len(skipped) == len(items):
         raise whole_batch_unreadable(skipped)
-    items = [items[row] for row in stand_ins([isinstance(item, dict) for item in items])]
-    batch: dict[str, Any] = {key: torch.stack([item[key] for item in items]) for key in items[0]}
+    readable = {row: item for row, item in enumerate(items) if isinstance(item, dict)}
+    shown = [readable[row] for row in stand_ins([row in readable for row in range(len(items))])]
+    batch: dict[str, Any] = {key: torch.stack([item[key] for item in shown]) for key in shown[0]}
     batch["images"] = to_unit_range(batch["images"])
     return batch | {"skipped": skipped}
 

@@ -77,10 +77,10 @@ def find_toolkit(environment: Mapping[str, str] = os.environ) -> tuple[Toolkit |
             return None, f"{variable}={home} holds no working bin/nvcc"
     nvcc = shutil.which("nvcc", path=environment.get("PATH"))
     candidates = [_home_from_dryrun(nvcc)] if nvcc else []
-    for home in [*candidates, Path("/usr/local/cuda")]:
-        release = _release(home / "bin" / "nvcc") if home else None
-        if home and release:
-            return Toolkit(home, release), None
+    for candidate in [*candidates, Path("/usr/local/cuda")]:
+        release = _release(candidate / "bin" / "nvcc") if candidate else None
+        if candidate and release:
+            return Toolkit(candidate, release), None
     return None, "no CUDA toolkit: nvcc is not on PATH, and neither CUDA_HOME nor /usr/local/cuda has one"
 
 

@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn
 
 from aligntok.config.options import (
     CacheLatentsConfig,
@@ -197,7 +197,7 @@ def take_plan_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     from argparse import SUPPRESS, ArgumentParser
 
     class Parser(ArgumentParser):
-        def error(self, message: str) -> None:
+        def error(self, message: str) -> NoReturn:
             raise UserError(message)
 
     parser = Parser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)

@@ -8,7 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from os import PathLike
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from aligntok.errors import UserError
 
@@ -53,13 +54,13 @@ def _parse(
     from aligntok.config.recipes import recipe_path
 
     class Parser(ArgumentParser):
-        def error(self, message: str, ex: Exception | None = None) -> None:
+        def error(self, message: str, ex: Exception | None = None) -> NoReturn:
             raise UserError(_renamed(_one_line(message, self), shown)) from ex
 
-        def format_help(self) -> str:
-            return _renamed(super().format_help(), shown)
+        def format_help(self, *formatter: Any, **named: Any) -> str:
+            return _renamed(super().format_help(*formatter, **named), shown)
 
-    files = [str(recipe_path(default_recipe))] if default_recipe else []
+    files: list[str | PathLike[Any]] = [str(recipe_path(default_recipe))] if default_recipe else []
     description = (cls.__doc__ or "").split("\n")[0]
     parser = Parser(
         prog=f"aligntok {command}",

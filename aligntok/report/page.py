@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from aligntok.errors import UserError
 from aligntok.report import markup
@@ -25,7 +26,8 @@ LARGEST_PLOT = 1.5  # CSS pixels per point: 9 pt letters grow to at most 13.5 px
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
-class Row(NamedTuple):
+@dataclass(frozen=True)
+class Row:
     """A labelled strip of `count` pictures; `pixelated` keeps the hard edges of colour maps."""
 
     label: str
@@ -108,7 +110,9 @@ class Page:
         if not plot.svg.startswith(b"<svg"):
             raise UserError(f"plot {plot.title!r}: expected SVG, got bytes that start with {plot.svg[:9]!r}")
         svg = plot.svg.decode()
-        width = LARGEST_PLOT * float(re.search(r'viewBox="0 0 ([\d.]+) ', svg)[1])
+        box = re.search(r'viewBox="0 0 ([\d.]+) ', svg)
+        assert box is not None  # matplotlib writes one
+        width = LARGEST_PLOT * float(box[1])
         named = f'<svg role="img" aria-label="{escape(plot.alt)}" style="max-width:{width:.0f}px"'
         svg = svg.replace("<svg", named, 1)
         note = f'<p class="note">{markup.inline(caption)}</p>' if caption else ""

@@ -109,6 +109,7 @@ def sheet(
         raise UserError(f"picture grid: rows of different picture sizes {sorted(sizes)}; resize them first")
     height, width = (side * scale for side in sizes.pop())
     font = ImageFont.load_default(size=max(10, min(26, height / 5)))
+    assert isinstance(font, ImageFont.FreeTypeFont)  # what a size gives
     labels = [_shorten(label, font, int(2.5 * width)) for label in row_labels]
     margin, line, headings = 3 * gap, int(2 * font.size), headings or {}
     left = margin + math.ceil(max(font.getlength(label) for label in labels)) + (margin if any(labels) else 0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from aligntok.errors import UserError
 from aligntok.report.svg import INK, new_figure, style, to_svg
@@ -40,7 +40,7 @@ NAMES = {
 }
 TOKENIZER_PARTS = ("stage1", "stage2", "stage3")  # drawn one after the other on one axis of steps
 
-Record = Mapping[str, object]
+Record = Mapping[str, Any]
 
 
 class Plot(NamedTuple):

@@ -16,6 +16,7 @@ from aligntok.errors import UserError
 from aligntok.report import findings, plots
 from aligntok.report import pictures as pics
 from aligntok.report.findings import Results
+from aligntok.report.markup import Better
 from aligntok.report.page import Page, Row
 
 SIZE_LIMIT = 3_800_000  # bytes of HTML: a mail attachment, a quick load; pictures shrink until the page is below it
@@ -44,7 +45,7 @@ TRADE_OFF = (
     "picture. Stage 2 trades one for the other, and its weight `w_sp` sets the price: at 0 nothing holds the "
     "latents to the encoder."
 )
-LATENTS = {
+LATENTS: dict[bool | None, str] = {
     True: "Stage 3 did not move the latents, not by a bit.",
     False: "Stage 3 moved the latents, which it never should: please report this run.",
 }
@@ -154,6 +155,7 @@ def _kept(page: Page, pictures: Pictures, side: int) -> None:
     if not present or "originals" not in pictures:
         return
     originals = pics.preview(pictures["originals"][:COLUMNS], side)
+    height, width = originals.shape[-2:]
     grid = _grid(pictures)
     rows, reference = [_strip("Original", originals, side)], None
     for name in present:
@@ -161,7 +163,7 @@ def _kept(page: Page, pictures: Pictures, side: int) -> None:
         colors = pics.pca_colors(tokens, grid, reference)
         reference = colors if reference is None else reference
         what = "Encoder features" if name == "encoder_tokens" else f"Latents, {plots.name_of(MAPS[name])}"
-        rows.append(_strip(what, pics.upscale(colors[:COLUMNS], originals.shape[-2:]), side, pixelated=True))
+        rows.append(_strip(what, pics.upscale(colors[:COLUMNS], (height, width)), side, pixelated=True))
     page.section("What the tokenizer keeps", KEPT)
     page.rows(
         rows,
@@ -175,7 +177,8 @@ def _grid(pictures: Pictures) -> tuple[int, int]:
     """Height and width of the token grid: that of the latents, or a square where there are only tokens."""
     for name in MAPS:
         if name != "encoder_tokens" and name in pictures:
-            return tuple(pictures[name].shape[-2:])
+            height, width = pictures[name].shape[-2:]
+            return height, width
     edge = round(pictures["encoder_tokens"].shape[1] ** 0.5)
     return edge, edge
 
@@ -186,7 +189,8 @@ def _trade_off(page: Page, results: Results, pictures: Pictures, side: int) -> N
     if not parts:
         return
     page.section("Meaning against detail", TRADE_OFF, columns=2)
-    names, psnr = ({p: read(results, p) for p in parts} for read in (findings.label, findings.psnr))
+    names = {p: findings.label(results, p) for p in parts}
+    psnr = {p: findings.psnr(results, p) for p in parts}
     page.table(
         ["", "linear probe", "PSNR [dB]"],
         [[names[p], (probe[p]["mean"], probe[p]["std"]), psnr[p]] for p in parts],
@@ -195,9 +199,9 @@ def _trade_off(page: Page, results: Results, pictures: Pictures, side: int) -> N
         reference_rows=int("encoder" in parts),
     )
     points = [
-        plots.Point(names[p], psnr[p], probe[p]["mean"], probe[p]["std"], plots.COLORS[p])
-        for p in parts
-        if psnr[p] is not None
+        plots.Point(names[p], value, probe[p]["mean"], probe[p]["std"], plots.COLORS[p])
+        for p, value in psnr.items()
+        if value is not None
     ]
     if points:
         page.plot(plots.trade_off(points, probe["encoder"]["mean"] if "encoder" in probe else None))
@@ -240,7 +244,7 @@ def _metric_table(
     if not metrics:
         return
     headers = list(dict.fromkeys(header for values in metrics.values() for header in values))
-    better = {header: "max" if header.startswith(HIGHER_IS_BETTER) else "min" for header in headers}
+    better: dict[str, Better] = {header: "max" if header.startswith(HIGHER_IS_BETTER) else "min" for header in headers}
     rows = [[label(part), *(values.get(header) for header in headers)] for part, values in metrics.items()]
     page.table([name, *headers], rows, "", better)
 

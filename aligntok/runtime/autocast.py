@@ -47,7 +47,7 @@ class MetaAutocast(TorchFunctionMode):
         super().__init__()
         self.dtype = dtype
         self._copies: dict[int, Tensor] = {}  # of weights, while autocast is on
-        self._token: Token | None = None
+        self._token: Token[torch.dtype | None] | None = None
 
     def __enter__(self) -> MetaAutocast:
         self._token = _on_meta.set(self.dtype)
@@ -55,6 +55,7 @@ class MetaAutocast(TorchFunctionMode):
 
     def __exit__(self, *raised: Any) -> None:
         super().__exit__(*raised)
+        assert self._token is not None  # __enter__ has set it
         _on_meta.reset(self._token)
         self._copies.clear()
 

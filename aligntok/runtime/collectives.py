@@ -69,13 +69,14 @@ def on_main(work: Callable[[], T]) -> T:
     world = current()
     if world.size == 1:
         return work()
-    result, failure = None, None
+    result: T | None = None
+    failure: BaseException | None = None
     if world.main:
         try:
             result = work()
         except BaseException as error:
             failure = error
-    box = [result, None if failure is None else str(failure) or type(failure).__name__]
+    box: list[Any] = [result, None if failure is None else str(failure) or type(failure).__name__]
     dist.broadcast_object_list(box, src=0)
     if failure is not None:
         raise failure

@@ -16,7 +16,7 @@ def without_our_kernels() -> Iterator[None]:
     """
     known = sys.modules.get("kernels")
     if known is None:
-        sys.modules["kernels"] = None  # what Python takes for "cannot be imported"
+        sys.modules["kernels"] = None  # type: ignore[assignment]  # typeshed leaves it out: what Python takes for "cannot be imported"
     try:
         yield
     finally:

@@ -66,7 +66,7 @@ class Manifest:
         found = self.values[key]
         if told := _fault(kind, found, key):
             raise UserError(f"{self.file}: {told}")
-        return self.build(lambda: from_dict(kind, found)) if is_dataclass(kind) else found
+        return self.build(lambda: from_dict(kind, found)) if isinstance(kind, type) and is_dataclass(kind) else found
 
     def build(self, make: Callable[[], T]) -> T:
         """What `make` builds from the values; where they make it impossible, a UserError that names the file."""

@@ -24,7 +24,8 @@ from aligntok.errors import UserError
 from aligntok.evaluation.adm import spatial_features
 from aligntok.evaluation.features import INCEPTION, to_uint8
 from aligntok.runtime.files import digest
-from aligntok.runtime.weights import in_short, read_tensors
+from aligntok.runtime.published import read_published
+from aligntok.runtime.weights import in_short
 
 PUBLISHED = "6726825d"  # first digits of the file's SHA-256, which its name ends with
 FILES = ("weights-inception-2015-12-05-6726825d.pth", "pt_inception-2015-12-05-6726825d.pth")  # one file, two names
@@ -151,7 +152,7 @@ def _download(url: str) -> Path:
 
 def _read(path: Path) -> dict[str, Tensor]:
     try:
-        return read_tensors(path)
+        return read_published(path)
     except UserError as error:
         raise UserError(f"{error}; {how_to_get()}") from error
 

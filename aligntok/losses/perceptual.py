@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from importlib import resources
-from pathlib import Path
 
 import torch
 import torchvision
@@ -23,6 +22,7 @@ from aligntok.errors import UserError
 from aligntok.kernels import lpips_distance
 from aligntok.losses import st_lpips
 from aligntok.runtime.autocast import without_autocast
+from aligntok.runtime.published import read_published
 
 # The published scaling of [-1, 1] images: the `lpips` package, ScalingLayer
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -144,7 +144,7 @@ def _load_lpips(network: str, path: str | None) -> tuple[nn.Sequential, tuple[in
 def _trunk_state(network: str, weights: torchvision.models.WeightsEnum, path: str | None) -> dict[str, Tensor]:
     try:
         if path is not None:
-            return torch.load(Path(path).expanduser(), map_location="cpu", weights_only=True)
+            return read_published(path)
         return weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:  # unpickling, zip, network: each raises its own
         raise UserError(

@@ -1,6 +1,6 @@
 """Reading the weights of an encoder and loading them strictly, without executing anything that a file holds.
 
-Accepted: the embedded ONNX asset, and .safetensors or torch files in timm's layout. Every key must fit;
+Accepted: the embedded ONNX asset, and whatever aligntok.runtime.published reads, in timm's names. Every key must fit;
 keys of the parts that the encoder cuts away (later blocks, pooling, classifier) are left out, and a
 position table of another square grid is resampled.
 """
@@ -11,14 +11,18 @@ import re
 from pathlib import Path
 
 from timm.layers import resample_abs_pos_embed
-from torch import Tensor, nn
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
 
 from aligntok.config import EncoderConfig
 from aligntok.errors import UserError
 from aligntok.models.dinov2_onnx import read_state_dict
 from aligntok.runtime import assets
-from aligntok.runtime.weights import misfit, read_tensors
+from aligntok.runtime.published import read_published
+from aligntok.runtime.weights import misfit
 
+Backbone = VisionTransformer | Eva
 EMBEDDED_NAME = "vit_small_patch14_dinov2"  # the architecture whose weights the asset "dinov2-vits14" carries
 _CUT_KEYS = re.compile(r"^(head|fc_norm|attn_pool)\.")  # parts behind the tokens
 
@@ -35,12 +39,14 @@ def read_weights(config: EncoderConfig) -> tuple[dict[str, Tensor], str]:
             )
         file = assets.fetch("dinov2-vits14", None if embedded else path)
         return read_state_dict(file), assets.ASSETS["dinov2-vits14"].what
-    if not path.is_file():
-        raise UserError(f"encoder.weights={config.weights} is neither a file nor one of pretrained, random, embedded")
-    return read_tensors(path, ("state_dict", "model")), str(path)
+    if not path.exists():
+        raise UserError(
+            f"encoder.weights={config.weights} is neither a file, nor a folder, nor one of pretrained, random, embedded"
+        )
+    return read_published(path), str(path)
 
 
-def load_state(backbone: nn.Module, state: dict[str, Tensor], source: str, layer: int, final_norm: bool) -> None:
+def load_state(backbone: Backbone, state: dict[str, Tensor], source: str, layer: int, final_norm: bool) -> None:
     """Load strictly what belongs to a backbone cut behind block `layer`; UserError lists what does not
     fit."""
     state = {key: value for key, value in state.items() if not _is_cut(key, layer, final_norm)}
@@ -57,7 +63,7 @@ def _is_cut(key: str, layer: int, final_norm: bool) -> bool:
     )
 
 
-def _resample_positions(backbone: nn.Module, state: dict[str, Tensor]) -> None:
+def _resample_positions(backbone: Backbone, state: dict[str, Tensor]) -> None:
     """Bring a square position table of another grid to the model's (bicubic, antialiased), within `state`."""
     table, target = state.get("pos_embed"), backbone.pos_embed
     if table is None or target is None or table.shape == target.shape or table.ndim != 3:

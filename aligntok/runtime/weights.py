@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,25 +12,32 @@ from torch import Tensor, nn
 from aligntok.errors import UserError
 
 
-def read_tensors(path: str | Path, wrappers: Iterable[str] = ()) -> dict[str, Tensor]:
-    """Names and tensors of a .safetensors or torch file.
-
-    Args:
-        wrappers: keys under which training scripts put a state dict; the first that is there is unwrapped.
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Names and tensors of a .safetensors or torch file that this package wrote, or that holds nothing else.
 
     Raises:
-        UserError: no such file, one that cannot be read safely, or one without a state dict.
+        UserError: no such file, one that cannot be read safely, or one without a state dict at its top.
     """
-    path = Path(path).expanduser()
+    held = read_object(Path(path).expanduser())
+    if not isinstance(held, Mapping) or not held or not all(isinstance(value, Tensor) for value in held.values()):
+        raise UserError(f"{path} holds no state dict (names to tensors) at its top")
+    return dict(held)
+
+
+def read_object(path: Path) -> Any:
+    """What a .safetensors or torch file holds, read without executing any of it.
+
+    Raises:
+        UserError: no such file, or one that cannot be read safely.
+    """
     if not path.is_file():
         raise UserError(f"there is no file {path}: give one of weights, .safetensors or of torch.save")
     try:
         if path.suffix == ".safetensors":
             from safetensors.torch import load_file
 
-            held = load_file(path)
-        else:
-            held = torch.load(path, map_location="cpu", weights_only=True)
+            return load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # safetensors, pickle and zip each raise their own
         if path.suffix == ".safetensors":
             raise UserError(f"{path} cannot be read ({in_short(error)}): it is damaged or incomplete") from error
@@ -37,12 +45,6 @@ def read_tensors(path: str | Path, wrappers: Iterable[str] = ()) -> dict[str, Te
             f"{path} cannot be read as weights without executing code ({in_short(error)}); save its tensors alone, as "
             ".safetensors"
         ) from error
-    found = held if isinstance(held, Mapping) else {}
-    found = next((found[key] for key in wrappers if isinstance(found.get(key), Mapping)), found)
-    if not found or not all(isinstance(value, Tensor) for value in found.values()):
-        places = ", ".join(wrappers)
-        raise UserError(f"{path} holds no state dict (names to tensors) at its top{places and ' or under '}{places}")
-    return dict(found)
 
 
 def misfit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:

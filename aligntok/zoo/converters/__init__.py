@@ -16,12 +16,12 @@ if TYPE_CHECKING:
 
 # What `aligntok convert --from` takes -> the module whose `convert` does it
 CONVERTERS = {
-    "hustvl-vavae": "aligntok.zoo.converters.converters.vavae",
-    "hustvl-lightningdit": "aligntok.zoo.converters.converters.lightningdit",
-    "rae-decoder": "aligntok.zoo.converters.converters.rae",
-    "rae-ditdh": "aligntok.zoo.converters.converters.ditdh",
-    "flux-ae": "aligntok.zoo.converters.converters.flux",
-    "diffusers-vae": "aligntok.zoo.converters.converters.diffusers",
+    "hustvl-vavae": "aligntok.zoo.converters.vavae",
+    "hustvl-lightningdit": "aligntok.zoo.converters.lightningdit",
+    "rae-decoder": "aligntok.zoo.converters.rae",
+    "rae-ditdh": "aligntok.zoo.converters.ditdh",
+    "flux-ae": "aligntok.zoo.converters.flux",
+    "diffusers-vae": "aligntok.zoo.converters.diffusers",
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from aligntok.errors import UserError
 from aligntok.models.tokenizer import StoredTokenizer
-from aligntok.runtime.weights import faults, few, read_tensors
+from aligntok.runtime.weights import faults, few
 
 STATISTICS = {"latent_mean", "latent_std"}  # published files of a tokenizer do not hold them
 Sources = Callable[[str], Sequence[str]]  # our name -> theirs; empty for what the file does not hold
@@ -37,12 +37,6 @@ class Report:
         lines = [f"{self.what}: converted {self.converted} tensors"]
         lines += [f"  left out {count}: {reason}" for reason, count in self.ignored.items()]
         return "\n".join(lines + [f"  {note}" for note in self.notes])
-
-
-def read_published(path: Path, wrappers: tuple[str, ...] = ()) -> dict[str, Tensor]:
-    """`read_tensors` without the prefixes that DistributedDataParallel and torch.compile add."""
-    held = read_tensors(path, wrappers)
-    return {re.sub(r"^(?:module\.|_orig_mod\.)+", "", name): value for name, value in held.items()}
 
 
 def described(tokenizer: StoredTokenizer) -> str:

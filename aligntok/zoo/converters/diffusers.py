@@ -15,12 +15,12 @@ from torch import Tensor
 
 from aligntok.config import DecoderConfig, VAEConfig
 from aligntok.errors import UserError
-from aligntok.zoo.converters.conversion import Report, described, fill, read_published
+from aligntok.runtime.published import read_published, weight_file
+from aligntok.zoo.converters.conversion import Report, described, fill
 from aligntok.zoo.converters.ldm_keys import diffusers_names
 from aligntok.zoo.vae import VAE, scale_and_shift
 
 WHAT = "diffusers AutoencoderKL"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
 # What the convolutional autoencoder of this package is; another value is another network.
 _FIXED = {
     "act_fn": "silu",
@@ -35,16 +35,13 @@ _OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": 
 
 
 def convert(source: Path, output: Path) -> Report:
-    """Write the tokenizer folder `output` from a weight file, or from the folder that holds it.
+    """Write the tokenizer folder `output` from a weight file, the folder that holds it, or a pipeline's.
 
     Raises:
         UserError: no weights or no config.json beside them, an architecture that is not LDM's, or missing, unexpected
             or misshapen tensors.
     """
-    source = Path(source)
-    weights = next((source / name for name in WEIGHTS if (source / name).is_file()), source)
-    if weights.is_dir():
-        raise UserError(f"{source} holds neither {WEIGHTS[0]} nor {WEIGHTS[1]}: give the vae folder of a pipeline")
+    weights = weight_file(source / "vae" if (source / "vae").is_dir() else source)
     config, scale, shift = read_config(weights.with_name("config.json"))
     vae = VAE(config)
     state = dict(_as_published_now(key, value) for key, value in read_published(weights).items())

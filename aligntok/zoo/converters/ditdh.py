@@ -16,7 +16,8 @@ from aligntok.config import LightningDiTConfig, SamplerConfig
 from aligntok.errors import UserError
 from aligntok.models.dit_dh import DiTDH
 from aligntok.models.generator import save_generator
-from aligntok.zoo.converters.conversion import Report, fill, heads_of, read_published, renamed, require_shape, side_of
+from aligntok.runtime.published import read_published
+from aligntok.zoo.converters.conversion import Report, fill, heads_of, renamed, require_shape, side_of
 from aligntok.zoo.converters.lightningdit import RULES, tokenizer_fingerprint, trunk
 
 WHAT = "DiT^DH"
@@ -31,7 +32,7 @@ def convert(source: Path, output: Path, *, tokenizer: str | None = None) -> Repo
     Raises:
         UserError: a file that cannot be read or does not fit; no tokenizer, or one of other latents.
     """
-    state = read_published(source, ("ema", "model", "state_dict"))
+    state = read_published(source)
     fingerprint = tokenizer_fingerprint(tokenizer, require_shape(state, "s_embedder.proj.weight", source, WHAT, 4)[1])
     model = build(state, source)
     report = fill(model, state, lambda name: sources(name, model.config.depth), IGNORED, source, WHAT)

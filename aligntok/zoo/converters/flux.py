@@ -9,7 +9,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from aligntok.config import DecoderConfig, VAEConfig
-from aligntok.zoo.converters.conversion import Report, described, fill, read_published
+from aligntok.runtime.published import read_published
+from aligntok.zoo.converters.conversion import Report, described, fill
 from aligntok.zoo.converters.ldm_keys import ldm_names
 from aligntok.zoo.vae import VAE, scale_and_shift
 

@@ -25,12 +25,12 @@ from aligntok.errors import UserError
 from aligntok.models.generator import save_generator
 from aligntok.models.lightning_dit import TIME_FEATURES, LightningDiT, time_frequencies
 from aligntok.models.tokenizer import load_tokenizer
+from aligntok.runtime.published import read_published
 from aligntok.zoo.converters.conversion import (
     Report,
     count,
     fill,
     heads_of,
-    read_published,
     renamed,
     require_shape,
     side_of,
@@ -64,7 +64,7 @@ def convert(source: Path, output: Path, *, tokenizer: str | None = None, preset:
     """
     if preset not in PRESETS:
         raise UserError(f"--preset is {preset!r}, expected one of {', '.join(PRESETS)}")
-    state = read_published(source, ("ema", "model", "state_dict"))
+    state = read_published(source)
     fingerprint = tokenizer_fingerprint(tokenizer, require_shape(state, "x_embedder.proj.weight", source, WHAT, 4)[1])
     model = build(state, source)
     report = fill(model, state, sources, IGNORED, source, WHAT)

@@ -15,13 +15,13 @@ from torch import Tensor
 
 from aligntok.config import EncoderConfig, RAEConfig, ViTDecoderConfig
 from aligntok.errors import UserError
+from aligntok.runtime.published import read_published
 from aligntok.zoo.converters.conversion import (
     Report,
     count,
     described,
     fill,
     heads_of,
-    read_published,
     renamed,
     require,
     require_shape,
@@ -74,7 +74,7 @@ def convert(
         raise UserError(
             f"{source} does not tell which encoder it belongs to: give --encoder, of RAE's {', '.join(ENCODERS)}"
         )
-    state = read_published(source, ("model", "state_dict"))
+    state = read_published(source)
     state = {re.sub(r"^decoder\.(?=decoder_|trainable)", "", name): value for name, value in state.items()}
     rae = RAE(config_of(state, source, EncoderConfig(encoder, encoder_weights, antialias=False)))
     channels = require_shape(state, "decoder_embed.weight", source, WHAT, 2)[1]

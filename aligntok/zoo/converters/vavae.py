@@ -13,7 +13,8 @@ from torch import Tensor
 
 from aligntok.config import DecoderConfig, VAEConfig
 from aligntok.errors import UserError
-from aligntok.zoo.converters.conversion import Report, count, described, fill, read_published, require, require_shape
+from aligntok.runtime.published import read_published
+from aligntok.zoo.converters.conversion import Report, count, described, fill, require, require_shape
 from aligntok.zoo.converters.ldm_keys import ldm_names
 from aligntok.zoo.vae import VAE
 
@@ -35,7 +36,7 @@ def convert(source: Path, output: Path, *, statistics: str | None = None) -> Rep
     Raises:
         UserError: a file that cannot be read or does not fit, naming what is missing, unexpected or misshapen.
     """
-    state = read_published(source, ("state_dict",))
+    state = read_published(source)
     vae = VAE(config_of(state, source))
     names = ldm_names(len(vae.config.networks.channel_multipliers))
     report = fill(vae, state, names, IGNORED, source, WHAT)

@@ -182,7 +182,7 @@ def test_diffusers_files_that_do_not_fit(tmp_path, change, message):
     model.save_pretrained(tmp_path / "vae")
     state = model.state_dict()
     change(state)
-    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "vae" / convert_diffusers.WEIGHTS[0])
+    save_file({k: v.contiguous() for k, v in state.items()}, tmp_path / "vae" / "diffusion_pytorch_model.safetensors")
     with pytest.raises(UserError, match=message) as caught:
         convert_diffusers.convert(tmp_path / "vae", tmp_path / "t")
     assert "\n" not in str(caught.value) and not (tmp_path / "t").exists()
@@ -202,8 +202,9 @@ def test_files_that_are_not_weights(tmp_path):
     torch.save({"state_dict": Hostile()}, tmp_path / "ae.pt")
     with pytest.raises(UserError, match="cannot be read as weights without executing code"):
         convert_flux.convert(tmp_path / "ae.pt", tmp_path / "t")
-    with pytest.raises(UserError, match="give the vae folder"):
-        convert_diffusers.convert(tmp_path, tmp_path / "t")
+    (tmp_path / "pipeline").mkdir()
+    with pytest.raises(UserError, match="holds no weights"):
+        convert_diffusers.convert(tmp_path / "pipeline", tmp_path / "t")
 
 
 @pytest.mark.parametrize(
@@ -227,9 +228,19 @@ def test_other_architectures_are_refused(tmp_path, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_pipeline_is_converted_from_its_vae_folder_also_in_half_precision(tmp_path):
+    made = peer((8, 16), 4, 4)
+    made.half().save_pretrained(tmp_path / "pipeline/vae", variant="fp16")
+    (tmp_path / "pipeline/unet").mkdir()
+    report = convert_diffusers.convert(tmp_path / "pipeline", tmp_path / "t")
+    assert report.converted == len(made.state_dict())
+    ours = load_tokenizer(tmp_path / "t")
+    assert torch.equal(ours.decoder.conv_in.weight, made.decoder.conv_in.weight.float())
+
+
 def test_a_missing_or_broken_config_is_named(tmp_path):
     peer((8, 16), 4, 4).save_pretrained(tmp_path)
-    state = load_file(tmp_path / convert_diffusers.WEIGHTS[0])
+    state = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         convert_diffusers.convert(tmp_path, tmp_path / "t")

@@ -15,6 +15,8 @@ copied. Sums are fp32 (fp64 for fp64 p); the distance is that of the rounded z t
 gradient are those of the path that is not fused.
 """
 
+from typing import overload
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -360,6 +362,30 @@ def _unfit(*tensors: Tensor | None, d: int) -> Unfit:
     if d > LARGEST_D:
         return (("triton", f"the kernels hold at most {LARGEST_D} latent channels, not {d}"),)
     return ()
+
+
+@overload
+def adapter_projection(
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str = ...,
+    snapshot: None = ...,
+    *,
+    implementation: str | None = ...,
+) -> Tensor: ...
+
+
+@overload
+def adapter_projection(
+    p: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str = ...,
+    snapshot: Tensor = ...,
+    *,
+    implementation: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 
 
 def adapter_projection(

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from typing import Any, TypeGuard
 
 import timm
 import torch
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from aligntok.config import EncoderConfig
 from aligntok.errors import UserError
 from aligntok.models.attention import sequence_is_short
-from aligntok.models.encoder_weights import EMBEDDED_NAME, load_state, read_weights
+from aligntok.models.encoder_weights import EMBEDDED_NAME, Backbone, load_state, read_weights
 
 _SUPPORTED = (
     "the encoder must be one of timm's ViTs with one patch size, "
@@ -49,6 +50,9 @@ class Encoder(nn.Module):
     On the meta device (`with torch.device("meta")`) no weights are read, whatever the configuration says.
     """
 
+    input_scale: Tensor
+    input_shift: Tensor
+
     def __init__(self, config: EncoderConfig) -> None:
         super().__init__()
         if config.downsample < 1:
@@ -60,8 +64,9 @@ class Encoder(nn.Module):
         self.downsample = config.downsample
         self.antialias = config.antialias
         self.prefix_tokens: int = self.backbone.num_prefix_tokens
-        self.mean: tuple[float, ...] = tuple(self.backbone.pretrained_cfg["mean"])
-        self.std: tuple[float, ...] = tuple(self.backbone.pretrained_cfg["std"])
+        published: Any = self.backbone.pretrained_cfg  # a dictionary that timm attaches
+        self.mean: tuple[float, ...] = tuple(published["mean"])
+        self.std: tuple[float, ...] = tuple(published["std"])
         # [-1, 1] -> [0, 1] -> (v - mean) / std, as one multiply-add. Saved with the weights: a checkpoint
         # of a tokenizer must not depend on what a later timm believes about the same name.
         scale = [0.5 / std for std in self.std]
@@ -70,7 +75,7 @@ class Encoder(nn.Module):
         self.register_buffer("input_shift", torch.tensor(shift).view(1, 3, 1, 1))
 
     @property
-    def blocks(self) -> nn.Module:
+    def blocks(self) -> nn.Sequential | nn.ModuleList:
         """The transformer blocks, in order."""
         return self.backbone.blocks
 
@@ -104,7 +109,8 @@ class Encoder(nn.Module):
     def _choose_attention(self, device: torch.device, tokens: int) -> None:
         """timm's plain attention for short sequences on a CPU, the fused one elsewhere, as in models/attention.py."""
         for block in self.blocks:
-            block.attn.fused_attn = not sequence_is_short(device.type, tokens)
+            attention: Any = block.attn  # timm's, of several classes
+            attention.fused_attn = not sequence_is_short(device.type, tokens)
 
 
 def _check_name(name: str) -> None:
@@ -121,7 +127,7 @@ def _check_name(name: str) -> None:
     raise UserError(f"timm {timm.__version__} has no model {name!r}; {hint}")
 
 
-def _load_backbone(config: EncoderConfig) -> tuple[nn.Module, str]:
+def _load_backbone(config: EncoderConfig) -> tuple[Backbone, str]:
     """timm's model with weights, cut behind the tapped block; and where the weights came from."""
     with torch.device("meta"):  # costs nothing, and tells user errors from download errors
         blueprint = _create(config.name)
@@ -131,10 +137,12 @@ def _load_backbone(config: EncoderConfig) -> tuple[nn.Module, str]:
         backbone = _create_pretrained(config.name)
     else:
         backbone = _create(config.name)
+    assert isinstance(backbone, VisionTransformer | Eva)  # as the blueprint
     # timm cuts the later blocks, the pooling and the classifier
     backbone.prune_intermediate_layers([layer], prune_norm=not config.final_norm, prune_head=True)
-    if getattr(getattr(backbone, "rope", None), "aug_active", False):
-        backbone.rope.aug_active = False  # random coordinates in train() would make the latents drift
+    rope = getattr(backbone, "rope", None)
+    if rope is not None and getattr(rope, "aug_active", False):
+        rope.aug_active = False  # random coordinates in train() would make the latents drift
     if on_meta:
         return backbone, "none (meta device)"
     if config.weights == "pretrained":
@@ -165,10 +173,13 @@ def _create_pretrained(name: str) -> nn.Module:
         ) from error
 
 
+def _is_plain(model: nn.Module) -> TypeGuard[Backbone]:
+    return type(model) in (VisionTransformer, Eva) and type(model.patch_embed) is PatchEmbed
+
+
 def _check_architecture(model: nn.Module, config: EncoderConfig) -> int:
     """Refuse what is not a plain ViT; the tapped block as an index from the front."""
-    plain = type(model) in (VisionTransformer, Eva) and type(model.patch_embed) is PatchEmbed
-    if not plain or len(set(model.patch_embed.patch_size)) != 1:
+    if not _is_plain(model) or len(set(model.patch_embed.patch_size)) != 1:
         raise UserError(f"{config.name} is a {type(model).__name__}, not a plain vision transformer; {_SUPPORTED}")
     depth = len(model.blocks)
     if not -depth <= config.layer < depth:

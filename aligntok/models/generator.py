@@ -60,14 +60,12 @@ class Generator:
         if manifest.format != FORMAT:
             raise UserError(f"{manifest.file} says format {manifest.format!r}, expected {FORMAT!r}")
         manifest.check_version()
-        size = manifest.value("latent_size", tuple[int, int])
-        self.latent_shape: tuple[int, ...] = (manifest.value("latent_channels", int), *size)
+        height, width = manifest.value("latent_size", tuple[int, int])
+        self.latent_shape: tuple[int, int, int] = (manifest.value("latent_channels", int), height, width)
         self.classes: list[str] = manifest.value("classes", list[str])
         self.tokenizer_fingerprint: str = manifest.value("tokenizer", str)
         self.sampler: SamplerConfig = manifest.value("sampler", SamplerConfig)
         config = manifest.value("config", LightningDiTConfig)
-        self.model = manifest.build(
-            lambda: generator_class(config)(config, self.latent_shape[0], self.latent_shape[1:])
-        )
+        self.model = manifest.build(lambda: generator_class(config)(config, self.latent_shape[0], (height, width)))
         load_strictly(self.model, read_tensors(weights), weights)
         self.model.eval().requires_grad_(False)

@@ -6,6 +6,8 @@ weights; `merge` puts W + B A back in their place. What is saved is a plain enco
 
 from __future__ import annotations
 
+from typing import Protocol, TypeGuard
+
 from torch import nn
 
 from aligntok.errors import UserError
@@ -49,5 +51,17 @@ def merge(encoder: nn.Module) -> None:
         setattr(encoder.get_submodule(parent), child, layer.get_base_layer())
 
 
-def _wrapped(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, layer) for name, layer in module.named_modules() if hasattr(layer, "lora_A")]
+class _Wrapped(Protocol):
+    """What `merge` needs of peft's layers."""
+
+    def merge(self) -> None: ...
+
+    def get_base_layer(self) -> nn.Module: ...
+
+
+def _is_wrapped(layer: nn.Module) -> TypeGuard[_Wrapped]:
+    return hasattr(layer, "lora_A")
+
+
+def _wrapped(module: nn.Module) -> list[tuple[str, _Wrapped]]:
+    return [(name, layer) for name, layer in module.named_modules() if _is_wrapped(layer)]

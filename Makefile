@@ -11,9 +11,10 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* build_backe
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 RUFF := $(VENV)/.ruff
+DOCUMENTABLE := $(VENV)/.documentable
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint drill kernel-report gpu-check clean
+.PHONY: help install quickstart test lint docs drill kernel-report gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -30,6 +31,9 @@ lint: $(RUFF)  ## ruff: rules and formatting
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+docs: $(DOCUMENTABLE)  ## the site, warnings as errors: site/index.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 drill: $(INSTALLED)  ## kill, cut off, flip, fill up, stall: 13 kinds of faults, after which nothing may be lost
 	$(BIN)/python -m benchmarks.drill
 
@@ -40,7 +44,7 @@ gpu-check: $(TESTABLE)  ## on a machine with a GPU: its tests, all benchmarks, t
 	$(BIN)/python -m benchmarks.gpu_check
 
 clean:  ## remove .venv, build results and caches; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info aligntok/_C.* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info aligntok/_C.* .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -63,6 +67,10 @@ $(INSTALLED): $(SOURCES) | $(BIN)/python
 # aligntok itself is there already, so this adds the tools of the extra without compiling again.
 $(TESTABLE): $(INSTALLED)
 	$(PIP) install -c constraints.txt 'aligntok[dev]'
+	@touch $@
+
+$(DOCUMENTABLE): $(INSTALLED)
+	$(PIP) install -c constraints.txt 'aligntok[docs]'
 	@touch $@
 
 $(RUFF): constraints.txt | $(BIN)/python

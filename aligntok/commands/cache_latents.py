@@ -37,7 +37,7 @@ from aligntok.data.latent_format import (
     shard_problem,
 )
 from aligntok.errors import UserError
-from aligntok.models.tokenizer import AlignTok, load_tokenizer
+from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
 from aligntok.runtime.devices import Precision, choose_precision
 from aligntok.runtime.files import digest, remove_unfinished, write_bytes
 from aligntok.runtime.world import World
@@ -89,7 +89,7 @@ def cache_latents(
 
 
 def describe(
-    tokenizer: AlignTok, images: ImageSet, image_size: int, flip: bool, precision: str, shard_size: int
+    tokenizer: StoredTokenizer, images: ImageSet, image_size: int, flip: bool, precision: str, shard_size: int
 ) -> Origin:
     """What a cache with these options is made from.
 
@@ -119,7 +119,7 @@ class Writer:
 
     folder: Path
     origin: Origin
-    tokenizer: AlignTok
+    tokenizer: StoredTokenizer
     images: ImageSet
     precision: Precision
     batch_size: int
@@ -271,11 +271,11 @@ def _batches(numbers: range, size: int) -> list[range]:
 
 def _sums(rows: dict[str, Tensor]) -> Tensor:
     """[3, d] float64: sum, sum of squares and number of the latents' values, per channel."""
-    total = 0
+    sums = []
     for values in (rows[name].double() for name in ("latents", "flipped") if name in rows):
         squares, count = values.square().sum((0, 2, 3)), torch.full(values.shape[1:2], values[:, 0].numel())
-        total = total + torch.stack([values.sum((0, 2, 3)), squares, count])
-    return total
+        sums.append(torch.stack([values.sum((0, 2, 3)), squares, count]))
+    return torch.stack(sums).sum(0)
 
 
 def _moments(records: list[Record]) -> dict[str, list[float]]:

@@ -86,7 +86,9 @@ def _requirements() -> Iterator[tuple[str, str, str | None]]:
     for line in metadata.requires("aligntok") or []:
         requirement, _, marker = line.partition(";")
         extra = re.search(r"extra == ['\"]([\w-]+)['\"]", marker)
-        name, _, versions = re.match(r"([\w.-]+)(\[.*?\])?(.*)", requirement.strip()).groups()
+        parts = re.match(r"([\w.-]+)(\[.*?\])?(.*)", requirement.strip())
+        assert parts is not None  # a requirement begins with a name
+        name, _, versions = parts.groups()
         yield name, versions.strip(), extra.group(1) if extra else None
 
 
@@ -130,11 +132,10 @@ def _extension() -> Iterator[Row]:
     from aligntok.kernels import _extension as extension
 
     section = "Extension"
-    reason, report = extension.unavailable(), extension.build_report() or {}
-    if reason:
-        yield Row(section, "aligntok._C", "not used", reason)
+    info, report = extension.build_info(), extension.build_report() or {}
+    if info is None:
+        yield Row(section, "aligntok._C", "not used", extension.unavailable() or "")
     else:
-        info = extension.build_info()
         openmp = "OpenMP" if info["openmp"] else "one thread: compiled without OpenMP"
         yield Row(section, "aligntok._C", f"built for torch {report['torch']}", openmp)
         yield Row(section, "compiler", info["compiler"], info["flags"])

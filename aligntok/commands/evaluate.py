@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from aligntok.config import PerceptualConfig
+from aligntok.config import PerceptualConfig, PerceptualKind
 from aligntok.data.geometry import check_size
 from aligntok.data.images import open_images
 from aligntok.errors import UserError
@@ -47,7 +47,7 @@ def evaluate_reconstruction(
     images: str,
     held_out: float,
     image_size: int,
-    perceptual: str,
+    perceptual: PerceptualKind,
     perceptual_weights: str | None,
     inception: str | None,
     output: str | None,

@@ -30,6 +30,7 @@ from aligntok.config import (
     Recipe,
     RivalConfig,
     StageConfig,
+    StagesConfig,
     TrainingConfig,
 )
 from aligntok.data.geometry import check_size
@@ -125,15 +126,15 @@ def _part(recipe: Recipe, part: str, mode: str, options: PlanConfig) -> tuple[di
     for gpus in options.gpus:
         for parallel in ("ddp", "fsdp") if gpus > 1 else ("ddp",):
             here = _between(ends, micro[gpus])
-            row = {"part": part, "gpus": gpus, "parallel": parallel if gpus > 1 else "-", "checkpointing": mode}
-            row |= {"micro_batch": micro[gpus], "accumulate": accumulate}
+            row: dict[str, Any] = {"part": part, "gpus": gpus, "parallel": parallel if gpus > 1 else "-"}
+            row |= {"checkpointing": mode, "micro_batch": micro[gpus], "accumulate": accumulate}
             row |= memory(here, gpus, parallel)
             row["fits"] = row["total"] <= USABLE * GPUS[options.gpu].memory
             rate = gpus * options.mfu * GPUS[options.gpu].peak[training.precision] / (here.flops / here.micro_batch)
             row |= {"images_per_second": rate, "hours": steps * training.batch_size / rate / 3600}
             rows.append(row)
     counted = ends[0]
-    summary = {"steps": steps, "batch_size": training.batch_size, "precision": training.precision}
+    summary: dict[str, Any] = {"steps": steps, "batch_size": training.batch_size, "precision": training.precision}
     summary |= {"parameters": counted.parameters, "step_flops_per_image": counted.flops / counted.micro_batch}
     return summary, rows
 
@@ -142,13 +143,14 @@ def _counter(recipe: Recipe, part: str, mode: str) -> tuple[TrainingConfig, int,
     """(training options, steps, cost for a micro-batch) of a part."""
     size = recipe.data.image_size
     if part == "generator":
-        config, shape = recipe.generator, latent_shape(recipe)
-        decisive = GeneratorTrainingConfig(
-            model=labelled(config.model), training=TrainingConfig(precision=config.training.precision)
+        generator, shape = recipe.generator, latent_shape(recipe)
+        of_generator = GeneratorTrainingConfig(
+            model=labelled(generator.model), training=TrainingConfig(precision=generator.training.precision)
         )
-        return config.training, config.steps, lambda n: _once(cost.generator_cost, decisive, shape, n, mode)
+        return generator.training, generator.steps, lambda n: _once(cost.generator_cost, of_generator, shape, n, mode)
     config, stage = recipe.tokenizer, getattr(recipe.tokenizer.stages, part)
-    decisive = dataclasses.replace(config, stages=None, training=TrainingConfig(precision=config.training.precision))
+    training = TrainingConfig(precision=config.training.precision)
+    decisive = dataclasses.replace(config, stages=StagesConfig(), training=training)
     return config.training, stage.steps, lambda n: _once(cost.tokenizer_cost, decisive, _decisive(stage), size, n, mode)
 
 

@@ -164,7 +164,8 @@ def _generation(
     telemetry: Telemetry,
 ) -> dict[str, Any]:
     tokenizer = load_tokenizer(training.output / "tokenizer").to(training.precision.device)
-    precision, table = training.precision, {}
+    precision = training.precision
+    table: dict[str, Any] = {}
     reference = Reference.of(images, labels, extractor)
     classes = torch.arange(len(generator.classes)).repeat_interleave(SAMPLES_PER_CLASS)
     scales = {"samples": 1.0, "samples_guided": recipe.evaluation.guidance}

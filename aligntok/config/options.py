@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from aligntok.config.tokenizer import PerceptualKind
+
 
 @dataclass
 class SampleConfig:
@@ -78,7 +80,7 @@ class EvaluateReconstructionConfig:
     images: str = "embedded"
     held_out: float = 0.0
     image_size: int = 256
-    perceptual: Literal["lpips-vgg", "lpips-alex", "st-lpips-alex", "st-lpips-vgg", "none"] = "st-lpips-alex"
+    perceptual: PerceptualKind = "st-lpips-alex"
     perceptual_weights: str | None = None
     inception: str | None = None
     output: str | None = None

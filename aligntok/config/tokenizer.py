@@ -52,11 +52,12 @@ class TokenizerConfig:
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
 
 
+PerceptualKind = Literal["lpips-vgg", "lpips-alex", "st-lpips-alex", "st-lpips-vgg", "none"]
+
+
 @dataclass
 class PerceptualConfig:
-    kind: Literal["lpips-vgg", "lpips-alex", "st-lpips-alex", "st-lpips-vgg", "none"] = (
-        "lpips-vgg"  # VGG16: all siblings
-    )
+    kind: PerceptualKind = "lpips-vgg"  # VGG16: all siblings
     weights: str | None = None  # trunk weights by path; None = torchvision's, or the embedded ones for st-lpips
 
 

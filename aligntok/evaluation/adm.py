@@ -96,7 +96,7 @@ def sample_shape(path: str | Path) -> tuple[int, int, int]:
     """(images, height, width) of a file of samples; its images are not read."""
     with _opened(path) as archive, _member(archive, "arr_0", path) as (_, shape, dtype):
         _check_samples(path, shape, dtype)
-        return shape[:3]
+        return shape[0], shape[1], shape[2]
 
 
 def read_samples(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
@@ -130,7 +130,7 @@ def read_reference(path: str | Path) -> ReferenceBatch:
         if values[mean].ndim != 1 or values[cov].shape != (d, d):
             raise UserError(f"{path}: {mean} {list(values[mean].shape)} and {cov} {list(values[cov].shape)} do not fit")
     pooled, spatial = Moments(values["mu"], values["sigma"]), Moments(values["mu_s"], values["sigma_s"])
-    return ReferenceBatch(pooled, spatial, shape[0], shape[1:3], digest(path))
+    return ReferenceBatch(pooled, spatial, shape[0], (shape[1], shape[2]), digest(path))
 
 
 def _read_moments(path: str | Path) -> dict[str, Tensor]:
@@ -191,6 +191,7 @@ class InceptionScore:
         self._probabilities, self._negative_entropy, self._seen = None, 0.0, 0
 
     def _score(self) -> float:
+        assert self._probabilities is not None  # the split has samples
         marginal = self._probabilities / self._seen
         return float(np.exp(self._negative_entropy / self._seen - float(torch.xlogy(marginal, marginal).sum())))
 

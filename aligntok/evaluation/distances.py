@@ -15,6 +15,7 @@ small sets are compared, for which it is much quicker.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -102,7 +103,20 @@ class GaussianStatistics:
         return text
 
 
-def frechet_distance(a: GaussianStatistics, b: GaussianStatistics) -> float:
+class Gaussian(Protocol):
+    """A Gaussian by its mean [d] and covariance [d, d], float64."""
+
+    @property
+    def dimension(self) -> int: ...
+
+    @property
+    def mean(self) -> Tensor: ...
+
+    @property
+    def cov(self) -> Tensor: ...
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Squared Frechet (2-Wasserstein) distance of two Gaussians; rounding below zero is returned as 0."""
     if a.dimension != b.dimension:
         raise UserError(f"the two sets of features differ in width: {a.dimension} and {b.dimension}")
@@ -260,9 +274,10 @@ def feature_distances(
     `prefix` is "r" for reconstructions and "g" for generated images: {"rFD-EffNetLite0": ...,
     "rKD-EffNetLite0": ...}; with ADM's Inception network they are called rFID and rKID.
     """
-    sets = []
-    for values in (reference, features):
-        found = FeatureSet(values.shape[-1], kept=len(values))
-        found.add(values)
-        sets.append(found)
-    return set_distances(*sets, extractor, prefix, seed)
+    return set_distances(_whole_set(reference), _whole_set(features), extractor, prefix, seed)
+
+
+def _whole_set(features: Tensor) -> FeatureSet:
+    found = FeatureSet(features.shape[-1], kept=len(features))
+    found.add(features)
+    return found

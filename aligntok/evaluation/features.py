@@ -15,6 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d
+from timm.models.efficientnet import EfficientNet
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
@@ -27,9 +28,17 @@ INCEPTION = "Inception"  # the name that the Inception network has with the publ
 class FeatureExtractor(Protocol):
     """What a Frechet or kernel distance needs to know of a network."""
 
-    name: str  # goes into the metric's name: rFD-<name>
-    dimension: int
-    protocol: str  # input size, resize filter, layer, weights: printed with every number
+    @property
+    def name(self) -> str:
+        """Goes into the metric's name: rFD-<name>."""
+
+    @property
+    def dimension(self) -> int:
+        """Width of the features."""
+
+    @property
+    def protocol(self) -> str:
+        """Input size, resize filter, layer, weights: printed with every number."""
 
     def __call__(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> features [B, dimension], float32, without gradient."""
@@ -72,7 +81,9 @@ class EfficientNetLite0(nn.Module):
     def __init__(self, path: str | Path | None = None) -> None:
         super().__init__()
         # tf_*: SAME padding and a BatchNorm eps of 1e-3, as the weights were trained with
-        self.network = timm.create_model("tf_efficientnet_lite0")
+        network = timm.create_model("tf_efficientnet_lite0")
+        assert isinstance(network, EfficientNet)
+        self.network = network
         file = assets.fetch("efficientnet-lite0", path)
         self.network.load_state_dict(_timm_names(torch.load(file, map_location="cpu", weights_only=True)))
         self.requires_grad_(False).eval()

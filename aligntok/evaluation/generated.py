@@ -139,7 +139,7 @@ def _adm_numbers(
 ) -> Measured:
     inception, made = samples.inception, samples.pooled.rows
     assert inception is not None
-    device = inception.network.fc.weight.device  # distances of 50,000 points are work for where the network is
+    device = inception.device  # distances of 50,000 points are work for where the network is
     precision, recall = precision_recall(real.to(device), made.to(device))
     more = {
         "sFID": frechet_distance(spatial, samples.spatial),

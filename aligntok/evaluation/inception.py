@@ -69,7 +69,7 @@ class Inception(nn.Module):
         self.sha256 = digest(self.path)
         self.requires_grad_(False).eval()
         self._maps: Tensor | None = None
-        self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep)
+        self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep)
 
     @property
     def published(self) -> bool:
@@ -87,6 +87,10 @@ class Inception(nn.Module):
             "TensorFlow 1's bilinear resize to 299x299 px"
         )
 
+    @property
+    def device(self) -> torch.device:
+        return self.network.get_parameter("fc.weight").device
+
     def train(self, mode: bool = True) -> Inception:
         """Stays in evaluation mode: BatchNorm uses its stored statistics."""
         return super().train(False)
@@ -103,7 +107,7 @@ class Inception(nn.Module):
         """[B, 3, H, W] in [-1, 1] -> all that ADM's protocol needs of them."""
         if images.ndim != 4 or images.shape[1] != 3:
             raise UserError(f"expected images [B, 3, H, W], got {list(images.shape)}")
-        pooled, logits = self.network(to_uint8(images.to(self.network.fc.weight.device)))
+        pooled, logits = self.network(to_uint8(images.to(self.device)))
         assert self._maps is not None  # the hook has run
         spatial, self._maps = self._maps, None
         return InceptionFeatures(pooled, spatial, logits)

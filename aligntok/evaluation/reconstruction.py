@@ -39,7 +39,9 @@ def ssim(originals: Tensor, reconstructions: Tensor) -> Tensor:
     if min(originals.shape[2:]) < _SSIM_WINDOW:
         raise UserError(f"SSIM needs images of at least {_SSIM_WINDOW} px, got {list(originals.shape[2:])}")
     first, second = originals.float() / 2 + 0.5, reconstructions.float() / 2 + 0.5
-    return structural_similarity_index_measure(second, first, data_range=1.0, reduction="none").reshape(-1)
+    found = structural_similarity_index_measure(second, first, data_range=1.0, reduction="none")
+    assert isinstance(found, Tensor)  # a tuple only where its images are asked for
+    return found.reshape(-1)
 
 
 def quantise(images: Tensor) -> Tensor:

@@ -66,7 +66,7 @@ def torch_fidelity_numbers(
         samples_shuffle=False,
         batch_size=_BATCH,
         save_cpu_ram=True,  # no worker processes: the stream is read in order
-        cuda=inception.network.fc.weight.device.type == "cuda",
+        cuda=inception.device.type == "cuda",
         cache=False,
         verbose=False,
     )

@@ -61,10 +61,15 @@ class _Heads(nn.Module):
     def __init__(self, dimension: int, classes: int) -> None:
         super().__init__()
         self.norm = nn.BatchNorm1d(dimension, affine=False, eps=1e-6)  # MAE's linear probe
-        self.layers = nn.ModuleList(nn.Linear(dimension, classes) for _ in RATES)
-        for layer in self.layers:
+        layers = [nn.Linear(dimension, classes) for _ in RATES]
+        self.layers = nn.ModuleList(layers)
+        for layer in layers:
             nn.init.normal_(layer.weight, std=0.01)
             nn.init.zeros_(layer.bias)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.layers.parameters()).device
 
     def forward(self, features: Tensor) -> list[Tensor]:
         features = self.norm(features)
@@ -148,7 +153,7 @@ def _fit(
         for rate, layer in zip(RATES, heads.layers, strict=True)
     ]
     optimizer = torch.optim.SGD(groups, momentum=0.9)
-    device, per_epoch = heads.layers[0].weight.device, len(fitting) // batch
+    device, per_epoch = heads.device, len(fitting) // batch
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + cos(pi * min(1.0, step / (epochs * per_epoch))))
     )
@@ -158,7 +163,7 @@ def _fit(
         for rows in shuffled[: per_epoch * batch].view(per_epoch, batch).sort(dim=1).values:  # in the file's order
             x, y = features[rows].to(device).float(), labels[rows].to(device)
             optimizer.zero_grad()
-            sum(F.cross_entropy(logits, y) for logits in heads(x)).backward()
+            torch.stack([F.cross_entropy(logits, y) for logits in heads(x)]).sum().backward()
             optimizer.step()
             schedule.step()
         if progress is not None:
@@ -169,7 +174,7 @@ def _fit(
 def _accuracies(heads: _Heads, features: Tensor, labels: Tensor, rows: Tensor) -> list[float]:
     """Top-1 of every rate on the chosen rows; a rate that diverged scores what it predicts."""
     heads.eval()
-    device, right = heads.layers[0].weight.device, torch.zeros(len(RATES), dtype=torch.float64)
+    device, right = heads.device, torch.zeros(len(RATES), dtype=torch.float64)
     for part in rows.split(1024):
         x, y = features[part].to(device).float(), labels[part].to(device)
         right += torch.stack([(logits.argmax(1) == y).sum() for logits in heads(x)]).cpu()

@@ -46,6 +46,9 @@ class PerceptualDistance(nn.Module):
     pass.
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(
         self, name: str, layers: nn.Sequential, taps: Sequence[int], heads: Sequence[Tensor], smallest: int
     ) -> None:

@@ -33,6 +33,7 @@ class BlurPool(nn.Module):
 
     def __init__(self, channels: int) -> None:
         super().__init__()
+        self.filt: Tensor
         self.register_buffer("filt", torch.outer(ROW, ROW).expand(channels, 1, 3, 3).clone())  # as the weights have it
 
     def forward(self, maps: Tensor) -> Tensor:

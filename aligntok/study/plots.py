@@ -64,12 +64,14 @@ def _curves(
     """Mean over seeds as a line, lowest to highest as a band."""
     with style():
         figure, axes = _figure(8.0, 3.8)
+        ticks: set[int] = set()
         for name in results.rows(COMPARED):
             points = [p for p in results.points(name) if wanted(p) and results.curve(name, p, metric)]
             values = [results.curve(name, point, metric) for point in points]
             if len(points) < 2:
                 continue
             x = [place(point) for point in points]
+            ticks.update(x)
             axes.plot(x, [statistics.fmean(v) for v in values], "o-", color=COLORS[name], label=NAMES[name], ms=3.5)
             axes.fill_between(
                 x, [min(v) for v in values], [max(v) for v in values], color=COLORS[name], alpha=0.13, lw=0
@@ -77,7 +79,7 @@ def _curves(
         if not axes.lines:
             return None
         if log:
-            _log_axis(axes, sorted({int(x) for line in axes.lines for x in line.get_xdata()}))
+            _log_axis(axes, sorted(ticks))
         axes.set_xlabel(label)
         axes.set_ylabel(f"{metric.name},\nno guidance")
         axes.legend(fontsize=8, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))

@@ -10,10 +10,11 @@ from __future__ import annotations
 import inspect
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,7 +86,8 @@ def replicate(parts: Mapping[str, nn.Module]) -> nn.Module:
     if current().size == 1:
         return trained
     # Buffers agree by themselves: BatchNorm's statistics are those of the whole batch.
-    return DistributedDataParallel(trained, **{_SYNC_BUFFERS: False}, gradient_as_bucket_view=True)
+    options: dict[str, Any] = {_SYNC_BUFFERS: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(trained, **options)
 
 
 def shard(parts: Mapping[str, nn.Module]) -> nn.Module:
@@ -101,10 +103,12 @@ def shard(parts: Mapping[str, nn.Module]) -> nn.Module:
     mesh = init_device_mesh(kind, (current().size,))
     for part in parts.values():
         part.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other layout
-        for block in part.blocks if hasattr(part, "blocks") else ():
+        blocks: Iterable[nn.Module] = getattr(part, "blocks", ())
+        for block in blocks:
             fully_shard(block, mesh=mesh)
         fully_shard(part, mesh=mesh, reshard_after_forward=False)
-    return fully_shard(trained, mesh=mesh)
+    fully_shard(trained, mesh=mesh)
+    return trained
 
 
 def is_sharded(mode: str) -> bool:
@@ -140,7 +144,8 @@ def gradients(phase: Phase, batch: Batch) -> tuple[Tensor, Values]:
     if phase.trained is None and current().size > 1:
         raise UserError(f"phase {phase.name} trains in a single process only: start it without torchrun")
     parts = split(batch, phase.accumulate)
-    losses, sums = [], {}
+    losses: list[Tensor] = []
+    sums: Values = {}
     for index, part in enumerate(parts):
         torch.manual_seed(torch.initial_seed())
         with _synchronised(phase.trained, last=index == len(parts) - 1):

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
 def build_ema(module: nn.Module, decay: float) -> AveragedModel:
     """An averaged copy of `module`; call `.update_parameters(module)` after every step."""
 
     @torch.no_grad()
-    def average(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+    def average(averaged: Tensors, current: Tensors, count: Tensor | int) -> None:
         n = int(ema.n_averaged)  # `count` is a copy of it on the weights' device, which would be waited for
         torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + n) / (10 + n)))
 

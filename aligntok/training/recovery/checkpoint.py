@@ -57,7 +57,7 @@ def course(training: TrainingConfig, data: DataConfig, **others: Any) -> dict[st
 
 
 def _flat(value: Any, name: str = "") -> Any:
-    if dataclasses.is_dataclass(value):
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
         value = dataclasses.asdict(value)
     if not isinstance(value, dict):
         yield name, value
@@ -79,7 +79,9 @@ class Checkpoints:
         self.folder, self.keep, self.course = folder, max(1, training.keep_checkpoints), course
         self.best = None if training.keep_best is None else BestValue(training.keep_best)
         self.world = current()
-        self.group = distributed.new_group(backend="gloo") if self.world.size > 1 else None  # of the writing threads
+        group = distributed.new_group(backend="gloo") if self.world.size > 1 else None
+        assert group is None or isinstance(group, distributed.ProcessGroup)  # every process belongs to it
+        self.group = group  # of the writing threads
         self._copy = HostCopy()
         self._writer: threading.Thread | None = None
         self._failure: BaseException | None = None

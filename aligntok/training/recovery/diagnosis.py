@@ -37,16 +37,16 @@ class RandomState:
     """torch's random numbers at one moment, on the CPU and the current GPU; taking it does not wait for the GPU."""
 
     def __init__(self) -> None:
-        self.gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
+        gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
         self.cpu_state = torch.get_rng_state()
-        self.gpu_state = torch.cuda.get_rng_state() if self.gpu else None
+        self.gpu_state = torch.cuda.get_rng_state() if gpu else None
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Context in which the same numbers are drawn again; outside of it nothing changes."""
-        with torch.random.fork_rng(devices=[torch.cuda.current_device()] if self.gpu else []):
+        with torch.random.fork_rng(devices=[] if self.gpu_state is None else [torch.cuda.current_device()]):
             torch.set_rng_state(self.cpu_state)
-            if self.gpu:
+            if self.gpu_state is not None:
                 torch.cuda.set_rng_state(self.gpu_state)
             yield
 
@@ -95,7 +95,7 @@ def to_blame(found: Finding, pictures: list[int]) -> tuple[Finding, list[int]]:
 def worst_gradients(objective: Objective, phase: Phase, count: int = 10) -> list[dict[str, Any]]:
     """The largest gradient norms of a phase, non-finite ones first."""
     wanted = {id(p) for p in phase.parameters}
-    norms = [
+    norms: list[dict[str, Any]] = [
         {"name": name, "norm": float(_local(p.grad).norm())}
         for name, p in _named_parameters(objective)
         if id(p) in wanted and p.grad is not None

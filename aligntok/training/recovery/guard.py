@@ -62,7 +62,7 @@ class Guard:
     @property
     def can_rewind(self) -> bool:
         """Whether a spike sends the run back, so that a checkpoint must be there from the start."""
-        return self.spikes is not None and self.config.spike.rewind
+        return self.config.spike is not None and self.config.spike.rewind
 
     def begin(self, step: int) -> None:
         """A new step."""
@@ -131,6 +131,7 @@ class Guard:
         self.load_state(state)
         self.rewinds = self.rewinds + 1 if self.rewound_to == start else 1
         self.rewound_to = start
+        assert self.config.spike is not None  # which says what a spike is
         if self.rewinds > self.config.spike.max_rewinds:
             raise UserError(
                 f"{spike}; training has gone back to step {start} {self.rewinds - 1} times and spikes again, so it "
@@ -142,7 +143,7 @@ class Guard:
         message = self.spikes and self.spikes.judge(loss, sorted(values))
         if not message:
             return
-        if self.config.spike.rewind:
+        if self.can_rewind:
             raise Spike(f"{message}, in step {self._step}", self._step)
         warn(f"{message}, in step {self._step}")
 
@@ -219,17 +220,21 @@ class Interrupted(Exception):
         self.exit_code = 128 + signal_number
 
 
+Handler = Callable[[int, FrameType | None], Any] | int | signal.Handlers
+
+
 class StopSignals:
     """Context in which SIGINT and SIGTERM are noted instead of obeyed; a second one acts at once."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._previous: dict[int, object] = {}
+        self._previous: dict[int, Handler] = {}
 
     def __enter__(self) -> StopSignals:
         for number in (signal.SIGINT, signal.SIGTERM):
             try:
-                self._previous[number] = signal.signal(number, self._note)
+                # None: a handler from outside of Python, which cannot be put back
+                self._previous[number] = signal.signal(number, self._note) or signal.SIG_DFL
             except ValueError:  # not in the main thread: signals are the caller's business
                 return self
         return self

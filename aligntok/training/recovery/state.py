@@ -32,7 +32,7 @@ State = dict[str, Tensor]
 
 def collect(objective: Objective) -> State:
     """The state itself, not a copy."""
-    state = {}
+    state: State = {}
     for name, module in objective.modules().items():
         state |= {f"module/{name}/{key}": value.detach() for key, value in module.state_dict().items()}
     for name, optimizer in objective.optimizers().items():
@@ -72,7 +72,7 @@ class HostCopy:
 
     def take(self, state: State) -> State:
         """Copy a state; on a GPU the copies are queued behind its work and `ready` waits for them."""
-        shards = {key: value for key, value in state.items() if isinstance(value, DTensor)}
+        shards: State = {key: value for key, value in state.items() if isinstance(value, DTensor)}
         plain = {key: value for key, value in state.items() if key not in shards}
         self._buffers = {key: self._buffer(key, value) for key, value in plain.items()}
         for key, value in plain.items():
@@ -154,9 +154,11 @@ def _apply_shards(objective: Objective, folder: Path, group: Any) -> None:
     """Through torch.distributed.checkpoint, which cuts tensors anew where the number of processes has changed."""
     from torch.distributed import checkpoint
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
     reader = HuggingFaceStorageReader(str(folder))
-    stored = reader.read_metadata().state_dict_metadata
+    entries = reader.read_metadata().state_dict_metadata
+    stored = {key: entry for key, entry in entries.items() if isinstance(entry, TensorStorageMetadata)}
     for name, optimizer in objective.optimizers().items():
         for key, entry in _below(stored, f"optimizer/{name}/").items():
             _moment(optimizer, key, entry.size, entry.properties.dtype)

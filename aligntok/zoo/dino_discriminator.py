@@ -112,6 +112,7 @@ class DinoDiscriminator(nn.Module):
         tokens = encoder.backbone.forward_intermediates(
             images, indices=self.indices, norm=False, output_fmt="NLC", intermediates_only=True
         )
+        assert isinstance(tokens, list)  # of intermediates only
         return [tokens[index].transpose(1, 2) for index in self.order]
 
     def forward(self, images: Tensor) -> Tensor:

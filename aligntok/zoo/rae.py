@@ -12,6 +12,7 @@ Sources: RAE src/stage1/rae.py:73-94, encoders/dinov2.py, configs/decoder (struc
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from timm.models.vision_transformer import Block
@@ -34,14 +35,13 @@ INIT_STD = 0.02  # of the decoder's linear layers and class token: vit-mae's con
 
 def dimensions(config: ViTDecoderConfig) -> tuple[int, int, int, int]:
     """(depth, width, heads, hidden) of a decoder; raises UserError when they do not make one."""
-    given = (config.depth, config.width, config.heads, config.hidden)
+    depth, width, heads, hidden = config.depth, config.width, config.heads, config.hidden
     if config.size != "custom":
-        if any(value is not None for value in given):
+        if any(value is not None for value in (depth, width, heads, hidden)):
             raise UserError(f"rae.decoder.size is {config.size} and its dimensions are given: use size custom")
         return SIZES[config.size]
-    if any(value is None for value in given):
+    if depth is None or width is None or heads is None or hidden is None:
         raise UserError("rae.decoder.size is custom: give depth, width, heads and hidden")
-    depth, width, heads, hidden = given
     if width % heads or width % 4:
         raise UserError(f"rae.decoder.width is {width}, expected a multiple of 4 and of heads = {heads}")
     return depth, width, heads, hidden
@@ -49,6 +49,8 @@ def dimensions(config: ViTDecoderConfig) -> tuple[int, int, int, int]:
 
 class ViTDecoder(nn.Module):
     """Tokens [B, h*w, C] of a fixed grid -> patches [B, h*w, 3 p^2], each row-major with the colour fastest."""
+
+    positions: Tensor
 
     def __init__(self, channels: int, grid: tuple[int, int], config: ViTDecoderConfig) -> None:
         super().__init__()
@@ -60,9 +62,11 @@ class ViTDecoder(nn.Module):
         self.register_buffer("positions", sincos_table(grid, width)[None], persistent=False)
         ratio = hidden / width
         self.blocks = nn.ModuleList(
-            Block(width, heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm) for _ in range(depth)
+            Block(width, heads, mlp_ratio=ratio, qkv_bias=True, norm_layer=norm)  # type: ignore[arg-type]  # calls it
+            for _ in range(depth)
         )
-        assert all(block.mlp.fc1.out_features == hidden for block in self.blocks), "timm rounds the ratio down"
+        first = (block.get_parameter("mlp.fc1.weight") for block in self.blocks)
+        assert all(len(weight) == hidden for weight in first), "timm rounds the ratio down"
         self.norm = norm(width)
         self.prediction = nn.Linear(width, 3 * config.patch_size**2)
         self._initialise()
@@ -88,6 +92,7 @@ class RAE(StoredTokenizer):
     format = "aligntok.zoo.rae"
     config_class = RAEConfig
     latent_parts = ("encoder",)
+    decoder: ViTDecoder
 
     def __init__(self, config: RAEConfig) -> None:
         super().__init__(config)
@@ -95,7 +100,8 @@ class RAE(StoredTokenizer):
         backbone = self.encoder.backbone
         if config.encoder.final_norm:
             # with pretrained scale and bias, tokens would differ from channel to channel in size (RAE 3.1)
-            backbone.norm = nn.LayerNorm(self.encoder.width, eps=backbone.norm.eps, elementwise_affine=False)
+            pretrained: Any = backbone.norm  # of several classes, all with eps
+            backbone.norm = nn.LayerNorm(self.encoder.width, eps=pretrained.eps, elementwise_affine=False)
         self.patch_size = config.decoder.patch_size
         self.downsample = config.encoder.downsample
         self.latent_channels = self.encoder.width

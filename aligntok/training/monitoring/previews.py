@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import ImageSet, load_center_crops
 from aligntok.diffusion.sampler import integrate
+from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.report.pictures import by_class, sheet
 from aligntok.runtime.devices import Precision
@@ -94,6 +95,7 @@ class GeneratorPreview:
 
     def __call__(self) -> bytes:
         model, device = self.objective.ema.module, self.precision.device
+        assert isinstance(model, LightningDiT)
         shape = (model.latent_channels, *model.latent_size)
         noise = torch.randn(len(self.labels), *shape, generator=torch.Generator().manual_seed(0))
         with undisturbed(device, model, self.tokenizer), self.precision.autocast():

@@ -106,7 +106,7 @@ def turn(model: LightningDiT) -> None:
     """Change a network of their time and velocity into one of ours, or back, in place."""
     for parameter in (model.final.linear.weight, model.final.linear.bias):
         parameter.neg_()
-    weight = model.time.mlp[0].weight
+    weight = model.time.get_parameter("mlp.0.weight")
     cosine, sine = weight.double().chunk(2, dim=1)
     angle = time_frequencies(TIME_FEATURES // 2).double()
     turned = (

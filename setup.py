@@ -19,12 +19,14 @@ import warnings
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "build_backend"))  # already there in a PEP 517 build
 from aligntok_build import runtime_torch_requirement  # noqa: E402
 
 _spec = importlib.util.spec_from_file_location("_cuda_toolkit", ROOT / "aligntok" / "_cuda_toolkit.py")
+assert _spec is not None and _spec.loader is not None
 cuda_toolkit = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = cuda_toolkit
 _spec.loader.exec_module(cuda_toolkit)
@@ -32,10 +34,11 @@ _spec.loader.exec_module(cuda_toolkit)
 try:
     import torch
     from torch.utils import cpp_extension
+    from torch.utils.cpp_extension import BuildExtension as BuildExt
 
-    BuildExt, TORCH_ERROR = cpp_extension.BuildExtension, None
+    TORCH_ERROR: str | None = None
 except (ImportError, OSError) as error:  # OSError: a shared library of torch does not load
-    from setuptools.command.build_ext import build_ext as BuildExt
+    from setuptools.command.build_ext import build_ext as BuildExt  # type: ignore[assignment]  # what both have is used
 
     TORCH_ERROR = f"torch cannot be imported by the build ({error})"
 
@@ -193,7 +196,9 @@ class BuildExtensionWithReport(BuildExt):
         """
         [extension] = self.extensions
         built = Path(self.build_lib) / self.get_ext_filename(self.get_ext_fullname(extension.name))
-        package = self.get_finalized_command("build_py").get_package_dir("aligntok")
+        command = self.get_finalized_command("build_py")
+        assert isinstance(command, build_py)
+        package = command.get_package_dir("aligntok")
         installed = Path(package) / built.name
         if not built.exists():
             installed.unlink(missing_ok=True)

@@ -130,6 +130,12 @@ def _widths(sass: str, pattern: str) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda item: -int(item[0])))
 
 
+def _figure(name: str, usage: str) -> int:
+    found = re.search(rf"\b{name}:(\d+)", usage)
+    assert found is not None, f"no {name} in {usage!r}"
+    return int(found[1])
+
+
 def compile_launch(launch: Launch, arch: int) -> tuple[KernelCode, str]:
     """Compile one launch and read its SASS.
 
@@ -139,8 +145,7 @@ def compile_launch(launch: Launch, arch: int) -> tuple[KernelCode, str]:
     target = GPUTarget("cuda", arch, 32)
     compiled = triton.compile(source(launch), target=target, options=launch.options)
     sass, usage = disassemble(compiled.asm["cubin"])
-    registers = int(re.search(r"REG:(\d+)", usage)[1])
-    stack, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
+    registers, stack, local = (_figure(name, usage) for name in ("REG", "STACK", "LOCAL"))
     shared = compiled.metadata.shared
     warps = compiled.metadata.num_warps
     configuration = {p.name: launch.arguments[p.name] for p in launch.kernel.params if p.is_constexpr}
@@ -170,10 +175,9 @@ def launches_of(workload: Workload, arch: int) -> tuple[list[Launch], list[Launc
         outputs = workload.ours(*inputs, implementation="triton")
         forward = len(launches)
         if workload.differentiable():
-            outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-            outputs = [y for y in outputs if y.requires_grad]
+            results = [y for y in ([outputs] if isinstance(outputs, Tensor) else outputs) if y.requires_grad]
             wanted = [x for x in inputs if isinstance(x, Tensor) and x.requires_grad]
-            torch.autograd.grad(outputs, wanted, [torch.empty_like(y) for y in outputs])
+            torch.autograd.grad(results, wanted, [torch.empty_like(y) for y in results])
     return launches[:forward], launches[forward:]
 
 

@@ -33,7 +33,8 @@ def ours(*inputs: Tensor, implementation: str | None = None) -> tuple[Tensor, Te
 
 def reference(*inputs: Tensor) -> tuple[Tensor, Tensor]:
     """(x_new, y) in plain PyTorch, y in h's dtype."""
-    return adaln_reference(*inputs, dtype=inputs[3].dtype)
+    x, scale, shift, h, gate, weight = inputs
+    return adaln_reference(x, scale, shift, h, gate, weight, dtype=h.dtype)
 
 
 def minimum(itemsize: int, B: int, N: int, D: int) -> tuple[float, float]:

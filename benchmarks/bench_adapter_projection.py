@@ -10,6 +10,8 @@ single-layer adapter on the encoder's output.
 """
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -67,7 +69,13 @@ def flops(B: int, N: int, C: int, d: int) -> tuple[float, float]:
     return 2 * B * N * C * d, 4 * B * N * C * d
 
 
-def _workload(C: int, d: int, make=make_mlp, minimum=minimum, note: str = "") -> Workload:
+def _workload(
+    C: int,
+    d: int,
+    make: Callable[..., tuple[Any, ...]] = make_mlp,
+    minimum: Callable[..., tuple[float, float]] = minimum,
+    note: str = "",
+) -> Workload:
     shape = {"B": 256, "N": 256, "C": C, "d": d}
     small = {"B": 8, "C": 256}  # two splits of the rows at d = 32
     return Workload(

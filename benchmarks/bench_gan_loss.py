@@ -10,6 +10,7 @@ real output at batch 32 (32x1x30x30), and up to 4 M logits.
 
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ LECAM_MEANS, LECAM_WEIGHT = (0.4, -0.4), 0.3
 _GRAPHS = 5 * len(SHAPES)
 
 
+Losses = Callable[..., Sequence[Tensor]]
+
+
 def _discriminator_loss_only(real: Tensor, fake: Tensor, kind: str) -> tuple[Tensor]:
     if kind == "hinge":
         return (0.5 * (F.relu(1 - real).mean() + F.relu(1 + fake).mean()),)
@@ -45,17 +49,18 @@ def providers(part: str, kind: str) -> list[Provider]:
     """The columns of one table: eager reference, eager loss alone, the compiled reference, and the C++
     operator.
     """
-    reference, loss_only, public = {
+    parts: dict[str, tuple[Losses, Losses, Losses]] = {
         "discriminator": (
             gan_loss.discriminator_loss_reference,
             _discriminator_loss_only,
             gan_loss.discriminator_loss,
         ),
         "generator": (gan_loss.generator_loss_reference, _generator_loss_only, gan_loss.generator_loss),
-    }[part]
+    }
+    reference, loss_only, public = parts[part]
     compiled = torch.compile(reference, fullgraph=True, dynamic=False)
 
-    def with_kind(function: Callable[..., Sequence[Tensor]], **options: str) -> Callable[..., Sequence[Tensor]]:
+    def with_kind(function: Losses, **options: str) -> Losses:
         return lambda *logits: function(*logits, kind, **options)
 
     return [
@@ -71,7 +76,7 @@ def lecam_providers() -> list[Provider]:
     means = torch.tensor(LECAM_MEANS, device=DEVICE)
     reference = gan_loss.discriminator_loss_reference
     compiled = torch.compile(reference, fullgraph=True, dynamic=False)
-    lecam = {"lecam_means": means, "lecam_weight": LECAM_WEIGHT}
+    lecam: dict[str, Any] = {"lecam_means": means, "lecam_weight": LECAM_WEIGHT}
     return [
         Provider("eager", lambda real, fake: reference(real, fake, "hinge", **lecam)),
         Provider("torch.compile", lambda real, fake: compiled(real, fake, "hinge", **lecam)),

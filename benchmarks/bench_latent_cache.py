@@ -46,6 +46,7 @@ from aligntok.models.tokenizer import AlignTok
 from aligntok.runtime.devices import choose_precision
 from aligntok.training.feed import move
 from aligntok.training.loop import run_phase
+from aligntok.training.objective import Values
 from aligntok.training.recovery.guard import Guard
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
 from benchmarks.machine import DEVICE, machine_line, seconds_of
@@ -66,7 +67,8 @@ class Stage3:
         losses = LossConfig(perceptual_weight=0.0)
         discriminator = PatchDiscriminator(losses.discriminator).to(DEVICE)
         self.precision = choose_precision(DEVICE)
-        self.tokenizer, self.source, self.samples = tokenizer, source, []
+        self.tokenizer, self.source = tokenizer, source
+        self.samples: list[float] = []
         training = TrainingConfig()
         stage = StageConfig(trains=("decoder",), steps=10**6)
         frozen = FrozenInputs(latents=build(tokenizer))
@@ -78,7 +80,8 @@ class Stage3:
     def step(self, number: int) -> float:
         """One whole training step; returns its L1 loss."""
         torch.manual_seed(number)
-        batch, values = move(self.source.batch(number), self.precision.device), {}
+        batch = move(self.source.batch(number), self.precision.device)
+        values: Values = {}
         self.guard.begin(number)
         for phase in self.objective.phases(number):
             values |= run_phase(self.objective, phase, batch, self.guard, print)
@@ -120,9 +123,18 @@ def build_paths(folder: Path, config: TokenizerConfig, options: argparse.Namespa
     precision = choose_precision(DEVICE)
     online = Stage3(source, lambda tokenizer: FrozenNetwork(tokenizer.raw_latents, precision), config)
     online.tokenizer.save(folder / "tokenizer")
-    files = {"tokenizer": str(folder / "tokenizer"), "images": "embedded", "output": str(folder / "cache")}
-    how = {"flip": True, "shard_size": SHARD, "batch_size": 32, "workers": 0, "precision": "bf16", "device": DEVICE}
-    cache_latents(**files, image_size=options.image_size, **how)
+    cache_latents(
+        tokenizer=str(folder / "tokenizer"),
+        images="embedded",
+        output=str(folder / "cache"),
+        image_size=options.image_size,
+        flip=True,
+        shard_size=SHARD,
+        batch_size=32,
+        workers=0,
+        precision="bf16",
+        device=DEVICE,
+    )
     cache = LatentCache(folder / "cache", online.tokenizer.fingerprint())
     numbers = cache.training_numbers(DataConfig(image_size=options.image_size, max_images=options.images))
     beside = LatentsBeside(source, cache, numbers)

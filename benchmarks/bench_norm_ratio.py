@@ -17,7 +17,7 @@ from benchmarks.machine import DEVICE
 
 DELTA, LIMIT = 1e-4, 1e4
 # label -> shapes of each list
-SHAPES = {
+SHAPES: dict[str, list[tuple[int, ...]]] = {
     "3x128x3x3": [(3, 128, 3, 3)],
     "24 tensors, 8 M": [(128, 128, 3, 3)] * 12 + [(256, 256, 3, 3)] * 9 + [(512, 256, 3, 3)] + [(512,)] * 2,
 }

@@ -22,7 +22,7 @@ from aligntok.models.lightning_dit import rope_table
 from benchmarks.aot import compile_launch, launches_of
 from benchmarks.harness import run_workloads
 from benchmarks.machine import DEVICE
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Outputs, Workload
 
 EPS = 1e-6
 
@@ -53,11 +53,11 @@ def flops(B: int, N: int, H: int, D: int) -> tuple[float, float]:
     return 2 * product, 5 * product
 
 
-def _behind_the_prologue(backend: str) -> Callable[..., Tensor] | str:
+def _behind_the_prologue(backend: str) -> Callable[..., Outputs] | str:
     """A provider: `qknorm_rope`, then another library's attention; or why it cannot run."""
 
     def run(qkv: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        rope = Rope(*(table.repeat_interleave(2, dim=1) for table in (cos, sin)), cos, sin)
+        rope = Rope(cos.repeat_interleave(2, dim=1), sin.repeat_interleave(2, dim=1), cos, sin)
         return attention(qkv, q_weight, k_weight, rope, EPS, backend)
 
     return refusal(backend, DEVICE, torch.bfloat16, 64) or run
@@ -106,7 +106,7 @@ def padding_comparison(arch: int) -> list[dict[str, int | str]]:
         padded = replace(launch, arguments=launch.arguments | {"MAIN": 128, "TAIL": 0})
         for name, variant in (("64 + 16", launch), ("padded to 128", padded)):
             code, _ = compile_launch(variant, arch)
-            found = {"kernel": code.kernel, "arch": arch, "heads of 72 as": name}
+            found: dict[str, int | str] = {"kernel": code.kernel, "arch": arch, "heads of 72 as": name}
             rows.append(found | {"hmma": code.hmma, "hgmma": code.hgmma, "spilled_bytes": code.spilled_bytes})
     return rows
 

@@ -34,8 +34,8 @@ class Run:
         self.parts: dict[str, float] = {}
         self.seconds = 0.0
         folder.mkdir(parents=True)
-        interpreter = str(Path(python).absolute())
-        command = [interpreter, "-m", "aligntok", "quickstart", "--output", str(folder / "run"), *arguments]
+        self.interpreter = str(Path(python).absolute())
+        command = [self.interpreter, "-m", "aligntok", "quickstart", "--output", str(folder / "run"), *arguments]
         with open(folder / "output.txt", "w") as output:
             self.process = subprocess.Popen(
                 command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -53,7 +53,7 @@ class Run:
             status = 0
         self.seconds += time.perf_counter() - before
         if status:
-            raise UserError(f"{self.process.args[0]} ended with status {status}: see {self.folder / 'output.txt'}")
+            raise UserError(f"{self.interpreter} ended with status {status}: see {self.folder / 'output.txt'}")
         self._note_parts()
 
     @property

@@ -60,9 +60,9 @@ class Part:
     def _generator(self, recipe: Recipe) -> GeneratorObjective:
         recipe.generator.model.classes = CLASSES
         channels = recipe.tokenizer.model.adapter.latent_channels
-        size = [recipe.data.image_size // recipe.tokenizer.model.encoder.downsample] * 2
-        latents = torch.randn(len(self.batch["labels"]), channels, *size).to(DEVICE)
-        model = perturb(LightningDiT(recipe.generator.model, channels, tuple(size)).to(DEVICE))
+        side = recipe.data.image_size // recipe.tokenizer.model.encoder.downsample
+        latents = torch.randn(len(self.batch["labels"]), channels, side, side).to(DEVICE)
+        model = perturb(LightningDiT(recipe.generator.model, channels, (side, side)).to(DEVICE))
         return GeneratorObjective(model, lambda batch: latents, recipe.generator, self.precision)
 
     def _stage(self, part: str, recipe: Recipe) -> TokenizerObjective:
@@ -70,7 +70,7 @@ class Part:
         config.model.encoder.weights = "random"
         tokenizer = AlignTok(config.model).to(DEVICE)
         discriminator = PatchDiscriminator(config.losses.discriminator).to(DEVICE)
-        perceptual = build_perceptual(config.losses.perceptual).to(DEVICE, memory_format=torch.channels_last)
+        perceptual = build_perceptual(config.losses.perceptual).to(DEVICE).to(memory_format=torch.channels_last)
         tables = {name: self._table(network) for name, network in self._frozen(part, tokenizer).items()}
         return TokenizerObjective(
             tokenizer,
@@ -86,11 +86,12 @@ class Part:
 
     def _frozen(self, part: str, tokenizer: AlignTok) -> dict[str, Callable[[Tensor], Tensor]]:
         """What each stage looks up: the frozen network's output for the one batch."""
-        return {
+        networks: dict[str, dict[str, Callable[[Tensor], Tensor]]] = {
             "stage1": {"features": tokenizer.encoder},
             "stage2": {"snapshot": tokenizer.raw_latents},
             "stage3": {"latents": tokenizer.raw_latents},
-        }[part]
+        }
+        return networks[part]
 
     @torch.no_grad()
     def _table(self, network: Callable[[Tensor], Tensor]) -> Tensor:

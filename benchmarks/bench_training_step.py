@@ -15,6 +15,7 @@ import statistics
 import sys
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -86,7 +87,7 @@ class Products(TorchDispatchMode):
             operands = [torch.empty_strided(*layout[:2], dtype=layout[2], device=DEVICE) for layout in layouts]
             for operand in operands:
                 operand.normal_()
-            times = [seconds_of(lambda f=function, x=operands: f(*x)) for _ in range(rounds + 1)]
+            times = [seconds_of(partial(function, *operands)) for _ in range(rounds + 1)]
             total += count * statistics.median(times[1:])
         return total
 

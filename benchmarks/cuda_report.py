@@ -52,7 +52,8 @@ def parse(words: str, source: str) -> list[dict[str, Any]]:
 
     `spilled_bytes` are stored and loaded, `stack` bytes per thread, `shared` bytes per block.
     """
-    found, row = [], None
+    found: list[dict[str, Any]] = []
+    row: dict[str, Any] | None = None
     for line in words.splitlines():
         if match := _KERNEL.search(line):
             row = {"source": source, "kernel": match[1], "arch": int(match[2])}

@@ -53,7 +53,7 @@ _LONGEST = 300  # characters of a message in the table
 
 def perform(name: str, place: Place, seed: int, rounds: int) -> list[Trial]:
     """All trials of a drill; an exception is a loss like any other, and ends its round."""
-    trials = []
+    trials: list[Trial] = []
     for number in range(rounds):
         chance = Random(f"{seed} {name} {number}")
         try:

@@ -17,6 +17,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -102,7 +103,7 @@ def main() -> int:
         print(f"exit status {part.status}, {part.seconds:.0f} s", flush=True)
         done.append(part)
         slug = re.sub(r"\W+", "_", torch.cuda.get_device_name()).strip("_").lower()
-        data = {"device": torch.cuda.get_device_name(), "date": date.today().isoformat()}
+        data: dict[str, Any] = {"device": torch.cuda.get_device_name(), "date": date.today().isoformat()}
         data["parts"] = [asdict(one) for one in done]
         write_bytes(options.output / f"gpu_check_{slug}.json", json.dumps(data, indent=1).encode())
         write_bytes(options.output / f"gpu_check_{slug}.md", page(done).encode())

@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
+import torch
+
 from aligntok.kernels._triton import Configuration, architecture, record_configurations, use_configurations
 from benchmarks.aot import ARCHITECTURES, LIMITS, KernelCode, compile_launch, launches_of, workloads_of
 from benchmarks.harness import Case, Provider, measure
@@ -107,7 +109,7 @@ def tune(workload: Workload, arch: int, only: str | None, seconds: float) -> Non
             figures = "; ".join(f"{c.kernel} {c.registers} registers, {c.occupancy:.0%} occupancy" for c in codes)
             mark = " | pinned" if configuration == pinned else ""
             print(f"  {_name(kernel, configuration)} | {figures}{mark}", flush=True)
-    if CUDA and arch == architecture(DEVICE):
+    if CUDA and arch == architecture(torch.device(DEVICE)):
         _print_fastest(timed(workload, usable, seconds), usable)
     else:
         print(f"  not timed: no GPU of sm_{arch} here, so no winner is named")

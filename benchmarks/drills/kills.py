@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from random import Random
 
@@ -42,8 +43,9 @@ def kill_cache(place: Place, chance: Random) -> Iterator[Trial]:
 
 def _killed(place: Place, kind: str, parts: tuple[str, ...], chance: Random) -> Trial:
     place.straight(kind)
-    run, lost, faults = place.run(kind, f"killed-{chance.random():.6f}"), [], 0
-    caught = 0  # in the midst of writing
+    run = place.run(kind, f"killed-{chance.random():.6f}")
+    lost: list[str] = []
+    faults = caught = 0  # caught: in the midst of writing
     for part in parts:
         for while_writing in (False, True):
             wrong, unfinished = _kill_once(run, part, while_writing, chance)
@@ -95,12 +97,16 @@ def _children(pid: int) -> list[int]:
     return [int(child) for task in tasks for child in (task / "children").read_text().split()]
 
 
+def _came_to(run: Run, part: str, goal: int) -> bool:
+    return run.steps(part) >= goal
+
+
 def polite(place: Place, chance: Random) -> Iterator[Trial]:
     """SIGTERM and SIGINT: a checkpoint of the last step, the documented status, and on with the same command."""
     for number in (signal.SIGTERM, signal.SIGINT):
         run, part = place.run("tokenizer", f"{number.name}-{chance.random():.6f}"), chance.choice(PARTS)
         running, goal = run.start(), chance.randint(1, STEPS - 4)
-        running.until(lambda run=run, part=part, goal=goal: run.steps(part) >= goal, f"{part} came to {goal}")
+        running.until(partial(_came_to, run, part, goal), f"{part} came to {goal}")
         os.kill(running.pid, number)
         lost = expect(running.wait(), 128 + number)
         wrong, seen = complaint(running.said(), f"stopped by {number.name} after step", "the same command resumes")

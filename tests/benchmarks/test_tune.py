@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,18 @@ def test_a_compiled_candidate_has_figures_and_an_impossible_one_a_reason():
     pinned, wider, refused = done.stdout.splitlines()
     assert int(wider) > int(pinned), "the candidate was not compiled"
     assert "power of 2" in refused
+
+
+def test_candidates_are_timed_on_a_gpu_of_their_architecture(monkeypatch, capsys):
+    monkeypatch.setattr(tune, "CUDA", True)
+    monkeypatch.setattr(tune, "DEVICE", "cuda")
+    monkeypatch.setattr(tune, "architecture", lambda device: {"cuda": 80}[device.type])
+    monkeypatch.setattr(tune, "pinned_configurations", lambda workload, arch: {})
+    timed = []
+    monkeypatch.setattr(tune, "timed", lambda workload, usable, seconds: timed.append(workload.op) or {})
+    for arch in (80, 90):
+        tune.tune(SimpleNamespace(op=f"op for {arch}", label=""), arch, None, 0.1)
+    assert timed == ["op for 80"] and "no GPU of sm_90 here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("number", ["-1", "1000"])

@@ -28,7 +28,9 @@ def refusal(device: torch.device) -> str | None:
     reason = _extension.unavailable()
     if reason:
         return reason
-    cuda = _extension.build_report()["cuda"]
+    report = _extension.build_report()
+    assert report is not None  # or the extension would be unavailable
+    cuda = report["cuda"]
     if not cuda["built"]:
         return f"aligntok._C has no CUDA part: {cuda['reason']}"
     if not torch.cuda.is_available():

@@ -17,7 +17,7 @@ writes x_new and y; x_new, h and r [B, N] are kept. The backward pass reads dx_n
 and dh.
 """
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -56,6 +56,7 @@ def adaln_reference(
     """(x_new, y) in plain PyTorch; see `adaln`."""
     arithmetic = torch.float64 if x.dtype == torch.float64 else torch.float32
     if h is not None:
+        assert gate is not None  # `adaln` has checked it
         x = (x + gate.unsqueeze(1) * h).to(x.dtype)
     weight = None if weight is None else weight.to(arithmetic)
     y = F.rms_norm(x.to(arithmetic), x.shape[-1:], weight, eps)  # [B, N, D]
@@ -156,7 +157,10 @@ def _backward_kernel(
         tl.store(partial + (1 + SHIFT) * D, tl.sum(gate_sum, axis=0), mask=inside_column)
 
 
-def _strided(x: Tensor | None) -> Tensor | None:
+Given = TypeVar("Given", Tensor, Tensor | None)
+
+
+def _strided(x: Given) -> Given:
     """x with unit stride in its columns; copied only where it has another."""
     return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
@@ -186,7 +190,8 @@ def _run_forward(
 ) -> tuple[Tensor | None, Tensor, Tensor]:
     """(x_new, y, rstd); x_new is None without h."""
     B, N, D = x.shape
-    x, h, gate, scale, shift, weight = (_strided(t) for t in (x, h, gate, scale, shift, weight))
+    x, scale = _strided(x), _strided(scale)
+    h, gate, shift, weight = (_strided(t) for t in (h, gate, shift, weight))
     y = torch.empty((B, N, D), dtype=dtype, device=x.device)
     x_new = None if h is None else torch.empty((B, N, D), dtype=x.dtype, device=x.device)
     rstd = torch.empty((B, N), dtype=torch.float32, device=x.device)
@@ -209,7 +214,9 @@ def _forward(
     eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _run_forward(wrap_triton(_forward_kernel), x, h, gate, scale, shift, weight, eps, dtype)
+    x_new, y, rstd = _run_forward(wrap_triton(_forward_kernel), x, h, gate, scale, shift, weight, eps, dtype)
+    assert x_new is not None  # with h there is one
+    return x_new, y, rstd
 
 
 @operator("adaln_triton_norm")
@@ -233,8 +240,8 @@ def _backward(
 ) -> list[Tensor]:
     """dx, dscale, then those that exist of dshift, dh, dgate, dweight."""
     B, N, D = dy.shape
-    rows = dx_new, dy, x_new, h = [_strided(t) for t in (dx_new, dy, x_new, h)]
-    gate, scale, weight = (_strided(t) for t in (gate, scale, weight))
+    dy, x_new, scale = _strided(dy), _strided(x_new), _strided(scale)
+    dx_new, h, gate, weight = (_strided(t) for t in (dx_new, h, gate, weight))
     dx = torch.empty((B, N, D), dtype=x_new.dtype, device=dy.device)
     dh = None if h is None else torch.empty((B, N, D), dtype=h.dtype, device=dy.device)
     config = _configuration("adaln_backward", D, dy.device)
@@ -243,13 +250,14 @@ def _backward(
     partials = torch.empty((B, chunks, sums, D), dtype=torch.float32, device=dy.device)
     vectors = [0 if t is None else t.stride(0) for t in (gate, scale)]
     tensors = (dx_new, dy, x_new, rstd, h, gate, scale, weight, dx, dh, partials)
-    sizes = (N, D, chunks, *_strides(*rows), *vectors)
+    sizes = (N, D, chunks, *_strides(dx_new, dy, x_new, h), *vectors)
     launch(wrap_triton(_backward_kernel), (B * chunks,), *tensors, *sizes, SHIFT=shift is not None, **config)
     normed, *others = partials.sum(1).unbind(1)  # [B, D] each
     gradients = [dx, (normed if weight is None else normed * weight).to(scale.dtype, copy=True)]
     if shift is not None:
         gradients.append(others[0].to(shift.dtype, copy=True))
     if h is not None:
+        assert dh is not None and gate is not None
         gradients += [dh, others[-1].to(gate.dtype, copy=True)]
     if weight is not None:
         gradients.append(((1 + scale.float()) * normed).sum(0).to(weight.dtype))
@@ -273,12 +281,12 @@ def _gradients(ctx: Any, dx_new: Tensor | None, dy: Tensor | None) -> tuple[Tens
     found = iter(_backward(dx_new, dy, x_new, rstd, h, gate, scale, shift, weight))
     dx, dscale = next(found), next(found)
     dshift = None if shift is None else next(found)
-    dh, dgate = (None, None) if h is None else (next(found), next(found))
-    return dx, dh, dgate, dscale, dshift, None if weight is None else next(found)
+    of_branch = (None, None) if h is None else (next(found), next(found))
+    return dx, *of_branch, dscale, dshift, None if weight is None else next(found)
 
 
 def _norm_gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    dx, _, _, *vectors = _gradients(ctx, None, dy)
+    dx, _dh, _dgate, *vectors = _gradients(ctx, None, dy)
     return dx, *vectors, None, None
 
 

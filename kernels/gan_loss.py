@@ -57,6 +57,7 @@ def discriminator_loss_reference(
     else:
         loss = 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
     if lecam_weight:
+        assert lecam_means is not None  # `discriminator_loss` has checked it
         mean_real, mean_fake = lecam_means.detach().to(real.dtype)
         excess_real, excess_fake = F.relu(real - mean_fake), F.relu(mean_real - fake)
         loss = loss + lecam_weight * (excess_real.square().mean() + excess_fake.square().mean())

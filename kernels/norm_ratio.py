@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import _extension, _extension_cuda
-from ._dispatch import register, select
+from ._dispatch import Unfit, register, select
 from ._dtypes import check_dtype
 
 MAX_TENSORS_CUDA = 128  # of both lists: their addresses travel in the launch's 4 KiB of parameters
@@ -75,7 +75,8 @@ def norm_ratio(
             cannot run here.
     """
     _check(a, b)
-    device, unfit = a[0].device.type, ()
+    device = a[0].device.type
+    unfit: Unfit = ()
     if device == "cuda" and len(a) + len(b) > MAX_TENSORS_CUDA:
         unfit = (("cpp", f"more than {MAX_TENSORS_CUDA} tensors"),)
     if select("norm_ratio", device, implementation, unfit) == "cpp":

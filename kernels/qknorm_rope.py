@@ -42,7 +42,7 @@ def _prologue(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor 
     u = x if x.dtype == torch.float64 else x.float()  # [B, N, H, D]
     if weight is not None:
         u = F.rms_norm(u, u.shape[-1:], weight.to(u.dtype), eps)
-    if cos is not None:
+    if cos is not None and sin is not None:
         even, odd = u.unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack((-odd, even), dim=-1).flatten(-2)
         u = u * cos.to(u.dtype).unsqueeze(1) + turned * sin.to(u.dtype).unsqueeze(1)
@@ -284,6 +284,7 @@ def _backward(
     launch(wrap_triton(_backward_kernel), (programs,), *tensors, *sizes, UNIT=unit, **config)
     if partials is None:
         return [dqkv]
+    assert q_weight is not None and k_weight is not None  # the norm that qkv was kept for
     q_sum, k_sum = partials.sum(0).unbind(0)
     return [dqkv, q_sum.to(q_weight.dtype, copy=True), k_sum.to(k_weight.dtype, copy=True)]
 
@@ -306,11 +307,12 @@ register("qknorm_rope", triton=_triton.refusal, cpp=_extension.cpu_refusal)
 
 
 def _check_pair(names: str, pair: tuple[Tensor | None, Tensor | None], shape: list[int], qkv: Tensor) -> None:
-    if all(tensor is None for tensor in pair):
+    given = [tensor for tensor in pair if tensor is not None]
+    if not given:
         return
-    if any(tensor is None for tensor in pair):
+    if len(given) < len(pair):
         raise ValueError(f"{names}: expected both or none of them")
-    for tensor in pair:
+    for tensor in given:
         if tensor.dtype not in DTYPES or list(tensor.shape) != shape or tensor.device != qkv.device:
             raise ValueError(
                 f"{names}: expected floating-point tensors of shape {shape} on {qkv.device} for qkv {list(qkv.shape)}, "
@@ -318,10 +320,10 @@ def _check_pair(names: str, pair: tuple[Tensor | None, Tensor | None], shape: li
             )
 
 
-def _unfit(*tensors: Tensor | None) -> Unfit:
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors):
+def _unfit(qkv: Tensor, *others: Tensor | None) -> Unfit:
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (qkv, *others)):
         return (("triton", "fp64 is for the reference"),)
-    if tensors[0].shape[-1] > MAX_HEAD_WIDTH:
+    if qkv.shape[-1] > MAX_HEAD_WIDTH:
         return (("triton", f"heads wider than {MAX_HEAD_WIDTH} do not fit in the registers"),)
     return ()
 

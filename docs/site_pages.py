@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
-from api_names import lazy_names, operators, private_modules
+from public_names import lazy_names, operators, private_modules
 
 ROOT = Path(__file__).resolve().parent.parent
 # Page -> (its title, None for the README's own beginning; the README's sections on it). Every section is on one page.

@@ -216,7 +216,7 @@ setup(
     packages=[*find_packages(include=["aligntok", "aligntok.*"]), "aligntok.kernels", "aligntok.configs"],
     package_dir={"aligntok.kernels": "kernels", "aligntok.configs": "configs"},
     package_data={
-        "aligntok": ["data/*.tar", "data/*.json", "data/*.md"],
+        "aligntok": ["py.typed", "data/*.tar", "data/*.json", "data/*.md"],
         "aligntok.report": ["*.css"],
         "aligntok.configs": ["*.yaml", "**/*.yaml"],
     },

@@ -177,6 +177,15 @@ def test_top_level_folders_are_installed_inside_the_package():
     assert {path.name for path in resources.files("aligntok.configs").iterdir()} >= {"quickstart.yaml"}
 
 
+def test_what_is_installed_beside_the_modules(tmp_path):
+    steps = ("egg_info", "--egg-base", tmp_path, "build_py", "--build-lib", tmp_path)
+    command = [sys.executable, "setup.py", "-q", *steps]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = ("py.typed", "report/page.css", "configs/quickstart.yaml", "kernels/adaln.py", "data/*.tar")
+    assert [name for name in expected if not list((tmp_path / "aligntok").glob(name))] == []
+
+
 def test_constraints_satisfy_every_range():
     pinned = dict(
         line.split("==")

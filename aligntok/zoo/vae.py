@@ -122,6 +122,8 @@ class VAE(StoredTokenizer):
 
     format = "aligntok.zoo.vae"
     config_class = VAEConfig
+    encoder: CNNEncoder | ViTEncoder
+    decoder: Decoder
     latent_parts = ("encoder", "quant")
 
     def __init__(self, config: VAEConfig) -> None:

@@ -13,6 +13,7 @@ Source: RAE stage2/models/DDT.py and model_utils.py (structure and sizes only).
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -22,36 +23,45 @@ from aligntok.config import LightningDiTConfig
 from aligntok.errors import UserError
 from aligntok.kernels import adaln
 from aligntok.models.attention import Rope
-from aligntok.models.lightning_dit import Block, FinalLayer, LightningDiT, Pending, build_rope, dimensions
+from aligntok.models.half_precision import KeepsFloat32
+from aligntok.models.lightning_dit import Block, FinalLayer, LightningDiT, Modulate, Pending, build_rope, dimensions
 
 FOURIER_FEATURES = 256  # frequencies drawn once from N(0, 1): RAE model_utils.py
 
 
 def tokenwise_adaln(
-    x: Tensor, scale: Tensor, shift: Tensor | None, h: Tensor | None, gate: Tensor | None, weight: Tensor, **options
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor | None,
+    h: Tensor | None,
+    gate: Tensor | None,
+    weight: Tensor,
+    **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """`adaln` with scale, shift and gate [B, N, D] for x and h [B, N, D]: to the operator, images of one token."""
-    tokens = [None if value is None else value.flatten(0, 1) for value in (x, scale, shift, h, gate)]
-    x1, scale, shift, h1, gate = tokens
+    shift, h1, gate = (None if value is None else value.flatten(0, 1) for value in (shift, h, gate))
     h1 = None if h1 is None else h1.unsqueeze(1)
-    summed, y = adaln(x1.unsqueeze(1), scale, shift, h1, gate, weight, **options)
+    summed, y = adaln(x.flatten(0, 1).unsqueeze(1), scale.flatten(0, 1), shift, h1, gate, weight, **options)
     return summed.view_as(x), y.view_as(x)
 
 
 class HeadBlock(Block):
     """LightningDiT's block with a condition [B, N, D] for every token."""
 
-    modulate = staticmethod(tokenwise_adaln)
+    modulate: ClassVar[Modulate] = staticmethod(tokenwise_adaln)
 
 
 class HeadFinalLayer(FinalLayer):
     """LightningDiT's last layer with a condition [B, N, D] for every token."""
 
-    modulate = staticmethod(tokenwise_adaln)
+    modulate: ClassVar[Modulate] = staticmethod(tokenwise_adaln)
 
 
-class FourierTime(nn.Module):
+class FourierTime(KeepsFloat32):
     """[sin(2 pi W t), cos(2 pi W t)] with fixed W, then Linear, SiLU, Linear."""
+
+    kept_buffers = ("frequencies",)
+    frequencies: Tensor
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -60,7 +70,7 @@ class FourierTime(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         angle = 2 * math.pi * t.float()[:, None] * self.frequencies
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1).to(self.mlp.get_parameter("0.weight").dtype))
 
 
 class DiTDH(LightningDiT):
@@ -77,15 +87,17 @@ class DiTDH(LightningDiT):
         self.time = FourierTime(trunk)
         self.project = nn.Linear(trunk, width) if trunk != width else nn.Identity()
         self.head_patches = nn.Conv2d(latent_channels, width, config.patch_size, stride=config.patch_size)
-        self.head_blocks = nn.ModuleList(
+        head_blocks = [
             HeadBlock(width, heads, config.qk_norm, config.shift, config.attention) for _ in range(config.head_depth)
-        )
+        ]
+        self.head_blocks = nn.ModuleList(head_blocks)
         self.final = HeadFinalLayer(width, config.patch_size**2 * latent_channels)
         self._initialise()
-        for block in self.head_blocks:
+        for block in head_blocks:
             nn.init.zeros_(block.modulation.weight)
             nn.init.zeros_(block.modulation.bias)
         nn.init.xavier_uniform_(self.head_patches.weight.view(width, -1))
+        assert self.head_patches.bias is not None
         nn.init.zeros_(self.head_patches.bias)
 
     def _initialise_linears(self) -> None:
@@ -93,7 +105,7 @@ class DiTDH(LightningDiT):
 
     def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """z [B, d, h, w], t [B] in [0, 1] with 1 = noise, labels [B], `null_class` = none -> velocity like z."""
-        grid = self._grid(z.shape[-2:])
+        grid, z = self._grid(z.shape[-2:]), z.to(self.patches.weight.dtype)
         time = self.time(t)  # [B, trunk width]
         x = self.patches(z).flatten(2).transpose(1, 2) + self._position_table(grid)  # [B, N, trunk width]
         condition, rope = F.silu(time + self.label(labels)), self._rope(grid, z.device)
@@ -101,6 +113,7 @@ class DiTDH(LightningDiT):
         for block in self.blocks:
             x, pending = block(x, pending, condition, rope)
         branch, gate = pending
+        assert branch is not None and gate is not None  # a trunk has blocks
         x = x + gate.unsqueeze(1) * branch
         states = self.project(F.silu(time.unsqueeze(1) + x))  # [B, N, head width]
         y = self.head_patches(z).flatten(2).transpose(1, 2)  # [B, N, head width]

@@ -12,6 +12,8 @@ other way.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,16 +38,15 @@ NORM_EPS = 1e-6
 
 def dimensions(config: LightningDiTConfig) -> tuple[int, int, int]:
     """(depth, width, heads) of a configuration; raises UserError when they do not make a transformer."""
-    given = (config.depth, config.width, config.heads)
+    depth, width, heads = config.depth, config.width, config.heads
     if config.size != "custom":
-        if any(value is not None for value in given):
+        if any(value is not None for value in (depth, width, heads)):
             raise UserError(
                 f"model.size is {config.size} and depth/width/heads are given: use size custom with all three"
             )
         return SIZES[config.size]
-    if any(value is None for value in given):
+    if depth is None or width is None or heads is None:
         raise UserError("model.size is custom: give depth, width and heads")
-    depth, width, heads = given
     if width % heads or (width // heads) % 4:
         raise UserError(
             f"width {width} and heads {heads}: expected a head width that is a multiple of 4 (2-D RoPE pairs); "
@@ -107,8 +108,9 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, rope: Rope) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [B, N, 3, H, D]
-        weights = (norm and norm.weight for norm in (self.q_norm, self.k_norm))
-        return self.proj(attention(qkv, *weights, rope, NORM_EPS, self.backend))
+        q_weight = None if self.q_norm is None else self.q_norm.weight
+        k_weight = None if self.k_norm is None else self.k_norm.weight
+        return self.proj(attention(qkv, q_weight, k_weight, rope, NORM_EPS, self.backend))
 
 
 class SwiGLU(nn.Module):
@@ -124,6 +126,7 @@ class SwiGLU(nn.Module):
         return self.w3(swiglu(self.w12(x)))
 
 
+Modulate = Callable[..., tuple[Tensor, Tensor]]  # `adaln`, or what is called as it is
 # What a branch adds to the residual stream, and its gate: added by the adaLN that follows, in the same pass.
 Pending = tuple[Tensor, Tensor] | tuple[None, None]
 
@@ -131,7 +134,7 @@ Pending = tuple[Tensor, Tensor] | tuple[None, None]
 class Block(nn.Module):
     """Attention and SwiGLU, each behind RMSNorm and adaLN-zero modulation; `shift=False` is LightningDiT's wo_shift."""
 
-    modulate = staticmethod(adaln)  # other forms of conditioning bring their own
+    modulate: ClassVar[Modulate] = staticmethod(adaln)  # other forms of conditioning bring their own
 
     def __init__(self, width: int, heads: int, qk_norm: bool, shift: bool, backend: str) -> None:
         super().__init__()
@@ -171,13 +174,13 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         angle = t.float()[:, None] * time_frequencies(TIME_FEATURES // 2, t.device)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp.get_parameter("0.weight").dtype))
 
 
 class FinalLayer(nn.Module):
     """RMSNorm, shift and scale, linear to patch_size^2 * channels; starts at zero."""
 
-    modulate = staticmethod(adaln)
+    modulate: ClassVar[Modulate] = staticmethod(adaln)
 
     def __init__(self, width: int, out: int) -> None:
         super().__init__()
@@ -203,13 +206,15 @@ class LightningDiT(nn.Module):
     def __init__(self, config: LightningDiTConfig, latent_channels: int, latent_size: tuple[int, int]) -> None:
         super().__init__()
         depth, width, heads = dimensions(config)
+        assert config.classes is not None  # None in a recipe is filled in from the images
         self.config = config
+        self.null_class = config.classes  # the label that means "no label"
         self.latent_channels = latent_channels
         self.latent_size = latent_size
         self.patch_size = config.patch_size
         self.head_width = width // heads
         self.patches = nn.Conv2d(latent_channels, width, config.patch_size, stride=config.patch_size)
-        self.time = TimeEmbedding(width)
+        self.time: nn.Module = TimeEmbedding(width)
         self.label = nn.Embedding(config.classes + 1, width)  # the last row is the null class
         self.blocks = nn.ModuleList(
             Block(width, heads, config.qk_norm, config.shift, config.attention) for _ in range(depth)
@@ -218,14 +223,9 @@ class LightningDiT(nn.Module):
         self.positions = nn.Parameter(sincos_table(self._grid(latent_size), width)[None], requires_grad=False)
         self._initialise()
 
-    @property
-    def null_class(self) -> int:
-        """The label that means "no label"."""
-        return self.config.classes
-
     def forward(self, z: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """z [B, d, h, w], t [B] in [0, 1] with 1 = noise, labels [B], `null_class` = none -> velocity like z."""
-        grid = self._grid(z.shape[-2:])
+        grid, z = self._grid(z.shape[-2:]), z.to(self.patches.weight.dtype)
         x = self.patches(z).flatten(2).transpose(1, 2)  # [B, N, width]
         x = x + self._position_table(grid)
         condition = self.time(t) + self.label(labels)  # [B, width]
@@ -235,7 +235,7 @@ class LightningDiT(nn.Module):
             x, pending = block(x, pending, condition, rope)
         return self._unpatch(self.final(x, pending, condition), grid)
 
-    def _grid(self, size: tuple[int, int]) -> tuple[int, int]:
+    def _grid(self, size: Sequence[int]) -> tuple[int, int]:
         height, width = size
         if height % self.patch_size or width % self.patch_size:
             raise UserError(
@@ -267,10 +267,12 @@ class LightningDiT(nn.Module):
         """Zeros on modulations and output, N(0, .02) on time and label embeddings, Xavier elsewhere (LightningDiT)."""
         self._initialise_linears()
         nn.init.xavier_uniform_(self.patches.weight.view(self.patches.weight.shape[0], -1))
+        assert self.patches.bias is not None
         nn.init.zeros_(self.patches.bias)
         nn.init.normal_(self.label.weight, std=0.02)
-        for layer in (self.time.mlp[0], self.time.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
+        for layer in self.time.modules():
+            if isinstance(layer, nn.Linear):
+                nn.init.normal_(layer.weight, std=0.02)
         for module in (*self.blocks, self.final):
             nn.init.zeros_(module.modulation.weight)
             nn.init.zeros_(module.modulation.bias)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -23,6 +24,7 @@ from aligntok.errors import UserError
 from aligntok.models.adapter import Adapter
 from aligntok.models.decoder import Decoder
 from aligntok.models.encoder import Encoder
+from aligntok.models.half_precision import KeepsFloat32, weight_dtype
 from aligntok.runtime.files import write_folder
 from aligntok.runtime.manifest import VERSION, Manifest
 from aligntok.runtime.weights import load_strictly, read_tensors
@@ -40,8 +42,13 @@ TOKENIZERS = {
 class Tokenizer(Protocol):
     """What everything else knows of a tokenizer."""
 
-    latent_channels: int  # d
-    downsample: int  # f
+    @property
+    def latent_channels(self) -> int:
+        """d"""
+
+    @property
+    def downsample(self) -> int:
+        """f"""
 
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> normalised latents [B, d, H/f, W/f]."""
@@ -50,7 +57,7 @@ class Tokenizer(Protocol):
         """Normalised latents [B, d, h, w] -> images [B, 3, f*h, f*w], nominally in [-1, 1]."""
 
 
-class StoredTokenizer(nn.Module):
+class StoredTokenizer(KeepsFloat32):
     """What every tokenizer of this project shares: latent statistics, normalisation, fingerprint, a folder on disk.
 
     A subclass names its `format`, `config_class` and `latent_parts`, builds these parts and `decoder`, calls
@@ -60,18 +67,28 @@ class StoredTokenizer(nn.Module):
     format: ClassVar[str]  # what config.json calls it
     config_class: ClassVar[type]
     latent_parts: ClassVar[tuple[str, ...]]  # the modules that decide the latents
+    kept_buffers = ("latent_mean", "latent_std")
     decoder: nn.Module
     latent_channels: int
     downsample: int
+    latent_mean: Tensor
+    latent_std: Tensor
 
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self._cast_from: str | None = None  # fingerprint of the float32 weights, after a cast
 
     @classmethod
     def offline(cls, config: Any) -> Any:
         """`config` such that building downloads nothing: all weights are about to be loaded from the folder."""
         return config
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        lowered = fn(torch.zeros((), device="cpu")).dtype != torch.float32
+        if lowered and weight_dtype(self) == torch.float32 and not self.latent_mean.is_meta:
+            self._cast_from = self.fingerprint()
+        return super()._apply(fn, recurse)
 
     def _add_statistics(self, *shape: int) -> None:
         """Buffers of mean and standard deviation: (d,) per channel, or (d, h, w) per element."""
@@ -81,6 +98,8 @@ class StoredTokenizer(nn.Module):
 
     @property
     def has_statistics(self) -> bool:
+        if self.latent_mean.is_meta:
+            return True  # numbers are not what a tokenizer on the meta device is asked for
         return bool(torch.isfinite(self.latent_mean).all() and torch.isfinite(self.latent_std).all())
 
     def set_statistics(self, mean: Tensor, std: Tensor) -> None:
@@ -107,12 +126,12 @@ class StoredTokenizer(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Images [B, 3, H, W] in [-1, 1] -> normalised latents [B, d, H/f, W/f], float32."""
         self._require_statistics()
-        return self.normalise(self.raw_latents(images).float())
+        return self.normalise(self.raw_latents(images.to(weight_dtype(self))).float())
 
     def decode(self, latents: Tensor) -> Tensor:
         """Normalised latents [B, d, h, w] -> images [B, 3, f*h, f*w], nominally in [-1, 1], float32."""
         self._require_statistics()
-        return self.reconstruct(self.denormalise(latents.float())).float()
+        return self.reconstruct(self.denormalise(latents.float()).to(weight_dtype(self))).float()
 
     def normalise(self, raw: Tensor) -> Tensor:
         return (raw - _broadcast(self.latent_mean)) / _broadcast(self.latent_std)
@@ -121,12 +140,17 @@ class StoredTokenizer(nn.Module):
         return latents * _broadcast(self.latent_std) + _broadcast(self.latent_mean)
 
     def fingerprint(self) -> str:
-        """Short hash of everything that decides the latents; decoder-only training does not change it."""
+        """Short hash of everything that decides the latents; decoder-only training does not change it.
+
+        Cast to bf16 or fp16, a tokenizer keeps the fingerprint of the weights that it was cast from.
+        """
+        if self._cast_from is not None and weight_dtype(self) != torch.float32:
+            return self._cast_from
         digest = hashlib.sha256()
         for part in self.latent_parts:
             for name, value in getattr(self, part).state_dict().items():
-                digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
-        digest.update(self.latent_mean.cpu().numpy().tobytes() + self.latent_std.cpu().numpy().tobytes())
+                digest.update(name.encode() + _bytes(value))
+        digest.update(_bytes(self.latent_mean) + _bytes(self.latent_std))
         return digest.hexdigest()[:16]
 
     def save(self, folder: str | Path) -> None:
@@ -142,6 +166,11 @@ class StoredTokenizer(nn.Module):
             )
 
 
+def _bytes(value: Tensor) -> bytes:
+    """The numbers of a tensor as they lie in memory; NumPy itself knows no bf16."""
+    return value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
 def _broadcast(statistic: Tensor) -> Tensor:
     """[d] -> [d, 1, 1]; [d, h, w] as it is."""
     return statistic[:, None, None] if statistic.ndim == 1 else statistic
@@ -153,6 +182,7 @@ class AlignTok(StoredTokenizer):
     format = "aligntok.tokenizer"
     config_class = TokenizerConfig
     latent_parts = ("encoder", "adapter")
+    decoder: Decoder
 
     def __init__(self, config: TokenizerConfig) -> None:
         super().__init__(config)

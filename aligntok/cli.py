@@ -25,7 +25,7 @@ from aligntok.config.options import (
     StatisticsConfig,
     StudyConfig,
 )
-from aligntok.config.parsing import nearest, parse_options, parse_recipe
+from aligntok.config.parsing import at_home, nearest, parse_options, parse_recipe
 from aligntok.errors import UserError
 from aligntok.runtime.world import refuse_several
 
@@ -207,7 +207,7 @@ def take_plan_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     parser.add_argument("--json")
     parser.add_argument("--parts", nargs="+", choices=("stage1", "stage2", "stage3", "generator"))
     options, rest = parser.parse_known_args(arguments)
-    return vars(options), rest
+    return at_home(vars(options)), rest
 
 
 def _sample(arguments: list[str]) -> None:

@@ -72,9 +72,9 @@ def cache_latents(
     with start(device, LONG_TIMEOUT) as world:
         chosen = choose_precision(device, precision)
         network = load_tokenizer(tokenizer).to(chosen.device).requires_grad_(False)
-        found = open_images(images)
-        origin = describe(network, found, image_size, flip, precision, shard_size)
         telemetry = Telemetry(output, log_every=1)
+        found = open_images(images, say=telemetry.say)
+        origin = describe(network, found, image_size, flip, precision, shard_size)
         writer = Writer(Path(output), origin, network, found, chosen, batch_size, workers, telemetry.say)
         writer.claim()
         if world.main:

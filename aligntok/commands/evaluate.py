@@ -59,7 +59,7 @@ def evaluate_reconstruction(
     precision, telemetry = choose_precision(device), Telemetry(".", log_every=1)
     tok = load_tokenizer(tokenizer).to(precision.device)
     check_size(image_size, tok.downsample, "image_size")
-    training, kept = open_images(images).split(held_out)
+    training, kept = open_images(images, say=telemetry.say).split(held_out)
     originals = kept if len(kept) else training
     network = _inception(inception, precision, telemetry)
     extractors: list[FeatureExtractor] = [] if network is None else [network]

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aligntok.config import DataConfig
 from aligntok.data.geometry import check_size, to_unit_range
-from aligntok.data.images import ImageSet, load_center_crops, open_images
+from aligntok.data.images import load_center_crops, open_images
 from aligntok.data.loading import report_skipped
 from aligntok.data.sources import MemorySource
 from aligntok.errors import UserError
@@ -87,7 +87,7 @@ def reconstruct(tokenizer: str, images: str, output: str, image_size: int, count
     """`aligntok reconstruct`; the options are those of aligntok.config.options.ReconstructConfig."""
     precision = choose_precision(device)
     tok = load_tokenizer(tokenizer).to(precision.device)
-    pixels, _ = _load(open_images(images, count), image_size, tok)
+    pixels, _ = _load(images, count, image_size, tok)
     restored = decode_all(tok, encode_all(tok, pixels, precision), precision)
     columns = min(count, 16)
     rows = [
@@ -104,16 +104,17 @@ def statistics(tokenizer: str, images: str, image_size: int, count: int, device:
     precision = choose_precision(device)
     tok = load_tokenizer(tokenizer, require_statistics=False).to(precision.device)
     check_destination(tokenizer, FILES)
-    pixels, labels = _load(open_images(images, count), image_size, tok)
+    pixels, labels = _load(images, count, image_size, tok)
     source = MemorySource(pixels, labels, min(STATISTICS_BATCH, len(pixels)), seed=0, flip=DataConfig().flip)
     tok.set_statistics(*latent_statistics(tok, source, len(pixels), precision))
     tok.save(tokenizer)
     print(f"{tokenizer}: latent statistics of {len(pixels)} images stored")
 
 
-def _load(images: ImageSet, size: int, tokenizer: StoredTokenizer) -> tuple[Tensor, Tensor]:
+def _load(path: str, count: int, size: int, tokenizer: StoredTokenizer) -> tuple[Tensor, Tensor]:
     check_size(size, tokenizer.downsample, "image_size")
     telemetry = Telemetry(".", log_every=1)
+    images = open_images(path, count, say=telemetry.say)
     with telemetry.bar("reading images") as update:
         pixels, labels = load_center_crops(images, size, update)
     report_skipped(images, telemetry.say)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from aligntok.config import PerceptualConfig, Recipe, SemanticConfig
 from aligntok.data.geometry import to_unit_range
-from aligntok.data.images import load_center_crops, open_images
+from aligntok.data.images import load_center_crops, open_images, told_before
 from aligntok.evaluation.features import EfficientNetLite0
 from aligntok.evaluation.generation import Reference, draw, evaluate_generation
 from aligntok.evaluation.tokenizer import encode_all, encoder_probe, evaluate_probe, evaluate_reconstruction
@@ -113,7 +113,7 @@ def evaluate(
     """Held-out reconstructions and probes of every stage, samples with and without guidance, with their protocols."""
     size, precision, results = recipe.data.image_size, training.precision, Results()
     held_out, _ = load_center_crops(training.held_out if len(training.held_out) else training.images, size)
-    everything, labels = load_center_crops(open_images(recipe.data.path, recipe.data.max_images), size)
+    everything, labels = load_center_crops(open_images(recipe.data.path, recipe.data.max_images, say=told_before), size)
     extractor = EfficientNetLite0().to(precision.device)
     perceptual = build_perceptual(PerceptualConfig(kind="st-lpips-alex")).to(precision.device)
     protocols: dict[str, str] = {}

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable
 from difflib import get_close_matches
 from os import PathLike
+from os.path import expanduser
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from aligntok.errors import UserError
@@ -74,7 +75,20 @@ def _parse(
     parser.add_class_arguments(cls)
     values = parser.parse_args(arguments).as_dict()
     values.pop("config", None)
-    return from_dict(cls, {key: value for key, value in values.items() if not key.startswith("__")})
+    given = {key: value for key, value in values.items() if not key.startswith("__")}
+    return from_dict(cls, at_home(given))
+
+
+def at_home(value: Any) -> Any:
+    """A value of the command line or of a recipe with "~" at the front of every path in it spelled out.
+
+    The shell does so for words of their own only, and not for `--output=~/x` or inside YAML.
+    """
+    if isinstance(value, dict):
+        return {key: at_home(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [at_home(part) for part in value]
+    return expanduser(value) if isinstance(value, str) else value
 
 
 def _renamed(text: str, names: dict[str, str] | None) -> str:

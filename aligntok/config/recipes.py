@@ -38,7 +38,7 @@ def recipe_path(name: str, beside: Path | None = None) -> Path:
     Raises:
         UserError: neither exists.
     """
-    for path in (Path(name), Path(f"{name}.yaml")):
+    for path in (Path(name).expanduser(), Path(f"{name}.yaml").expanduser()):
         path = path if beside is None else beside / path
         if path.is_file():
             return path

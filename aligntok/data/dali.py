@@ -32,9 +32,10 @@ from aligntok.data.dali_graph import (
     run,
     sample_inputs,
 )
+from aligntok.data.decoding import decode, unreadable_because
 from aligntok.data.geometry import Window, cut, to_tensor, to_unit_range, window
 from aligntok.data.headers import read_header
-from aligntok.data.images import UNREADABLE, Entry, ImageSet, decode, unreadable_because
+from aligntok.data.images import Entry, ImageSet
 from aligntok.data.readahead import ReadAhead
 from aligntok.data.sources import (
     Batch,
@@ -114,7 +115,7 @@ def prepare(entry: Entry, crop: str, size: int, request: Request, pillow: bool =
             header = "an extreme size"
         picture = decode(data)
         return Decoded(to_tensor(cut(picture, window(crop, *picture.size, size, u, v))), header)
-    except UNREADABLE as error:
+    except (OSError, UserError) as error:
         return Unreadable(unreadable_because(error))
 
 

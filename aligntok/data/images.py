@@ -1,12 +1,14 @@
 """Image sets: a folder or WebDataset tars become a list of labelled pictures that can be read in any order.
 
-A folder with sub-folders has one class per sub-folder, a flat one has the single class "all". For tars see
-aligntok.data.shards. A picture that cannot be read never stops a run: it is left out, counted and named.
+A folder with sub-folders has one class per sub-folder, a flat one has the single class "all" (aligntok.data.folders).
+For tars see aligntok.data.shards. What is not used is counted and named (aligntok.data.found), and a picture that
+cannot be read never stops a run: it is left out, counted and named as well.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,17 +16,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from aligntok.data.decoding import decode, unreadable_because
+from aligntok.data.folders import scan_folder
+from aligntok.data.found import EXTENSIONS, Found, is_hidden
 from aligntok.data.geometry import center_crop, to_tensor
-from aligntok.data.shards import EXTENSIONS, Progress, expand_shards, scan_shards
+from aligntok.data.shards import Progress, expand_shards, scan_shards
 from aligntok.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "fluent-emoji-128.tar"
 CROPS = 64  # in a batch of `stream_crops`
 DECODERS = 4  # threads; Pillow's decoders release the GIL
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for broken files
 
 
 @dataclass(slots=True)
@@ -36,6 +40,13 @@ class Entry:
     label: int
     offset: int = 0
     size: int | None = None
+
+    def bytes(self) -> int:
+        """Size of the encoded picture, -1 for a file that is gone."""
+        try:
+            return self.path.stat().st_size if self.size is None else self.size
+        except OSError:
+            return -1
 
     def read_bytes(self) -> bytes:
         with open(self.path, "rb") as file:
@@ -59,6 +70,14 @@ class ImageSet:
     def labels(self) -> Tensor:
         return torch.tensor([entry.label for entry in self.entries])
 
+    def identity(self) -> str:
+        """Short hash of what the set is, wherever it lies: names, sizes in bytes, labels, classes, in their order."""
+        digest = hashlib.sha256(repr(self.classes).encode())
+        with ThreadPoolExecutor(DECODERS) as pool:  # a network's file system answers several at a time
+            for entry, size in zip(self.entries, pool.map(Entry.bytes, self.entries, chunksize=256), strict=True):
+                digest.update(repr((entry.name, entry.label, size)).encode())
+        return digest.hexdigest()[:16]
+
     def subset(self, indices: list[int]) -> ImageSet:
         """The chosen pictures; skipped ones are reported to the same record."""
         return ImageSet(self.name, [self.entries[i] for i in indices], self.classes, self.skipped)
@@ -73,21 +92,9 @@ class ImageSet:
         entry = self.entries[index]
         try:
             return decode(entry.read_bytes())
-        except UNREADABLE as error:
+        except (OSError, UserError) as error:
             self.skipped[entry.name] = unreadable_because(error)
             return None
-
-
-def decode(data: bytes) -> Image.Image:
-    """An encoded picture as RGB; raises one of UNREADABLE."""
-    return to_rgb(Image.open(io.BytesIO(data)))
-
-
-def unreadable_because(error: BaseException) -> str:
-    """The reason in one line, the same in every run."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image that Pillow knows"  # its own words hold a memory address
-    return str(error) or type(error).__name__
 
 
 def split_numbers(count: int, held_out: float) -> tuple[Tensor, Tensor]:
@@ -113,80 +120,82 @@ def limit_numbers(count: int, limit: int | None) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit].sort().values
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any picture -> RGB: orientation tag applied, first frame, transparency over white, grey and palette expanded."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    if image.mode.startswith(("I;16", "I", "F")):
-        image = _stretch(image)
-    return image.convert("RGB")
-
-
-def _stretch(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float grey pictures -> 8 bit; Pillow's own conversion clips everything above 255."""
-    grey = image.convert("F")
-    low, high = grey.getextrema()
-    assert isinstance(low, float) and isinstance(high, float)  # one band
-    return grey.point(lambda v: (v - low) * (255.0 / max(high - low, 1e-9)) + 0).convert("L")
-
-
-def open_images(path: str, max_images: int | None = None, progress: Progress | None = None) -> ImageSet:
+def open_images(
+    path: str, max_images: int | None = None, progress: Progress | None = None, say: Callable[[str], None] | None = None
+) -> ImageSet:
     """The pictures of "embedded", a folder, a .tar file, a folder of .tar files, or "shards-{000..127}.tar".
 
     Args:
         path: where they are.
         max_images: take so many of them, chosen by a fixed shuffle.
         progress: called with (done, total) while tars without an index are scanned.
+        say: is told how many were found and used, and what was left out and why; None = warnings, and only of what
+            was left out.
 
     Raises:
-        UserError: nothing there, or no pictures in it.
+        UserError: nothing there, no pictures in it, or labels that are no numbers of classes.
     """
+    found = Found()
     if path == "embedded":
-        entries, classes = _entries(*scan_shards([EMBEDDED], remember=False))
+        entries, classes = _of_tars([EMBEDDED], found, remember=False)
     elif "{" in path and not Path(path).expanduser().exists():
-        entries, classes = _entries(*scan_shards(expand_shards(path), progress))
+        entries, classes = _of_tars(expand_shards(path), found, progress)
     else:
-        entries, classes = _open_path(path, Path(path).expanduser(), progress)
+        entries, classes = _open_path(path, Path(path).expanduser(), found, progress)
+    name = "Fluent emoji" if path == "embedded" else Path(path).expanduser().resolve().name
+    images = ImageSet(name, entries, classes)
+    taken = limit_numbers(len(entries), max_images).tolist()
+    _report(images, found, len(taken), say)
     if not entries:
-        raise UserError(f"no images in {path}: expected files ending in {', '.join(sorted(EXTENSIONS))}")
-    entries = [entries[i] for i in limit_numbers(len(entries), max_images).tolist()]
-    return ImageSet("Fluent emoji" if path == "embedded" else Path(path).name, entries, classes)
+        told = "; ".join(f"{count} {reason}" for reason, count in found.counts.items())
+        ends = f"expected files ending in {', '.join(sorted(EXTENSIONS))}"
+        raise UserError(f"no images in {path}: {f'left out: {told}; ' if told else ''}{ends}")
+    return images.subset(taken)
 
 
-def _open_path(given: str, path: Path, progress: Progress | None) -> tuple[list[Entry], list[str]]:
+def told_before(line: str) -> None:
+    """For `say`: of a set that the same command has opened already."""
+
+
+def _report(images: ImageSet, found: Found, taken: int, say: Callable[[str], None] | None) -> None:
+    if say is None and not found.counts:
+        return
+    for line in found.lines(images.name, len(images), taken):
+        (say or warnings.warn)(line)
+
+
+def _open_path(given: str, path: Path, found: Found, progress: Progress | None) -> tuple[list[Entry], list[str]]:
     if not path.exists():
         raise UserError(
             f"no images at {given}: the path does not exist; give a folder, .tar files (a folder of them, or "
             f"a pattern like 'shards-{{000..127}}.tar'), or 'embedded'"
         )
     if path.is_file() and path.suffix == ".tar":
-        return _entries(*scan_shards([path], progress))
+        return _of_tars([path], found, progress)
     if not path.is_dir():
         raise UserError(f"{given} is a {path.suffix or 'plain'} file, expected a folder of images or a WebDataset .tar")
-    shards, (entries, classes) = sorted(path.glob("*.tar")), _scan_folder(path)
-    if shards and entries:
+    shards = sorted(shard for shard in path.glob("*.tar") if not is_hidden(shard.name))
+    files, tops = scan_folder(path, found)
+    if shards and files:
         raise UserError(
-            f"{given} holds {len(shards)} .tar files and {len(entries)} images, and only one kind can be used: "
+            f"{given} holds {len(shards)} .tar files and {len(files)} images, and only one kind can be used: "
             f"name the tars by a pattern like '{given}/*-{{000..127}}.tar', or move one kind elsewhere"
         )
-    return _entries(*scan_shards(shards, progress)) if shards else (entries, classes)
+    return _of_tars(shards, found, progress) if shards else _of_folder(path, files, tops)
 
 
-def _entries(rows: list[tuple], classes: list[str]) -> tuple[list[Entry], list[str]]:
+def _of_tars(
+    paths: list[Path], found: Found, progress: Progress | None = None, remember: bool = True
+) -> tuple[list[Entry], list[str]]:
+    rows, classes = scan_shards(paths, found, progress, remember)
     return [Entry(*row) for row in rows], classes
 
 
-def _scan_folder(folder: Path) -> tuple[list[Entry], list[str]]:
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in EXTENSIONS and p.is_file())
-    classes, tops = ["all"], ["all"] * len(files)
-    if files and all(p.parent != folder for p in files):
-        tops = [p.relative_to(folder).parts[0] for p in files]
-        classes = sorted(set(tops))
+def _of_folder(folder: Path, files: list[Path], tops: list[str | None]) -> tuple[list[Entry], list[str]]:
+    classes = sorted({top or "all" for top in tops})
     number = {name: i for i, name in enumerate(classes)}
-    return [Entry(str(p.relative_to(folder)), p, number[t]) for p, t in zip(files, tops, strict=True)], classes
+    names = (file.relative_to(folder).as_posix() for file in files)
+    return [Entry(n, file, number[top or "all"]) for n, file, top in zip(names, files, tops, strict=True)], classes
 
 
 def stream_crops(

@@ -59,7 +59,10 @@ class Origin:
         Raises:
             UserError: `wanted` would put other numbers into `folder`.
         """
-        names = [f.name for f in fields(Origin) if getattr(self, f.name) != getattr(wanted, f.name)]
+        told = ("image_set",)  # what the folder of the images was called: it decides nothing
+        names = [
+            f.name for f in fields(Origin) if f.name not in told and getattr(self, f.name) != getattr(wanted, f.name)
+        ]
         if not names:
             return
         if "tokenizer" in names:

@@ -73,7 +73,7 @@ def trained_probes(
     precision: Precision,
     telemetry: Telemetry,
 ) -> dict[str, Measured]:
-    train, val = (open_images(path) for path in paths)
+    train, val = (open_images(path, say=telemetry.say) for path in paths)
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))[:3]
         raise UserError(f"--train and --val must have the same classes (sub-folders); not in both: {', '.join(odd)}")
@@ -104,7 +104,7 @@ def cross_validated_probes(
     precision: Precision,
     telemetry: Telemetry,
 ) -> dict[str, Measured]:
-    images = open_images(path)
+    images = open_images(path, say=telemetry.say)
     if len(images) > SMALL:
         raise UserError(
             f"{path} has {len(images)} images, and the cross-validated probe keeps all of them in memory (up to "

@@ -125,7 +125,7 @@ class RealImages:
             telemetry.say(f"reference: {given}, sha256 {self.batch.sha256}")
             self.extractors: list[FeatureExtractor] = []
         else:
-            self.set = open_images(given)
+            self.set = open_images(given, say=telemetry.say)
             self.extractors = [EfficientNetLite0().to(precision.device)]
         self.features = ImageFeatures(inception, self.extractors, KEPT_REFERENCE).add_all(self.images())
         self.count = self.features.count

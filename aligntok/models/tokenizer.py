@@ -139,15 +139,17 @@ class StoredTokenizer(KeepsFloat32):
     def denormalise(self, latents: Tensor) -> Tensor:
         return latents * _broadcast(self.latent_std) + _broadcast(self.latent_mean)
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, parts: tuple[str, ...] | None = None) -> str:
         """Short hash of everything that decides the latents; decoder-only training does not change it.
+
+        `parts` names some of the modules that do, None = all of them.
 
         Cast to bf16 or fp16, a tokenizer keeps the fingerprint of the weights that it was cast from.
         """
-        if self._cast_from is not None and weight_dtype(self) != torch.float32:
+        if parts is None and self._cast_from is not None and weight_dtype(self) != torch.float32:
             return self._cast_from
         digest = hashlib.sha256()
-        for part in self.latent_parts:
+        for part in self.latent_parts if parts is None else parts:
             for name, value in getattr(self, part).state_dict().items():
                 digest.update(name.encode() + _bytes(value))
         digest.update(_bytes(self.latent_mean) + _bytes(self.latent_std))

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from aligntok.config import PerceptualConfig, Recipe
-from aligntok.data.images import load_center_crops, open_images
+from aligntok.data.images import load_center_crops, open_images, told_before
 from aligntok.errors import UserError
 from aligntok.evaluation.distances import feature_distances
 from aligntok.evaluation.features import EfficientNetLite0, extract, to_uint8
@@ -110,7 +110,7 @@ class Bench:
     def __init__(self, recipe: Recipe, precision: Precision, samples: int) -> None:
         self.precision, self.samples = precision, samples
         data, self.encoder = recipe.data, recipe.tokenizer.model.encoder
-        images = open_images(data.path, data.max_images)
+        images = open_images(data.path, data.max_images, say=told_before)
         self.held_out, _ = load_center_crops(images.split(data.held_out)[1], data.image_size)
         self.images, self.labels = load_center_crops(images, data.image_size)
         if samples > len(self.images) // 3:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from aligntok.config.options import StudyConfig
 from aligntok.data.geometry import to_unit_range
-from aligntok.data.images import load_center_crops, open_images
+from aligntok.data.images import load_center_crops, open_images, told_before
 from aligntok.report.pictures import contact_sheet
 from aligntok.runtime.files import write_bytes
 from aligntok.study import plots
@@ -99,9 +99,10 @@ def _head(results: Results) -> str:
     seeds = {name: len(results.seeds(name)) for name in NAMES}
     most = max(seeds.values())
     command = "aligntok study" + (f" --budget {results.budget}" if results.budget > 1 else "")
+    pictures = open_images(recipe.data.path, say=told_before).name
     text = (
         f"Written by `{command}`; measured on {'; '.join(results.machines)}; training took "
-        f"{results.hours:.1f} hours by the clock of its processes. {open_images(recipe.data.path).name} at "
+        f"{results.hours:.1f} hours by the clock of its processes. {pictures} at "
         f"{recipe.data.image_size} px, {recipe.data.held_out:.0%} held out. Every tokenizer has seen as many "
         "pictures as the others when its latents are fixed (`configs/study/`), and the same generator is trained on "
         f"each for {recipe.generator.steps} steps. Values are means over {most} seeds ± their standard deviation."
@@ -145,7 +146,7 @@ def _recognisable(results: Results) -> str:
     found = [value for name in results.rows(NAMES) for value in results.all_of(name, CEILING)]
     if not found:
         return ""
-    labels = open_images(results.recipe.data.path, results.recipe.data.max_images).labels
+    labels = open_images(results.recipe.data.path, results.recipe.data.max_images, say=told_before).labels
     largest = labels.bincount().max().item() / len(labels)
     return f": {min(found):.0%} to {max(found):.0%} (always naming the largest class: {largest:.0%})"
 
@@ -213,7 +214,7 @@ def _sheet(results: Results, what: str) -> bytes | None:
         return None
     if what == "reconstructions":
         data = results.recipe.data
-        held_out = open_images(data.path, data.max_images).split(data.held_out)[1]
+        held_out = open_images(data.path, data.max_images, say=told_before).split(data.held_out)[1]
         shown = len(next(iter(rows.values())))
         originals = load_center_crops(held_out.subset(list(range(shown))), data.image_size)[0]
         rows = {"Original": to_unit_range(originals), **rows}

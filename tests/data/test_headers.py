@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 from photographs import encode, every_kind
 from PIL import Image
 
+from aligntok.data.decoding import to_rgb
 from aligntok.data.headers import Header, read_header
-from aligntok.data.images import to_rgb
 
 KINDS = every_kind()
 BY_PILLOW = {

@@ -10,8 +10,16 @@ import torch
 from helpers import write_pictures
 from PIL import Image
 
-from aligntok.data.geometry import center_crop, random_crop, to_tensor, to_unit_range
-from aligntok.data.images import load_center_crops, open_images, to_rgb
+from aligntok.data.geometry import (
+    center_crop,
+    center_window,
+    cut,
+    random_crop,
+    random_window,
+    to_tensor,
+    to_unit_range,
+)
+from aligntok.data.images import load_center_crops, open_images
 from aligntok.errors import UserError
 
 
@@ -51,30 +59,6 @@ def test_tar_with_and_without_class_names(tmp_path):
     assert open_images(str(path)).classes == ["dark", "red"]
 
 
-@pytest.mark.parametrize(
-    ("make", "expected"),
-    [
-        (lambda: Image.new("L", (4, 4), 100), (100, 100, 100)),
-        (lambda: Image.new("RGBA", (4, 4), (200, 0, 0, 0)), (255, 255, 255)),
-        (lambda: Image.new("RGBA", (4, 4), (200, 0, 0, 255)), (200, 0, 0)),
-        (lambda: Image.new("LA", (4, 4), (50, 0)), (255, 255, 255)),
-        (lambda: Image.new("1", (4, 4), 1), (255, 255, 255)),
-        (lambda: Image.new("RGB", (4, 4), (1, 2, 3)).quantize(2), (1, 2, 3)),
-        (lambda: Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
-    ],
-)
-def test_every_mode_becomes_rgb_over_white(make, expected):
-    rgb = to_rgb(make())
-    assert rgb.mode == "RGB"
-    assert rgb.getpixel((1, 1)) == expected
-
-
-def test_sixteen_bit_grey_keeps_its_range():
-    ramp = Image.fromarray(np.linspace(0, 60_000, 64).astype(np.uint16).reshape(8, 8))
-    values = np.array(to_rgb(ramp))[..., 0]
-    assert values.min() == 0 and values.max() == 255 and len(np.unique(values)) > 50
-
-
 def test_unreadable_images_are_skipped_counted_and_named(tmp_path):
     write_pictures(tmp_path, 6)
     (tmp_path / "disc" / "broken.png").write_bytes(b"not a picture")
@@ -97,6 +81,33 @@ def test_one_pixel_and_long_thin_images(tmp_path):
     pixels, _ = load_center_crops(open_images(str(tmp_path)), 32)
     assert pixels.shape == (2, 3, 32, 32)
     assert (pixels == torch.tensor([9, 8, 7]).view(3, 1, 1)).all()
+
+
+def test_a_strip_costs_what_its_crop_costs(tmp_path):
+    """60,000 x 1 pixels in 258 bytes: resized whole it would be 3.8 million pixels wide."""
+    import resource
+
+    Image.new("RGB", (60_000, 1), (9, 8, 7)).save(tmp_path / "strip.png")
+    Image.new("RGB", (1, 60_000), (9, 8, 7)).save(tmp_path / "tower.png")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    pixels, _ = load_center_crops(open_images(str(tmp_path)), 64)
+    assert (pixels == torch.tensor([9, 8, 7]).view(3, 1, 1)).all()
+    with Image.open(tmp_path / "strip.png") as strip:
+        assert random_crop(strip, 64, 0.7, 0.2).getpixel((5, 5)) == (9, 8, 7)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 * 1024  # KiB
+
+
+@pytest.mark.parametrize("size", [(33, 47), (200, 90), (129, 131), (40, 300)])
+def test_resizing_the_region_is_resizing_all_and_cropping(size):
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (*size, 3)).astype(np.uint8))
+    for place in (center_window(*picture.size, 32), random_window(*picture.size, 32, 0.3, 0.8)):
+        whole = picture
+        for _ in range(place.halvings):
+            whole = whole.resize((whole.width // 2, whole.height // 2), Image.Resampling.BOX)
+        whole = whole.resize((place.width, place.height), Image.Resampling.BICUBIC)
+        expected = whole.crop((place.left, place.top, place.left + 32, place.top + 32))
+        difference = np.array(cut(picture, place)).astype(int) - np.array(expected)
+        assert abs(difference).max() <= 1
 
 
 @pytest.mark.parametrize(

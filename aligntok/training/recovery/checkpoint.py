@@ -43,11 +43,16 @@ from aligntok.training.recovery.state import (
     write_whole,
 )
 
-INDIFFERENT = ("workers", "loader", "stall_timeout")  # of the data's configuration: how fast, not which
+# Of the data's configuration: where the images lie and how fast they come, not which they are
+FRESH = "new"  # what begins with this stands for networks that a part has not got from another
+INDIFFERENT = ("path", "workers", "loader", "stall_timeout")
 
 
 def course(training: TrainingConfig, data: DataConfig, **others: Any) -> dict[str, Any]:
-    """Everything that decides the course of a run, as {dotted name: value}; a checkpoint goes on only with the same."""
+    """Everything that decides the course of a run, as {dotted name: value}; a checkpoint goes on only with the same.
+
+    The images are known by what they are, ImageSet.identity() as `image_set`, wherever they lie.
+    """
     values = {
         "data": {key: value for key, value in dataclasses.asdict(data).items() if key not in INDIFFERENT},
         "training": {key: getattr(training, key) for key in ("batch_size", "precision", "seed", "optimizer")},
@@ -237,6 +242,10 @@ class Checkpoints:
         """What tells this run from the one that wrote the checkpoint, as a message."""
         then = json.loads((folder / "state.json").read_text())["course"]
         absent = "absent"
+        if then.pop("data.path", None) is not None:  # before 0.2: the place of the images stood for what they are
+            then["image_set"] = self.course.get("image_set", absent)
+            if str(self.course.get("start")).startswith(FRESH):  # drawn weights were part of it
+                then["start"] = self.course["start"]
         differ = [key for key in {**then, **self.course} if then.get(key, absent) != self.course.get(key, absent)]
         if not differ:
             return None

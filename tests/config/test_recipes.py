@@ -6,10 +6,11 @@ import sys
 import pytest
 import torch
 
-from aligntok.cli import main
+from aligntok.cli import main, take_plan_options
 from aligntok.commands import plan
 from aligntok.config import DecoderConfig, EncoderConfig
-from aligntok.config.parsing import parse_recipe
+from aligntok.config.options import SampleConfig
+from aligntok.config.parsing import parse_options, parse_recipe
 from aligntok.config.recipes import merge, read_recipe, recipe_path, shipped
 from aligntok.errors import UserError
 from aligntok.models.decoder import Decoder
@@ -37,6 +38,21 @@ def test_a_base_is_found_beside_the_file_and_among_the_shipped(tmp_path):
     _write(tmp_path / "more", deeper="base: ../mine.yaml\ndata: {flip: false}\n")
     recipe = parse_recipe("train-tokenizer", ["--config", str(tmp_path / "more" / "deeper"), "--data.workers", "3"])
     assert (recipe.output, recipe.data.image_size, recipe.data.flip, recipe.data.workers) == ("here", 64, False, 3)
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_given(tmp_path, monkeypatch):
+    """YAML and --option=~/x reach us as they are written, and would make a folder called "~"."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    text = "output: ~/runs/x\ndata: {path: '~/pictures/s-{000..127}.tar'}\ngenerator: {latents: ~/cache}\n"
+    text += "tokenizer: {losses: {perceptual: {weights: ~/vgg.pth}}}\n"
+    _write(tmp_path, base=text, mine="base: ~/base.yaml\n")
+    recipe = parse_recipe("train-generator", ["--config=~/mine", "--generator.tokenizer=~/t"])
+    assert recipe.output == f"{tmp_path}/runs/x" and recipe.data.path == f"{tmp_path}/pictures/s-{{000..127}}.tar"
+    assert (recipe.generator.latents, recipe.generator.tokenizer) == (f"{tmp_path}/cache", f"{tmp_path}/t")
+    assert recipe.tokenizer.losses.perceptual.weights == f"{tmp_path}/vgg.pth"
+    options = parse_options("sample", SampleConfig, ["--generator=~/g", "--tokenizer", "~/t", "--labels", "[~/odd]"])
+    assert (options.generator, options.tokenizer) == (f"{tmp_path}/g", f"{tmp_path}/t")
+    assert take_plan_options(["--json", "~/plan.json"])[0] == {"json": f"{tmp_path}/plan.json"}
 
 
 def test_null_and_lists_replace_what_the_base_says():

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import signal
 import warnings
 from pathlib import Path
@@ -178,6 +179,47 @@ def test_a_checkpoint_of_pictures_that_can_no_longer_be_read_is_refused(tmp_path
         picture.write_bytes(b"broken")
     with pytest.raises(UserError, match=r"another configuration.*images"):
         TokenizerTraining(recipe).run()
+
+
+@pytest.mark.parametrize("part", ["stage1", "generator"])
+def test_images_are_known_by_what_they_are_and_not_by_where_they_lie(
+    part, pictures, uninterrupted, tmp_path, monkeypatch
+):
+    """Another spelling, a link, a copy on another disk: the same run goes on. Other images of the same names: not."""
+    with monkeypatch.context() as patch:
+        signal_at(part, 2, signal.SIGINT, patch)
+        with pytest.raises(Interrupted):
+            run_all(tiny_recipe(tmp_path / "run", pictures))
+    copy, link, other = tmp_path / "scratch/job-1", tmp_path / "link", tmp_path / "other"
+    shutil.copytree(pictures, copy)
+    shutil.copytree(pictures, other)
+    link.symlink_to(copy)
+    picture = next(other.rglob("*.png"))
+    picture.write_bytes(picture.read_bytes() + b"more")
+    with pytest.raises(UserError, match="another configuration or other images: image_set was"):
+        run_all(tiny_recipe(tmp_path / "run", other))
+    monkeypatch.chdir(tmp_path)
+    for name, spelled in (("a", "link"), ("b", "scratch/../scratch/job-1/"), ("c", str(copy))):
+        shutil.copytree(tmp_path / "run", tmp_path / name)
+        resumed = run_all(tiny_recipe(tmp_path / name, Path(spelled)))
+        assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
+
+
+def test_weights_that_the_checkpoint_replaces_need_not_be_drawn_alike(pictures, uninterrupted, tmp_path, monkeypatch):
+    """Another kind of processor rounds them otherwise in the last bit."""
+    recipe, _ = damaged_run(pictures, tmp_path, monkeypatch)
+    drawn = TokenizerTraining.pretrained
+
+    def elsewhere(self):
+        tokenizer = drawn(self)
+        with torch.no_grad():
+            for parameter in (*tokenizer.adapter.parameters(), *tokenizer.decoder.parameters()):
+                parameter.copy_(torch.nextafter(parameter, torch.tensor(torch.inf)))
+        return tokenizer
+
+    monkeypatch.setattr(TokenizerTraining, "pretrained", elsewhere)
+    resumed = run_all(recipe)
+    assert all(torch.equal(resumed[name], uninterrupted[name]) for name in uninterrupted)
 
 
 def test_a_full_disk_leaves_the_previous_checkpoint(pictures, tmp_path, monkeypatch):

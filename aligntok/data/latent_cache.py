@@ -49,7 +49,7 @@ class LatentCache:
 
     Raises:
         UserError: no cache, an unfinished one, another tokenizer's, or a shard that is missing, of the wrong size or
-            has a damaged header.
+            has a damaged header, or labels that are no numbers of classes.
     """
 
     def __init__(
@@ -143,10 +143,23 @@ class LatentCache:
         problem = shard_problem(self.folder, record)
         if problem is None:
             try:
-                return _map_tensors(self.folder / record["file"], record["rows"], self.origin)
+                tensors = _map_tensors(self.folder / record["file"], record["rows"], self.origin)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 problem = f"has a damaged header ({type(error).__name__}: {error})"
+            else:
+                self._check_labels(record["file"], tensors["labels"].rows)
+                return tensors
         raise UserError(f"{self.folder / record['file']} {problem}; make this shard anew with: {self.command}")
+
+    def _check_labels(self, file: str, labels: np.ndarray) -> None:
+        """UserError where a label is no number of a class; nobody else asks before training does."""
+        count = len(self.origin.classes)
+        wrong = labels[(labels < 0) | (labels >= count)]
+        if len(wrong):
+            raise UserError(
+                f"{self.folder / file} has the label {wrong[0]}, but the cache names {count} classes, 0 to "
+                f"{count - 1}: correct the labels of the images and make the cache anew with: {self.command}"
+            )
 
     def _numbers(self, name: str, rows: Tensor) -> Tensor:
         found = np.empty(len(rows), np.int64)

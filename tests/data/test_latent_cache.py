@@ -12,7 +12,7 @@ import torch
 from helpers import tiny_tokenizer, write_pictures
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from aligntok.commands.cache_latents import cache_latents
 from aligntok.config import DataConfig
@@ -212,6 +212,16 @@ def test_no_bit_of_a_header_can_change_what_is_read(copy, cache):
             refused += 1
         file.write_bytes(sound)
     assert refused > 0.9 * length
+
+
+@pytest.mark.parametrize("label", [-1, 3])
+def test_a_label_that_is_no_class_is_refused_before_training(label, copy):
+    file = shard(copy)
+    tensors = load_file(file)
+    tensors["labels"][2] = label
+    save_file(tensors, file)
+    with pytest.raises(UserError, match=f"has the label {label}, but the cache names [23] classes"):
+        LatentCache(copy)
 
 
 def test_an_unfinished_cache_is_refused(copy):

@@ -3,7 +3,8 @@
     full        a block keeps its inputs only and runs a second time in the backward pass
     selective   it also keeps what matrix products and attention gave; norms, modulation and activations run again
 
-Either gives the gradients of "none" to the bit. Compilation takes every block as one graph, or fails with the reason.
+Either gives the gradients of "none" to the bit. Compilation takes every block as one graph, or fails with the reason;
+blocks of one kind share their graphs, however many there are.
 """
 
 from __future__ import annotations
@@ -31,12 +32,16 @@ def prepare(blocks: Iterable[nn.Module], checkpointing: str, compile: bool) -> N
     """
     if checkpointing not in MODES:
         raise UserError(f"training.checkpointing is {checkpointing!r}, expected one of {', '.join(MODES)}")
+    if compile:
+        # What a part before this one has compiled counts against the limit of graphs, and is not needed any more
+        torch.compiler.reset()
     for block in blocks:
         forward = block.forward
         if checkpointing != "none":
             forward = _recomputed(forward, selective=checkpointing == "selective")
         if compile:
-            forward = torch.compile(forward, fullgraph=True)
+            # Never for sizes that vary: which graph a step runs would depend on what other sizes came before
+            forward = torch.compile(forward, fullgraph=True, dynamic=False)
         if forward is not block.forward:
             block.forward = forward
 

@@ -136,7 +136,7 @@ def _load_backbone(config: EncoderConfig) -> tuple[Backbone, str]:
     if config.weights == "pretrained" and not on_meta:
         backbone = _create_pretrained(config.name)
     else:
-        backbone = _create(config.name)
+        backbone = blueprint if on_meta else _create(config.name)
     assert isinstance(backbone, VisionTransformer | Eva)  # as the blueprint
     # timm cuts the later blocks, the pooling and the classifier
     backbone.prune_intermediate_layers([layer], prune_norm=not config.final_norm, prune_head=True)

@@ -8,6 +8,9 @@ process and several draw the same.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -83,10 +86,25 @@ def refuse_several(command: str) -> None:
         raise UserError(f"{command} runs in one process, torchrun has started {count}: start it without torchrun")
 
 
+_alone: ContextVar[bool] = ContextVar("aligntok_alone", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Inside, this process counts as the only one, so that it can build and count something without the others."""
+    token = _alone.set(True)
+    try:
+        yield
+    finally:
+        _alone.reset(token)
+
+
 def current() -> World:
-    """The world that torch.distributed was started with; a single process where it was not."""
+    """The world that torch.distributed was started with; a single process where it was not, and inside `alone`."""
     from torch import distributed
 
+    if _alone.get():
+        return World()
     if distributed.is_available() and distributed.is_initialized():
         return World(distributed.get_rank(), distributed.get_world_size())
     return World()

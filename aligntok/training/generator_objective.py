@@ -38,7 +38,7 @@ class GeneratorObjective:
         self.model, self.latents, self.config, self.precision = model.train(), latents, config, precision
         self.steps = config.steps
         self.ema = build_ema(model, config.ema_decay)
-        prepare(model.blocks, config.training.checkpointing, config.training.compile)
+        prepare(self.blocks(), config.training.checkpointing, config.training.compile)
         if is_sharded(config.training.parallel):
             self.trained = shard({"model": model})
             shard({"model": self.ema.module})
@@ -48,6 +48,14 @@ class GeneratorObjective:
         trained = (p for p in model.parameters() if p.requires_grad)
         groups = [parameter_group(trained, config.learning_rate)]
         self.optimizer = build_optimizer(groups, config.betas, config.training, precision.device)
+
+    def blocks(self) -> Iterator[nn.Module]:
+        """Of the trunk and, where the model has one, of the head."""
+        yield from self.model.blocks
+        yield from getattr(self.model, "head_blocks", ())
+
+    def turns(self) -> list[int]:
+        return [0]
 
     def modules(self) -> dict[str, nn.Module]:
         return {"model": self.model, "ema": self.ema}

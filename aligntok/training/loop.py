@@ -108,12 +108,12 @@ def run_phase(objective: Objective, phase: Phase, batch: Batch, guard: Guard, wa
     torch.manual_seed(torch.initial_seed())  # every phase draws from the step's random state
     if not guard.enter():
         return {}
-    phase.optimizer.zero_grad(set_to_none=True)
+    phase.clear()
     loss, values = gradients(phase, batch)
     norm = nn.utils.get_total_norm([p.grad for p in phase.parameters if p.grad is not None])
     whole = complete(norm)  # of all processes, as the loss is, so that all decide alike
     if not guard.passes(phase, batch, loss, whole, values, warn):
-        phase.optimizer.zero_grad(set_to_none=True)
+        phase.clear()
         return {}
     if phase.gradient_clip:
         nn.utils.clip_grads_with_norm_(phase.parameters, phase.gradient_clip, norm)

@@ -44,12 +44,23 @@ class Phase:
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    def clear(self) -> None:
+        """Forget all gradients. Not by the optimizer's zero_grad, whose arguments differ: apex's takes none."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
 
 class Objective(Protocol):
     steps: int
 
     def phases(self, step: int) -> Iterable[Phase]:
         """The phases of a step, in order, with the learning rates of that step set."""
+
+    def turns(self) -> list[int]:
+        """The steps, in order and beginning with 0, from which on a step consists of other work than before."""
+
+    def blocks(self) -> Iterable[nn.Module]:
+        """The trained transformer blocks, which training.checkpointing and training.compile are about."""
 
     def after_step(self) -> None:
         """Called when all phases of a step are done (moving averages)."""

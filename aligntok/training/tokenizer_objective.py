@@ -8,8 +8,9 @@ three terms are those of every autoencoder here, rivals included: `AutoencoderOb
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -40,6 +41,26 @@ class FrozenInputs:
     features: FrozenOutput | None = None  # encoder tokens [B, N, C], when the encoder is frozen
     latents: FrozenOutput | None = None  # raw latents [B, d, h, w], when encoder and adapter are frozen
     snapshot: FrozenOutput | None = None  # Stage 1's latents (or features, for "before_adapter"), target of L_sp
+
+
+def frozen_inputs(
+    stage: StageConfig, tokenizer: AlignTok, snapshot: AlignTok | None, freeze: Callable[..., FrozenOutput]
+) -> FrozenInputs:
+    """What a stage needs of networks that it does not train.
+
+    Args:
+        snapshot: the tokenizer that L_sp holds on to; None where the stage has no L_sp.
+        freeze: called with a network, images -> output, and what that is called; gives its output for a batch.
+    """
+    inputs = FrozenInputs()
+    if stage.trains == ("decoder",):
+        inputs.latents = freeze(tokenizer.raw_latents, "latents")
+    elif "encoder" not in stage.trains:
+        inputs.features = freeze(tokenizer.encoder, "encoder features")
+    if snapshot is not None:
+        after = stage.semantic.position == "after_adapter"
+        inputs.snapshot = freeze(snapshot.raw_latents if after else snapshot.encoder, "snapshot")
+    return inputs
 
 
 class AutoencoderObjective:
@@ -78,7 +99,7 @@ class AutoencoderObjective:
             lora.train_only_lora(part.train().requires_grad_(True))
         self.together = nn.ModuleDict(trained)
         self.ema = None if stage.ema_decay is None else build_ema(self.together, stage.ema_decay)
-        prepare(self._blocks(), training.checkpointing, training.compile)
+        prepare(self.blocks(), training.checkpointing, training.compile)
         self._spread_out()
         groups = [parameter_group(part.parameters(), rates[name]) for name, part in trained.items()]
         self.autoencoder_optimizer = build_optimizer(groups, betas, training, precision.device)
@@ -98,7 +119,9 @@ class AutoencoderObjective:
             return
         self.autoencoder = shard(self.trained)
         if self.ema is not None:
-            shard(dict(self.ema.module.items()))
+            averaged = self.ema.module
+            assert isinstance(averaged, nn.ModuleDict)  # as `together`
+            shard(dict(averaged.items()))
 
     def modules(self) -> dict[str, nn.Module]:
         found: dict[str, nn.Module] = dict(self.trained)
@@ -128,6 +151,10 @@ class AutoencoderObjective:
             yield Phase("discriminator", self.discriminator_optimizer, loss, clip, judge, accumulate, taken)
         self._fakes.clear()
 
+    def turns(self) -> list[int]:
+        starts = {0, self.stage.gan_start, self.discriminator_start}
+        return sorted(step for step in starts if step == 0 or 0 < step < self.steps)
+
     def after_step(self) -> None:
         if self.ema is not None:
             self.ema.update_parameters(self.together)
@@ -138,7 +165,7 @@ class AutoencoderObjective:
 
     def finish(self) -> None:
         """At the end of a stage: blocks as they were, and the moving averages, if it keeps them, as weights."""
-        restore(self._blocks())
+        restore(self.blocks())
         if self.ema is not None:
             adopt(self.together, self.ema)
 
@@ -155,12 +182,11 @@ class AutoencoderObjective:
         """(reconstruction [B, 3, H, W] float32, weighted sum of the losses that are not on images, values)."""
         raise NotImplementedError
 
-    def _blocks(self) -> Iterable[nn.Module]:
-        """The trained transformer blocks, which training.checkpointing and training.compile are about."""
+    def blocks(self) -> Iterable[nn.Module]:
         return ()
 
     def _last_weight(self) -> Tensor:
-        return self.tokenizer.decoder.conv_out.weight
+        return self.tokenizer.decoder.get_parameter("conv_out.weight")
 
     def _reconstruction(self, output: Tensor, batch: Batch) -> tuple[Tensor, Values]:
         """L1 + w_p LPIPS, float32; LPIPS of a share of the batch, of which every process has about as many rows."""
@@ -211,7 +237,7 @@ class AutoencoderObjective:
         fakes = self._fakes[self._place(batch).first]  # of the autoencoder phase
         with self.precision.autocast():
             real, fake = self.discriminator(batch["images"]), self.discriminator(fakes)
-        lecam = {}
+        lecam: dict[str, Any] = {}
         if self.lecam is not None:
             lecam = {"lecam_means": self.lecam.means, "lecam_weight": self.losses.lecam_weight}
         loss, stats = gan_loss.discriminator_loss(real, fake, self.losses.gan, **lecam)
@@ -243,12 +269,12 @@ class TokenizerObjective(AutoencoderObjective):
             "adapter": stage.adapter_learning_rate or stage.learning_rate,
             "decoder": stage.learning_rate,
         }
-        trained = {name: getattr(tokenizer, name) for name in stage.trains}
+        trained: dict[str, nn.Module] = {name: getattr(tokenizer, name) for name in stage.trains}
         super().__init__(
             tokenizer, trained, rates, discriminator, perceptual, losses, stage, precision, training, betas
         )
 
-    def _blocks(self) -> Iterable[nn.Module]:
+    def blocks(self) -> Iterable[nn.Module]:
         return self.tokenizer.encoder.blocks if "encoder" in self.trained else ()
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
@@ -265,6 +291,7 @@ class TokenizerObjective(AutoencoderObjective):
             loss = distance / latents.numel()
         else:
             current, channel_dim = (latents, 1) if semantic.position == "after_adapter" else (features, 2)
+            assert current is not None  # features are at hand where their distance is the loss
             loss = semantic_loss(current, target, semantic.kind, channel_dim)
         return output, semantic.weight * loss, values | {"semantic": loss.detach()}
 
@@ -276,14 +303,21 @@ class TokenizerObjective(AutoencoderObjective):
             it and the adapter can compute it as it goes, else None.
         """
         if "adapter" not in self.trained and "encoder" not in self.trained:
+            assert self.frozen.latents is not None  # see `frozen_inputs`
             return self.frozen.latents(batch), None, None
-        features = self.tokenizer.encoder(batch["images"]) if "encoder" in self.trained else self.frozen.features(batch)
+        features = self._features(batch)
         grid = self.tokenizer.grid(batch["images"])
         semantic = self.stage.semantic
         if target is None or semantic.kind != "l2" or semantic.position != "after_adapter":
             return self.tokenizer.adapter(features, grid), features, None
         latents, distance = self.tokenizer.adapter(features, grid, target)
         return latents, features, distance
+
+    def _features(self, batch: Batch) -> Tensor:
+        if "encoder" in self.trained:
+            return self.tokenizer.encoder(batch["images"])
+        assert self.frozen.features is not None  # see `frozen_inputs`
+        return self.frozen.features(batch)
 
     def _with_noise(self, batch: Batch, latents: Tensor) -> Tensor:
         """Latents plus `decoder_noise` standard deviations of noise, in units of the normalised latent."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,6 +31,7 @@ from aligntok.runtime.world import current
 from aligntok.training import distributed
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
+from aligntok.training.monitoring import cost
 from aligntok.training.monitoring.banner import PartFacts, generator_kernels, machine_line, part_lines
 from aligntok.training.monitoring.previews import GeneratorPreview
 from aligntok.training.monitoring.telemetry import Telemetry
@@ -84,13 +86,17 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
         training,
         recipe.data,
         images=inputs.count,
+        image_set=inputs.identity,
         cache=inputs.cache,
         tokenizer=belongs,
         generator=decisive,
     )
     checkpoints = Checkpoints(output / "checkpoints" / PART, training, mark)
     preview = GeneratorPreview(objective, tokenizer, inputs.classes, precision)
-    peak = telemetry.watch(PART, training, precision, config, preview)
+    in_loop = (type(tokenizer), tokenizer.config) if isinstance(inputs.latents, FrozenNetwork) else None
+    counted = (config, (tokenizer.latent_channels, *grid), precision.device.type, in_loop, size)
+    flops = partial(cost.once, cost.generator_flops, *counted)
+    mfu = telemetry.watch(PART, training, precision, config, preview, flops)
     facts = PartFacts(
         PART,
         objective.steps,
@@ -102,7 +108,7 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
         checkpoints.fingerprint,
         output,
     )
-    telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, peak))
+    telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, mfu))
     train(PART, objective, inputs.source, training, precision.device, telemetry, checkpoints)
     keep(folder)
     on_main(checkpoints.remove)
@@ -123,14 +129,15 @@ class _Inputs:
     classes: list[str]
     name: str  # of the image set
     count: int  # images
+    identity: str  # what they are, wherever they lie
     cache: str | None = None  # fingerprint of the latent cache
 
 
 def _inputs(recipe: Recipe, tokenizer: StoredTokenizer, precision: Precision, telemetry: Telemetry) -> _Inputs:
     data, training = recipe.data, recipe.generator.training
     if recipe.generator.latents is not None:
-        return _cached_inputs(recipe, tokenizer)
-    images, _ = open_images(data.path, data.max_images).split(data.held_out)
+        return _cached_inputs(recipe, tokenizer, recipe.generator.latents)
+    images, _ = open_images(data.path, data.max_images, say=telemetry.say).split(data.held_out)
     source = build_source(
         images,
         data,
@@ -146,20 +153,21 @@ def _inputs(recipe: Recipe, tokenizer: StoredTokenizer, precision: Precision, te
     if isinstance(source, MemorySource):
         with telemetry.bar("latents") as update:
             latents = tabulate(tokenizer.encode, source, precision, progress=update)
-    return _Inputs(source, latents, images.classes, images.name, source.order.count)
+    return _Inputs(source, latents, images.classes, images.name, source.order.count, images.identity())
 
 
-def _cached_inputs(recipe: Recipe, tokenizer: StoredTokenizer) -> _Inputs:
+def _cached_inputs(recipe: Recipe, tokenizer: StoredTokenizer, latents: str) -> _Inputs:
     """From a latent cache alone: no image is opened and no encoder run."""
     config, data, training = recipe.generator, recipe.data, recipe.generator.training
     folder = config.tokenizer or Path(recipe.output) / "tokenizer"
-    command = make_command(folder, data.path, config.latents, data.image_size)
-    cache = LatentCache(config.latents, tokenizer.fingerprint(), command)
+    command = make_command(folder, data.path, latents, data.image_size)
+    cache = LatentCache(latents, tokenizer.fingerprint(), command)
     cache.check_data(data)
     numbers = cache.training_numbers(data)
     source = CachedLatentSource(cache, numbers, training.batch_size, training.seed, data.flip, world=current())
     origin = cache.origin
-    return _Inputs(source, latents_in_batch, origin.classes, origin.image_set, len(numbers), cache.fingerprint)
+    known = (origin.classes, origin.image_set, len(numbers), origin.images)
+    return _Inputs(source, latents_in_batch, *known, cache.fingerprint)
 
 
 def check_classes(model: LightningDiTConfig, classes: list[str]) -> None:

@@ -12,16 +12,18 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections.abc import Callable
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import Tensor, nn
 
 from aligntok.config import PerceptualConfig, Recipe, StageConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, latents_in_batch, tabulate
 from aligntok.data.geometry import check_size
-from aligntok.data.images import ImageSet, open_images
+from aligntok.data.images import ImageSet, open_images, told_before
 from aligntok.data.latent_cache import LatentCache, LatentsBeside
 from aligntok.data.latent_format import make_command
 from aligntok.data.loading import build_source
@@ -38,12 +40,13 @@ from aligntok.runtime.weights import load_strictly
 from aligntok.runtime.world import current
 from aligntok.training import distributed
 from aligntok.training.loop import train
+from aligntok.training.monitoring import cost
 from aligntok.training.monitoring.banner import PartFacts, machine_line, part_lines, tokenizer_kernels
 from aligntok.training.monitoring.previews import TokenizerPreview
 from aligntok.training.monitoring.telemetry import Telemetry
-from aligntok.training.recovery.checkpoint import Checkpoints, course, discard
+from aligntok.training.recovery.checkpoint import FRESH, Checkpoints, course, discard
 from aligntok.training.statistics import latent_statistics
-from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
+from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective, frozen_inputs
 
 STAGES = ("stage1", "stage2", "stage3")
 
@@ -64,7 +67,7 @@ class TokenizerTraining:
         self.precision = choose_precision(training.device, training.precision)
         self.telemetry = telemetry or Telemetry(self.output, training.log_every)
         with self.telemetry.bar("image index") as update:
-            everything = open_images(self.data.path, self.data.max_images, update)
+            everything = open_images(self.data.path, self.data.max_images, update, self.telemetry.say)
         self.images, self.held_out = everything.split(self.data.held_out)
         self._source: Source | None = None
         self._features: FrozenTable | None = None
@@ -88,10 +91,12 @@ class TokenizerTraining:
         if self._finished(name):
             on_main(lambda: discard(self.output / "checkpoints" / name))  # a kill came between
             self.telemetry.say(f"{name}: already finished, read from {folder}")
-            return load_tokenizer(folder / "tokenizer").to(self.precision.device)
+            finished = load_tokenizer(folder / "tokenizer")
+            assert isinstance(finished, AlignTok)
+            return finished.to(self.precision.device)
         tokenizer = self._begin(start)
         discriminator = self._discriminator(folder)
-        source, frozen, cache = self._inputs(name, stage, tokenizer)
+        source, frozen, cache = self._inputs(name, stage, tokenizer, pretrained=start is None)
         before = tokenizer.fingerprint()
         if "encoder" in stage.trains and self.config.model.encoder.lora_rank is not None:
             lora.add(tokenizer.encoder, self.config.model.encoder.lora_rank)
@@ -114,13 +119,14 @@ class TokenizerTraining:
                 self.config.training,
                 self.data,
                 images=source.order.count,
+                image_set=self.identity,
                 crop=self.config.crop,
                 betas=self.config.betas,
                 model=self.config.model,
                 losses=self.config.losses,
                 stage=dataclasses.replace(stage, latents=None),  # `cache` says which, wherever it lies
                 accumulate=self.config.training.accumulate,  # BatchNorm and the adaptive weight are per micro-batch
-                start=before,
+                start=before if start is not None else self.origin(tokenizer),
                 cache=cache,
             ),
         )
@@ -151,7 +157,10 @@ class TokenizerTraining:
         training, size = self.config.training, self.data.image_size
         shown = self.held_out if len(self.held_out) else self.images
         preview = TokenizerPreview(objective, shown, size, self.precision)
-        peak = self.telemetry.watch(name, training, self.precision, self.config, preview)
+        looked_up = not any(isinstance(output, FrozenNetwork) for output in vars(objective.frozen).values())
+        counted = (self.config, objective.stage, size, looked_up, self.precision.device.type)
+        flops = partial(cost.once, cost.stage_flops, *counted)
+        mfu = self.telemetry.watch(name, training, self.precision, self.config, preview, flops)
         networks = dict(objective.tokenizer.named_children())
         if "discriminator" in objective.modules():
             networks["discriminator"] = objective.discriminator
@@ -171,7 +180,7 @@ class TokenizerTraining:
             self.output,
         )
         world = self.telemetry.world
-        self.telemetry.announce(machine_line(self.precision, world), part_lines(facts, world, peak))
+        self.telemetry.announce(machine_line(self.precision, world), part_lines(facts, world, mfu))
 
     def prepare(self) -> None:
         """Read the images and compute what the stages look up, before the first of them needs it."""
@@ -197,12 +206,26 @@ class TokenizerTraining:
 
     @property
     def features(self) -> FrozenTable:
-        """Encoder tokens of the pretrained encoder for every crop; Stage 1 and the pre-adapter loss read them."""
+        """Tokens of the pretrained encoder for every crop, which the stage that starts from it reads."""
         if self._features is None:
-            encoder = self.pretrained().encoder
+            encoder, source = self.pretrained().encoder, self.source
+            assert isinstance(source, MemorySource)  # or nobody looks them up
             with self.telemetry.bar("encoder features") as update:
-                self._features = tabulate(encoder, self.source, self.precision, torch.bfloat16, update)
+                self._features = tabulate(encoder, source, self.precision, torch.bfloat16, update)
         return self._features
+
+    @cached_property
+    def identity(self) -> str:
+        """What the training images are, wherever they lie."""
+        return self.images.identity()
+
+    def origin(self, tokenizer: AlignTok) -> str:
+        """What Stage 1 starts from: the encoder's weights where they are given. Weights that are drawn do not count:
+
+        they follow from the seed, another kind of processor rounds them otherwise, and a checkpoint replaces them.
+        """
+        drawn = self.config.model.encoder.weights == "random"
+        return FRESH if drawn else f"{FRESH} {tokenizer.fingerprint(('encoder',))}"
 
     def _begin(self, start: AlignTok | None) -> AlignTok:
         return self.pretrained() if start is None else copy.deepcopy(start)
@@ -214,10 +237,15 @@ class TokenizerTraining:
             tokenizer = AlignTok(self.config.model)
         return tokenizer.to(self.precision.device).eval()
 
-    def _inputs(self, name: str, stage: StageConfig, tokenizer: AlignTok) -> tuple[Source, FrozenInputs, str | None]:
-        """(batches, outputs of frozen networks for them, fingerprint of the latent cache behind them)."""
+    def _inputs(
+        self, name: str, stage: StageConfig, tokenizer: AlignTok, pretrained: bool
+    ) -> tuple[Source, FrozenInputs, str | None]:
+        """(batches, outputs of frozen networks for them, fingerprint of the latent cache behind them).
+
+        `pretrained` tells that the tokenizer's encoder is still as it was before all stages.
+        """
         if stage.latents is None:
-            return self.source, self._frozen_inputs(stage, tokenizer), None
+            return self.source, self._frozen_inputs(stage, tokenizer, pretrained), None
         if stage.trains != ("decoder",):
             raise UserError(
                 f"tokenizer.stages.{name}.latents is given, but the stage trains {', '.join(stage.trains)}: only "
@@ -233,34 +261,28 @@ class TokenizerTraining:
         command = make_command(start, self.data.path, stage.latents, self.data.image_size)
         cache = LatentCache(stage.latents, tokenizer.fingerprint(), command)
         cache.check_data(self.data)
-        images = open_images(self.data.path)
+        images = open_images(self.data.path, say=told_before)
         cache.check_images(images)
         numbers = cache.training_numbers(self.data)
         source = self._batches_of(images.subset(numbers.tolist()), "center")
         frozen = FrozenInputs(latents=lambda batch: tokenizer.denormalise(latents_in_batch(batch)))
         return LatentsBeside(source, cache, numbers), frozen, cache.fingerprint
 
-    def _frozen_inputs(self, stage: StageConfig, tokenizer: AlignTok) -> FrozenInputs:
-        inputs = FrozenInputs()
-        if stage.trains == ("decoder",):
-            inputs.latents = self._frozen(tokenizer.raw_latents, "latents")
-        elif "encoder" not in stage.trains:
-            inputs.features = self.features if self._in_memory else FrozenNetwork(tokenizer.encoder, self.precision)
-        if stage.semantic.weight > 0:
-            snapshot = copy.deepcopy(tokenizer).eval().requires_grad_(False)
-            after = stage.semantic.position == "after_adapter"
-            inputs.snapshot = self._frozen(snapshot.raw_latents if after else snapshot.encoder, "snapshot")
-        return inputs
+    def _frozen_inputs(self, stage: StageConfig, tokenizer: AlignTok, pretrained: bool) -> FrozenInputs:
+        def freeze(network: Callable[[Tensor], Tensor], what: str) -> FrozenOutput:
+            """A table where the crops repeat, the network in the loop where they do not."""
+            source = self.source
+            if not isinstance(source, MemorySource):
+                return FrozenNetwork(network, self.precision)
+            if pretrained and network is tokenizer.encoder:
+                return self.features
+            dtype = torch.bfloat16 if network is tokenizer.encoder else torch.float32
+            with self.telemetry.bar(what) as update:
+                return tabulate(network, source, self.precision, dtype, update)
 
-    def _frozen(self, network: nn.Module, what: str) -> FrozenOutput:
-        if not self._in_memory:
-            return FrozenNetwork(network, self.precision)
-        with self.telemetry.bar(what) as update:
-            return tabulate(network, self.source, self.precision, progress=update)
-
-    @property
-    def _in_memory(self) -> bool:
-        return isinstance(self.source, MemorySource)
+        tied = stage.semantic.weight > 0
+        snapshot = copy.deepcopy(tokenizer).eval().requires_grad_(False) if tied else None
+        return frozen_inputs(stage, tokenizer, snapshot, freeze)
 
     def _perceptual(self) -> nn.Module | None:
         return training_perceptual(self.config.losses.perceptual, self.precision.device)
@@ -294,7 +316,7 @@ def training_perceptual(config: PerceptualConfig, device: torch.device) -> nn.Mo
         return None
     with main_first():
         perceptual = build_perceptual(config)
-    return perceptual.to(device, memory_format=torch.channels_last)
+    return perceptual.to(device).to(memory_format=torch.channels_last)
 
 
 def train_tokenizer(recipe: Recipe) -> AlignTok:

@@ -98,6 +98,7 @@ class MAETok(StoredTokenizer):
     format = "aligntok.zoo.maetok"
     config_class = MAETokConfig
     latent_parts = ("encoder",)
+    decoder: TokenDecoder
 
     def __init__(self, config: MAETokConfig) -> None:
         if config.image_size < config.patch_size or config.image_size % config.patch_size:
@@ -135,17 +136,21 @@ class MAETok(StoredTokenizer):
         return F.pixel_shuffle(pixels.transpose(1, 2).unflatten(2, (side, side)), self.config.patch_size)
 
 
-def draw_mask(batch: int, patches: int, low: float, high: float, device: torch.device | str = "cpu") -> Tensor:
-    """Masks [B, N]: in each row the same number of True, at random places.
+def draw_hidden(batch: int, patches: int, low: float, high: float, device: torch.device | str = "cpu") -> Tensor:
+    """Numbers [B, M] of the patches to hide, ascending: in each row equally many, at random places.
 
     The share is one draw for the batch from a normal distribution around `high` with deviation .25, truncated to
     [low, high] (MAETok takes it from MAR); the number is rounded up.
     """
-    share = torch.empty(())
+    share = torch.empty((), device="cpu")  # read at once, as the shape depends on it
     nn.init.trunc_normal_(share, mean=high, std=0.25, a=low, b=high)
     count = min(patches, -int(-(share.item() * patches) // 1))
-    hidden = torch.rand(batch, patches, device=device).argsort(dim=1)[:, :count]
-    return torch.zeros(batch, patches, dtype=torch.bool, device=device).scatter_(1, hidden, True)
+    return torch.rand(batch, patches, device=device).argsort(dim=1)[:, :count].sort(dim=1).values
+
+
+def as_mask(hidden: Tensor, patches: int) -> Tensor:
+    """Masks [B, N], True for the patches whose numbers are in `hidden` [B, M]."""
+    return torch.zeros(len(hidden), patches, dtype=torch.bool, device=hidden.device).scatter_(1, hidden, True)
 
 
 def _initialise(module: nn.Module) -> None:

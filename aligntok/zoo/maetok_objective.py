@@ -24,7 +24,7 @@ from aligntok.runtime.devices import Precision
 from aligntok.training.objective import Values
 from aligntok.training.tokenizer_objective import deviation
 from aligntok.zoo.hog import hog, hog_width
-from aligntok.zoo.maetok import MAETok, TokenDecoder, draw_mask
+from aligntok.zoo.maetok import MAETok, TokenDecoder, as_mask, draw_hidden
 from aligntok.zoo.objectives import RivalObjective
 
 
@@ -72,31 +72,34 @@ class MAETokObjective(RivalObjective):
             trained["auxiliary"] = self.auxiliary
         super().__init__(tokenizer, trained, discriminator, perceptual, config, precision)
 
-    def _blocks(self) -> Iterable[nn.Module]:
+    def blocks(self) -> Iterable[nn.Module]:
         return chain(self.tokenizer.encoder.trunk.blocks, self.tokenizer.decoder.trunk.blocks)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, Tensor, Values]:
         images, place, settings = batch["images"], self._place(batch), self.config.maetok_loss
         patches = self.tokenizer.config.side**2
-        masked = place.of(draw_mask(place.batch_size, patches, *settings.mask_share, images.device))  # [B, N]
+        hidden = place.of(draw_hidden(place.batch_size, patches, *settings.mask_share, images.device))  # [B, M]
+        masked = as_mask(hidden, patches)
         with self.precision.autocast():
             raw = self.tokenizer.raw_latents(images, masked)
             output = self.tokenizer.reconstruct(raw).float()
             tokens = raw.squeeze(2).transpose(1, 2)  # [B, K, d]
             predicted = {name: decoder(tokens).float() for name, decoder in self.auxiliary.items()}
-        losses = {name: self._feature_loss(name, predicted[name], batch, masked) for name in predicted}
+        losses = {name: self._feature_loss(name, predicted[name], batch, hidden) for name in predicted}
         total = settings.auxiliary_weight * sum(losses.values(), output.new_zeros(()))
         values = {"latent_std": deviation(raw)}
         return output, total, values | {name: loss.detach() for name, loss in losses.items()}
 
-    def _feature_loss(self, name: str, predicted: Tensor, batch: Batch, masked: Tensor) -> Tensor:
+    def _feature_loss(self, name: str, predicted: Tensor, batch: Batch, hidden: Tensor) -> Tensor:
+        """Of the patches whose numbers are in `hidden` [B, M]."""
         target = self.targets[name].output(batch)
         if target.shape != predicted.shape:
             raise UserError(
                 f"target {name} gives features {list(target.shape)}, expected {list(predicted.shape)}: "
                 "one row for each patch of MAETok"
             )
-        return semantic_loss(predicted[masked], target[masked], self.targets[name].kind, channel_dim=1)
+        predicted, target = (values.take_along_dim(hidden[..., None], dim=1) for values in (predicted, target))
+        return semantic_loss(predicted, target, self.targets[name].kind, channel_dim=2)
 
     def _last_weight(self) -> Tensor:
         return self.tokenizer.decoder.out.weight

@@ -78,7 +78,7 @@ class VAEObjective(RivalObjective):
         trained = {name: part for name, part in tokenizer.named_children() if any(True for _ in part.parameters())}
         super().__init__(tokenizer, trained | (more or {}), discriminator, perceptual, config, precision)
 
-    def _blocks(self) -> Iterable[nn.Module]:
+    def blocks(self) -> Iterable[nn.Module]:
         encoder = self.tokenizer.encoder
         return encoder.vit.blocks if isinstance(encoder, ViTEncoder) else ()
 
@@ -117,7 +117,7 @@ class VAVAEObjective(VAEObjective):
     ) -> None:
         self.features = features
         self.projection = nn.Conv2d(tokenizer.latent_channels, channels, 1, bias=False).to(precision.device)
-        more = {"projection": self.projection}
+        more: dict[str, nn.Module] = {"projection": self.projection}
         super().__init__(tokenizer, discriminator, perceptual, config, precision, more)
 
     def _reconstruction_loss(self, batch: Batch) -> tuple[Tensor, Values]:
@@ -166,7 +166,7 @@ class RAEObjective(RivalObjective):
         self.latents = latents
         super().__init__(tokenizer, {"decoder": tokenizer.decoder}, discriminator, perceptual, config, precision)
 
-    def _blocks(self) -> Iterable[nn.Module]:
+    def blocks(self) -> Iterable[nn.Module]:
         return self.tokenizer.decoder.blocks
 
     def _last_weight(self) -> Tensor:

@@ -31,8 +31,8 @@ from aligntok.diffusion.flow import drop_labels, sample_time, shift_time
 from aligntok.errors import UserError
 from aligntok.kernels import flow_interpolate, flow_loss, gan_loss, noise_key
 from aligntok.losses.semantic import semantic_loss
-from aligntok.models.blocks import prepare, restore
 from aligntok.models.lightning_dit import LightningDiT
+from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.runtime import collectives
 from aligntok.runtime.devices import Precision
 from aligntok.runtime.world import current
@@ -53,6 +53,8 @@ class Bridge(nn.Module):
     """
 
     eps = 1e-4  # train_repae.py's BatchNorm2d
+    running_mean: Tensor
+    running_var: Tensor
 
     def __init__(self, mean: Tensor, std: Tensor, momentum: float) -> None:
         super().__init__()
@@ -142,7 +144,7 @@ class RepaEObjective(VAEObjective):
     """Trains tokenizer, discriminator and generator in place; see the module's docstring.
 
     Args:
-        tokenizer: any with a posterior, with latent statistics for the bridge to start with.
+        tokenizer: a VAE, with latent statistics for the bridge to start with.
         discriminator, perceptual: as in tokenizer training; no perceptual loss if None.
         config: stage, losses and KL weight of the VAE and the discriminator, weights of the alignment.
         model: the generator.
@@ -153,7 +155,7 @@ class RepaEObjective(VAEObjective):
 
     def __init__(
         self,
-        tokenizer: VAE,
+        tokenizer: StoredTokenizer,
         discriminator: nn.Module,
         perceptual: nn.Module | None,
         config: RivalConfig,
@@ -163,7 +165,7 @@ class RepaEObjective(VAEObjective):
         features: FrozenOutput,
         channels: int,
     ) -> None:
-        if not hasattr(tokenizer, "posterior"):
+        if not isinstance(tokenizer, VAE):
             raise UserError(f"REPA-E trains a VAE, and {type(tokenizer).__name__} has no posterior to sample")
         if config.stage.ema_decay is not None:
             raise UserError(
@@ -171,16 +173,15 @@ class RepaEObjective(VAEObjective):
                 "their averages: set it to null (generator.ema_decay is the generator's)"
             )
         tokenizer._require_statistics()
-        super().__init__(tokenizer, discriminator, perceptual, config, precision)
         settings, training = config.repa_e, config.training
         self.model, self.settings, self.features = model, generator, features
+        self.generator_ema = build_ema(model, generator.ema_decay)  # copies blocks that are not prepared yet
+        super().__init__(tokenizer, discriminator, perceptual, config, precision)
         self.discriminator_clip = config.stage.gradient_clip
         aligned = AlignedGenerator(model, settings.depth, settings.projector_width, channels)
         self.generator = aligned.to(precision.device).train()
         bridge = Bridge(tokenizer.latent_mean, tokenizer.latent_std, settings.bridge_momentum)
         self.bridge = bridge.to(precision.device).train()
-        self.generator_ema = build_ema(model, generator.ema_decay)
-        prepare(model.blocks, training.checkpointing, training.compile)
         self.replicated = replicate({"generator": self.generator})
         self.generator_schedule = Schedule(self.steps, generator.warmup_steps, generator.final_learning_rate)
         group = parameter_group(self.generator.parameters(), generator.learning_rate)
@@ -188,6 +189,10 @@ class RepaEObjective(VAEObjective):
         judges = (*discriminator.parameters(), *self.generator.parameters())
         self._judges = [parameter for parameter in judges if parameter.requires_grad]
         self._draws: dict[int, Draws] = {}  # of this step, by their first row
+
+    def blocks(self) -> Iterator[nn.Module]:
+        yield from super().blocks()
+        yield from self.model.blocks
 
     def modules(self) -> dict[str, nn.Module]:
         own = {"generator": self.generator, "bridge": self.bridge, "generator_ema": self.generator_ema}
@@ -219,7 +224,6 @@ class RepaEObjective(VAEObjective):
     def finish(self) -> None:
         """The bridge's running statistics become the tokenizer's: its `encode` is what the generator was trained on."""
         super().finish()
-        restore(self.model.blocks)
         self.tokenizer.set_statistics(*self.bridge.statistics)
 
     def _reconstruction_loss(self, batch: Batch) -> tuple[Tensor, Values]:

@@ -9,23 +9,23 @@ OUTPUT/checkpoints/rival/step-N    while it runs
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor
 
-from aligntok.config import EncoderConfig, Recipe, RivalConfig
+from aligntok.config import Recipe, RivalConfig
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
 from aligntok.data.geometry import check_size
 from aligntok.data.images import ImageSet, open_images
 from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource, Source
 from aligntok.errors import UserError
-from aligntok.models.discriminator import PatchDiscriminator
-from aligntok.models.encoder import Encoder
-from aligntok.models.generator import generator_class, save_generator
+from aligntok.models.generator import save_generator
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
 from aligntok.runtime.collectives import main_first, on_main
 from aligntok.runtime.devices import Precision, choose_precision
@@ -34,16 +34,15 @@ from aligntok.runtime.world import current
 from aligntok.training import distributed
 from aligntok.training.loop import train
 from aligntok.training.monitoring.banner import PartFacts, generator_kernels, machine_line, part_lines, rival_kernels
+from aligntok.training.monitoring.cost import once
 from aligntok.training.monitoring.previews import TokenizerPreview
 from aligntok.training.monitoring.telemetry import Telemetry
 from aligntok.training.recovery.checkpoint import Checkpoints, course, discard
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.train_generator import check_classes
-from aligntok.training.train_tokenizer import training_perceptual
-from aligntok.zoo.dino_discriminator import DinoDiscriminator
-from aligntok.zoo.finished import check_finished, network_of
-from aligntok.zoo.maetok_objective import FeatureTarget, MAETokObjective, hog_target
-from aligntok.zoo.objectives import RAEObjective, RivalObjective, VAEObjective, VAVAEObjective
+from aligntok.zoo.building import Builder, build_rival, rival_flops
+from aligntok.zoo.finished import check_finished
+from aligntok.zoo.objectives import RivalObjective
 from aligntok.zoo.repa_e import RepaEObjective
 
 PART = "rival"
@@ -88,7 +87,8 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> StoredTokenizer:
         tokenizer = build_rival(config)
     tokenizer = tokenizer.to(precision.device).eval()
     _check_size(recipe.data.image_size, tokenizer, config)
-    images, held_out = open_images(recipe.data.path, recipe.data.max_images).split(recipe.data.held_out)
+    everything = open_images(recipe.data.path, recipe.data.max_images, say=telemetry.say)
+    images, held_out = everything.split(recipe.data.held_out)
     services = (telemetry.say, telemetry.bar, current(), precision.device)
     source = build_source(images, recipe.data, config.crop, training.batch_size, training.seed, *services)
     run = _Run(recipe, images, held_out, source, precision, telemetry)
@@ -107,18 +107,6 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> StoredTokenizer:
     on_main(checkpoints.remove)
     telemetry.say(f"tokenizer: {folder}")
     return tokenizer
-
-
-def build_rival(config: RivalConfig) -> StoredTokenizer:
-    """A new, seeded rival: its encoder is random (VAE, VA-VAE, MAETok) or pretrained (RAE), its decoder random.
-
-    REPA-E goes on with the tokenizer that `rival.repa_e.tokenizer` names, where it names one.
-    """
-    torch.manual_seed(config.training.seed)
-    if config.kind == "repa-e" and config.repa_e.tokenizer is not None:
-        return load_tokenizer(config.repa_e.tokenizer)
-    kind, settings = network_of(config)
-    return kind(settings)
 
 
 def _check_size(size: int, tokenizer: StoredTokenizer, config: RivalConfig) -> None:
@@ -144,75 +132,24 @@ class _Run:
         config = self.recipe.rival
         decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
         # BatchNorm and the adaptive weights are per micro-batch
-        marks = {"images": len(self.images), "rival": decisive, "accumulate": config.training.accumulate}
+        marks: dict[str, Any] = {"images": len(self.images), "image_set": self.images.identity(), "rival": decisive}
+        marks["accumulate"] = config.training.accumulate
         if config.kind == "repa-e":
-            decisive["repa_e"] |= {"tokenizer": start}  # wherever it lies
+            given = config.repa_e.tokenizer is not None  # one that is drawn anew follows from the seed
+            decisive["repa_e"] |= {"tokenizer": start if given else None}  # wherever it lies
             generator = dataclasses.asdict(self.recipe.generator)
             marks["generator"] = {key: generator[key] for key in OF_THE_GENERATOR}
         return course(config.training, self.recipe.data, **marks)
 
     def objective(self, tokenizer: StoredTokenizer) -> RivalObjective:
         """The objective of the recipe's kind, with its discriminator and frozen networks."""
-        config, device = self.recipe.rival, self.precision.device
-        torch.manual_seed(config.training.seed + 1)
-        dino = config.discriminator == "dino"
-        with main_first():
-            discriminator = DinoDiscriminator(config.dino) if dino else PatchDiscriminator(config.losses.discriminator)
-        perceptual = training_perceptual(config.losses.perceptual, device)
-        common = (tokenizer, discriminator.to(device), perceptual, config, self.precision)
-        if config.kind == "vae":
-            return VAEObjective(*common)
-        if config.kind == "rae":
-            return RAEObjective(*common, self.frozen(tokenizer.raw_latents))
-        if config.kind == "maetok":
-            return MAETokObjective(*common, self.targets(config))
-        if config.kind == "repa-e":
-            return self.joint(*common)
-        encoder = self.encoder("alignment.encoder", config.alignment.encoder, tokenizer.downsample)
-        return VAVAEObjective(*common, self.frozen(encoder), encoder.width)
+        if self.recipe.rival.kind == "repa-e":
+            check_classes(self.recipe.generator.model, self.images.classes)
+            if hasattr(tokenizer, "posterior") and not tokenizer.has_statistics:
+                self.compute_statistics(tokenizer)  # where the bridge starts
+        return Builder(self.recipe, self.precision, self.freeze).objective(tokenizer)
 
-    def targets(self, config: RivalConfig) -> dict[str, FeatureTarget]:
-        """What MAETok's shallow decoders predict."""
-        settings, found = config.maetok_loss, {}
-        if settings.hog:
-            found["hog"] = hog_target(config.maetok)
-        for name in ("dino", "clip"):
-            if (choice := getattr(settings, name)) is not None:
-                encoder = self.encoder(f"maetok_loss.{name}", choice, config.maetok.patch_size)
-                found[name] = FeatureTarget(self.frozen(encoder), encoder.width)
-        return found
-
-    def joint(
-        self,
-        tokenizer: StoredTokenizer,
-        discriminator: nn.Module,
-        perceptual: nn.Module | None,
-        config: RivalConfig,
-        precision: Precision,
-    ) -> RepaEObjective:
-        """REPA-E's objective, with a new generator."""
-        settings, size = self.recipe.generator, self.recipe.data.image_size
-        check_classes(settings.model, self.images.classes)
-        patch = tokenizer.downsample * settings.model.patch_size
-        encoder = self.encoder("repa_e.encoder", config.repa_e.encoder, patch)
-        if not tokenizer.has_statistics:
-            self.compute_statistics(tokenizer)  # where the bridge starts
-        grid = (size // tokenizer.downsample, size // tokenizer.downsample)
-        torch.manual_seed(config.training.seed + 2)
-        network = generator_class(settings.model)
-        model = network(settings.model, tokenizer.latent_channels, grid).to(precision.device)
-        parts = (tokenizer, discriminator, perceptual, config, precision)
-        return RepaEObjective(*parts, model, settings, self.frozen(encoder), encoder.width)
-
-    def encoder(self, key: str, config: EncoderConfig, downsample: int) -> Encoder:
-        """A frozen encoder with one token for each of the rival's."""
-        with main_first():
-            encoder = Encoder(config)
-        if encoder.downsample != downsample:
-            raise UserError(f"rival.{key}.downsample is {encoder.downsample}, expected the tokenizer's {downsample}")
-        return encoder.to(self.precision.device).eval().requires_grad_(False)
-
-    def frozen(self, network: nn.Module) -> FrozenOutput:
+    def freeze(self, network: Callable[[Tensor], Tensor]) -> FrozenOutput:
         """A frozen network's outputs: a table where the crops repeat, the network in the loop where they do not."""
         if not isinstance(self.source, MemorySource):
             return FrozenNetwork(network, self.precision)
@@ -238,13 +175,15 @@ class _Run:
         config, precision, telemetry = objective.config, self.precision, self.telemetry
         shown = self.held_out if len(self.held_out) else self.images
         preview = TokenizerPreview(objective, shown, self.recipe.data.image_size, precision)
-        peak = telemetry.watch(PART, config.training, precision, config, preview)
+        looked_up, kind = isinstance(self.source, MemorySource), precision.device.type
+        flops = partial(once, rival_flops, self.recipe, looked_up, kind)
+        mfu = telemetry.watch(PART, config.training, precision, config, preview, flops)
         networks = dict(objective.tokenizer.named_children()) | objective.trained
         networks["discriminator"] = objective.discriminator
         joint = isinstance(objective, RepaEObjective)
         decoder = objective.tokenizer.decoder
         kernels = rival_kernels(config.losses, config.stage, decoder, precision.device, adaptive=not joint)
-        if joint:
+        if isinstance(objective, RepaEObjective):
             networks["generator"] = objective.generator
             kernels += f"; the generator's {generator_kernels(self.recipe.generator.model, precision)}"
         facts = PartFacts(
@@ -258,4 +197,4 @@ class _Run:
             checkpoints.fingerprint,
             Path(self.recipe.output),
         )
-        telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, peak))
+        telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, mfu))

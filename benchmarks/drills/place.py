@@ -259,7 +259,7 @@ def losses(found: Path, expected: Path) -> list[str]:
 def _results(folder: Path) -> dict[str, bytes]:
     """Weights, latents and documents, and not what was measured."""
     files = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".json") and path.is_file())
-    return {str(f.relative_to(folder)): f.read_bytes() for f in files if f.name != "flops.json"}
+    return {str(f.relative_to(folder)): f.read_bytes() for f in files}
 
 
 def records(folder: Path) -> list[dict[str, Any]]:

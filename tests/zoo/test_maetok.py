@@ -18,7 +18,7 @@ from aligntok.models.tokenizer import load_tokenizer
 from aligntok.runtime.devices import choose_precision
 from aligntok.training.train_generator import train_generator
 from aligntok.zoo.hog import hog, hog_width
-from aligntok.zoo.maetok import MAETok, draw_mask
+from aligntok.zoo.maetok import MAETok, as_mask, draw_hidden
 
 
 def tiny_config() -> MAETokConfig:
@@ -105,22 +105,24 @@ def test_pixels_go_to_their_patch():
 def test_masks(patches, seed, ends):
     low, high = sorted(ends)
     torch.manual_seed(seed)
-    masked = draw_mask(3, patches, low, high)
+    hidden = draw_hidden(3, patches, low, high)
+    masked = as_mask(hidden, patches)
     counts = masked.sum(1)
-    assert (counts == counts[0]).all() and masked.shape == (3, patches)
+    assert (counts == hidden.shape[1]).all() and masked.shape == (3, patches)
+    assert torch.equal(masked.nonzero()[:, 1].view_as(hidden), hidden), "ascending, as a mask would select them"
     assert low * patches - 1e-3 <= counts[0] <= high * patches + 1.001
 
 
 def test_masks_follow_the_published_distribution():
     torch.manual_seed(0)
-    shares = torch.stack([draw_mask(2, 256, 0.4, 0.6).float().mean() for _ in range(400)])
+    shares = torch.stack([as_mask(draw_hidden(2, 256, 0.4, 0.6), 256).float().mean() for _ in range(400)])
     assert shares.min() >= 0.4 and shares.max() <= 0.6 + 1 / 256
     # E = .6 - .25 (phi(0) - phi(.8)) / (Phi(0) - Phi(-.8)), plus half a patch for rounding up
     normal = torch.distributions.Normal(0.0, 1.0)
     phi = [normal.log_prob(torch.tensor(x)).exp() for x in (0.0, 0.8)]
     mean = 0.6 - 0.25 * (phi[0] - phi[1]) / (0.5 - normal.cdf(torch.tensor(-0.8)))
     assert shares.mean().item() == pytest.approx(mean.item() + 0.5 / 256, abs=0.006)
-    masked = draw_mask(500, 20, 0.5, 0.5)
+    masked = as_mask(draw_hidden(500, 20, 0.5, 0.5), 20)
     assert masked.float().mean(0) == pytest.approx(0.5, abs=0.12)
 
 

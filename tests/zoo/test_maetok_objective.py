@@ -47,8 +47,8 @@ def pictures() -> dict[str, torch.Tensor]:
 def test_feature_losses_are_those_of_hidden_patches(monkeypatch):
     made, batch = objective(settings=tiny_maetok_loss(auxiliary_weight=2.0)), pictures()
     masked = torch.tensor([[True, False, False, True]] * 3)
-    drawn = torch.cat([masked, ~masked[:1]])  # for the whole batch of four, of which three rows are here
-    monkeypatch.setattr(maetok_objective, "draw_mask", lambda *arguments: drawn)
+    drawn = torch.tensor([[0, 3], [0, 3], [0, 3], [1, 2]])  # for the whole batch of four, of which three rows are here
+    monkeypatch.setattr(maetok_objective, "draw_hidden", lambda *arguments: drawn)
     _, total, values = made._forward(batch)
     tokens = made.tokenizer.raw_latents(batch["images"], masked).squeeze(2).transpose(1, 2)
     found = made.auxiliary["hog"](tokens)[:, [0, 3]]
@@ -113,7 +113,7 @@ def test_recomputed_blocks_give_the_same_gradients(checkpointing):
         made._reconstruction_loss(pictures())[0].backward()
         found.append(copy.deepcopy([p.grad for p in made.together.parameters()]))
         made.finish()
-        assert all("forward" not in vars(block) for block in made._blocks())
+        assert all("forward" not in vars(block) for block in made.blocks())
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 

@@ -24,7 +24,6 @@ from aligntok.models.lightning_dit import dimensions
 from aligntok.runtime.devices import Precision
 from aligntok.runtime.machine import device_line
 from aligntok.runtime.world import World
-from aligntok.training.monitoring.throughput import Peak
 
 
 def machine_line(precision: Precision, world: World) -> str:
@@ -52,8 +51,8 @@ class PartFacts:
     output: Path
 
 
-def part_lines(facts: PartFacts, world: World, peak: Peak | None) -> Iterator[str]:
-    """The lines of one part; `peak` is what MFU is measured against."""
+def part_lines(facts: PartFacts, world: World, mfu: str | None) -> Iterator[str]:
+    """The lines of one part; `mfu` is what `Telemetry.watch` says of it."""
     batch, every = facts.training.batch_size, facts.training.checkpoint_every
     share = f" ({batch // world.size:,} per process)" if world.size > 1 else ""
     yield f"{facts.name}: {facts.steps:,} steps of {batch:,} images{share}"
@@ -61,8 +60,8 @@ def part_lines(facts: PartFacts, world: World, peak: Peak | None) -> Iterator[st
     sizes = [f"{name} {_size(network)}" for name, network in facts.networks.items() if list(network.parameters())]
     yield f"  parameters: {', '.join(sizes)}"
     yield f"  {facts.kernels}; why not otherwise: aligntok doctor"
-    if peak is not None:
-        yield f"  MFU against {peak}"
+    if mfu is not None:
+        yield f"  {mfu}"
     resume = f"a checkpoint every {every:,} steps; to resume, give the same command again"
     yield f"  config {facts.fingerprint}, output {facts.output}, {resume}"
 

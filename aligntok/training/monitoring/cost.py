@@ -9,28 +9,27 @@ any machine. Meanwhile `Meter` writes down
     saved          what autograd saves for the backward pass (saved-tensor hooks), at its highest
     FLOPs          of every operator, by the formulas of PyTorch's FlopCounterMode, recomputation included
 
-Operators are chosen as on a CUDA GPU: what the fused kernels save there is what is counted. Not seen: workspaces inside
-an operator (cuDNN, cuBLAS), the CUDA context, the allocator's fragmentation.
+Operators are chosen as on the device type that is asked about: what the fused kernels save there is what is counted.
+Not seen: workspaces inside an operator (cuDNN, cuBLAS), the CUDA context, the allocator's fragmentation. A run that
+wants to know its FLOPs for MFU (`stage_flops`, `generator_flops`) takes no step of its own for that.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import attrgetter, itemgetter
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
+from torch.optim.swa_utils import AveragedModel
+from torch.overrides import TorchFunctionMode
 
 from aligntok.config import (
     GeneratorTrainingConfig,
@@ -40,108 +39,24 @@ from aligntok.config import (
     TokenizerTrainingConfig,
     TrainingConfig,
 )
-from aligntok.data.frozen import FrozenNetwork
+from aligntok.data.frozen import FrozenNetwork, FrozenOutput
 from aligntok.data.sources import Batch
 from aligntok.kernels import assume_device
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models import lora
+from aligntok.models.blocks import prepare
 from aligntok.models.discriminator import PatchDiscriminator
-from aligntok.models.lightning_dit import LightningDiT
-from aligntok.models.tokenizer import AlignTok
+from aligntok.models.generator import generator_class
+from aligntok.models.tokenizer import AlignTok, StoredTokenizer
 from aligntok.runtime.autocast import MetaAutocast
 from aligntok.runtime.devices import Precision
+from aligntok.runtime.world import alone
 from aligntok.training.generator_objective import GeneratorObjective
-from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
+from aligntok.training.monitoring.meter import Flops, Meter
+from aligntok.training.objective import Objective
+from aligntok.training.tokenizer_objective import TokenizerObjective, frozen_inputs
 
-_ops = torch.ops.aligntok
-
-
-def _attention_flops(qkv: Tensor, products: int) -> int:
-    """Of `products` matrix products of N x N with D, for qkv [B, N, 3, H, D]."""
-    batch, tokens, _, heads, width = qkv.shape
-    return 2 * products * batch * heads * tokens**2 * width
-
-
-# Our operators that hold matrix products, and attention, whose backward pass is charged what the mathematics needs,
-# without the scores that it computes again.
-_FORMULAS: dict[Any, Callable[..., int]] = {
-    _ops.qknorm_attention_triton: lambda qkv, *_, **__: _attention_flops(qkv, 2),
-    _ops.qknorm_attention_triton_backward: lambda dout, qkv, *_, **__: _attention_flops(qkv, 4),
-    _ops.adapter_projection_triton: lambda p, weight, *_, **__: 2 * p.numel() * weight.shape[0],
-    _ops.adapter_projection_triton_backward: lambda p, weight, *_, **__: 4 * p.numel() * weight.shape[0],
-    torch.ops.aten._scaled_dot_product_flash_attention: lambda q, *_, **__: 4 * q.numel() * q.shape[-2],
-    torch.ops.aten._scaled_dot_product_flash_attention_backward: lambda _, q, *__, **___: 8 * q.numel() * q.shape[-2],
-}
-
-
-class Meter(TorchDispatchMode):
-    """Follows every storage that operators allocate, from its allocation to its release, and counts FLOPs."""
-
-    def __init__(self, before: Iterable[Tensor]) -> None:
-        super().__init__()
-        self._before = {tensor.untyped_storage()._cdata for tensor in before}  # weights, the batch
-        self.live = self.saved = self.peak_live = self.peak_saved = self.flops = 0
-        self._sizes: dict[int, int] = {}  # storages allocated inside, by address
-        self._holders: dict[int, int] = {}  # how many saved tensors lie in a storage
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs = kwargs or {}
-        result = func(*args, **kwargs)
-        formula = _FORMULAS.get(func.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs)
-        elif func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **kwargs, out_val=result)
-        for tensor in (result,) if isinstance(result, Tensor) else tree_leaves(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._sizes and storage._cdata not in self._before:
-                    self._allocated(storage)
-        return result
-
-    def _allocated(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        self._sizes[key] = size
-        self.live += size
-        self.peak_live = max(self.peak_live, self.live)
-        weakref.finalize(storage, self._released, key)
-
-    def _released(self, key: int) -> None:
-        self.live -= self._sizes.pop(key)
-
-    def gradient(self, parameter: nn.Parameter) -> None:
-        """A parameter's gradient is complete: it is counted elsewhere."""
-        key = parameter.grad.untyped_storage()._cdata
-        self.live -= self._sizes.get(key, 0)
-        self._sizes[key] = 0
-
-    def pack(self, tensor: Tensor) -> _Saved:
-        """Hook: autograd saves a tensor."""
-        key = tensor.untyped_storage()._cdata
-        size = self._sizes.get(key, 0)
-        holders = self._holders.get(key, 0)
-        self._holders[key] = holders + 1
-        if not holders:
-            self.saved += size
-            self.peak_saved = max(self.peak_saved, self.saved)
-        held = _Saved(tensor)
-        weakref.finalize(held, self._dropped, key, size)
-        return held
-
-    def _dropped(self, key: int, size: int) -> None:
-        self._holders[key] -= 1
-        if not self._holders[key]:
-            del self._holders[key]
-            self.saved -= size
-
-
-class _Saved:
-    """A tensor that autograd has saved."""
-
-    __slots__ = ("__weakref__", "tensor")
-
-    def __init__(self, tensor: Tensor) -> None:
-        self.tensor = tensor
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -166,23 +81,143 @@ class Cost:
         return self.trained + self.frozen + self.gradients + self.optimizer + self.averages
 
 
-class MetaPrecision:
-    """Stands in for `devices.Precision` on the meta device."""
-
-    device = torch.device("meta")
+class MetaPrecision(Precision):
+    """The meta device."""
 
     def __init__(self, name: str) -> None:
-        self.dtype = None if name == "fp32" else torch.bfloat16
+        super().__init__(torch.device("meta"), name)
 
     def autocast(self) -> MetaAutocast:
-        return MetaAutocast(self.dtype)
+        return MetaAutocast(None if self.name == "fp32" else torch.bfloat16)
 
 
 @contextmanager
 def on_meta(device_type: str) -> Iterator[None]:
-    """Inside, new tensors have no memory, and operators are chosen as on `device_type`."""
-    with torch.device("meta"), assume_device(device_type):
+    """Inside, new tensors have no memory, operators are chosen as on `device_type`, and there is no other process.
+
+    What is drawn at random there leaves the random state as it was.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("meta"), assume_device(device_type), alone():
         yield
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Inside, weights on the meta device, which hold no numbers, are not filled with any: most of the time to build."""
+
+    SKIPPED = frozenset("uniform_ normal_ trunc_normal_ clamp_ erfinv_ mul_ add_ fill_ zero_ constant_ copy_".split())
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", None) in self.SKIPPED:
+            target = args[0] if args else kwargs.get("tensor")
+            if isinstance(target, Tensor) and target.is_meta:
+                return target
+        return func(*args, **kwargs)
+
+
+def count(device_type: str, build: Callable[[], Built], what: Callable[[Built], T]) -> T:
+    """what(build()) on the meta device."""
+    with on_meta(device_type):
+        with _Uninitialised():
+            built = build()
+        return what(built)
+
+
+_counted: dict[str, Any] = {}
+
+
+def once(count: Callable[..., T], *arguments: Any) -> T:
+    """count(*arguments), called once in a process: recipes share parts. Arguments are equal if they print equally."""
+    key = repr((count.__qualname__, arguments))
+    if key not in _counted:
+        _counted[key] = count(*arguments)
+    return _counted[key]
+
+
+class Built(NamedTuple):
+    """An objective on the meta device, a batch for it, and what it is made of."""
+
+    objective: Objective
+    batch: Batch
+    parts: dict[str, nn.Module]  # all networks on the device, by name
+    units: list[nn.Module]  # what FSDP gathers at a time
+
+
+def build_stage(
+    config: TokenizerTrainingConfig, stage: StageConfig, image_size: int, rows: int, looked_up: bool, mode: str
+) -> Built:
+    """A stage of tokenizer training with a batch of `rows` images; inside `on_meta`.
+
+    Args:
+        looked_up: whether outputs of frozen networks come from a table or a cache; else they run in the loop.
+        mode: of activation checkpointing.
+    """
+    tokenizer, discriminator = AlignTok(config.model), PatchDiscriminator(config.losses.discriminator)
+    perceptual = None if config.losses.perceptual.kind == "none" else build_perceptual(config.losses.perceptual)
+    precision = MetaPrecision(config.training.precision)
+    batch = make_batch(torch.empty(rows, 3, image_size, image_size), classes=1)
+    snapshot = copy.deepcopy(tokenizer).requires_grad_(False) if stage.semantic.weight > 0 else None
+    config = replace(config, training=settings(config.training, rows))
+    freeze = freezer(precision, batch if looked_up else None)
+    objective = stage_objective(config, stage, tokenizer, discriminator, perceptual, snapshot, precision, freeze)
+    recompute(objective, precision, mode)
+    parts: dict[str, nn.Module | None] = dict(tokenizer.named_children())
+    parts |= {"discriminator": discriminator, "perceptual": perceptual}
+    parts |= {} if looked_up else {"snapshot": snapshot}
+    units = [*tokenizer.encoder.blocks, tokenizer.adapter, *tokenizer.decoder.levels, discriminator]
+    return Built(objective, batch, {name: part for name, part in parts.items() if part is not None}, units)
+
+
+def stage_objective(
+    config: TokenizerTrainingConfig,
+    stage: StageConfig,
+    tokenizer: AlignTok,
+    discriminator: nn.Module,
+    perceptual: nn.Module | None,
+    snapshot: AlignTok | None,
+    precision: Precision,
+    freeze: Callable[..., FrozenOutput] | None = None,
+) -> TokenizerObjective:
+    """The objective of a stage; `freeze` is that of `frozen_inputs`, None = frozen networks run in the loop."""
+    frozen = frozen_inputs(stage, tokenizer, snapshot, freeze or freezer(precision))
+    if "encoder" in stage.trains and config.model.encoder.lora_rank is not None:
+        lora.add(tokenizer.encoder, config.model.encoder.lora_rank)
+    return TokenizerObjective(
+        tokenizer, discriminator, perceptual, config.losses, stage, frozen, precision, config.training
+    )
+
+
+def build_generator(
+    config: GeneratorTrainingConfig,
+    latent_shape: tuple[int, int, int],
+    rows: int,
+    mode: str,
+    tokenizer: tuple[type[StoredTokenizer], Any] | None = None,
+    image_size: int = 0,
+) -> Built:
+    """The generator with a batch of `rows` latents (d, h, w); inside `on_meta`.
+
+    Args:
+        mode: of activation checkpointing.
+        tokenizer: class and configuration of what encodes the batch's images in the loop; None = they are looked up.
+        image_size: of these images.
+    """
+    model = generator_class(config.model)(config.model, latent_shape[0], latent_shape[1:])
+    precision = MetaPrecision(config.training.precision)
+    latents: FrozenOutput = itemgetter("latents")
+    data = torch.empty(rows, *latent_shape)
+    parts: dict[str, nn.Module] = {"LightningDiT": model}
+    if tokenizer is not None:
+        kind, settings_of_it = tokenizer
+        encoder = kind(copy.deepcopy(settings_of_it)).eval().requires_grad_(False)
+        parts["tokenizer"] = encoder
+        data, latents = torch.empty(rows, 3, image_size, image_size), FrozenNetwork(encoder.encode, precision)
+    config = replace(config, training=settings(config.training, rows))
+    objective = GeneratorObjective(model, latents, config, precision)
+    recompute(objective, precision, mode)
+    return Built(objective, make_batch(data, model.null_class), parts, [*objective.blocks()])
 
 
 def tokenizer_cost(
@@ -194,47 +229,8 @@ def tokenizer_cost(
     device_type: str = "cuda",
 ) -> Cost:
     """Cost of the first step of a tokenizer's stage; frozen networks run in the loop, as with random crops."""
-    with on_meta(device_type):
-        tokenizer, discriminator = AlignTok(config.model), PatchDiscriminator(config.losses.discriminator)
-        perceptual = None if config.losses.perceptual.kind == "none" else build_perceptual(config.losses.perceptual)
-        snapshot = copy.deepcopy(tokenizer).requires_grad_(False) if stage.semantic.weight > 0 else None
-        if "encoder" in stage.trains and config.model.encoder.lora_rank is not None:
-            lora.add(tokenizer.encoder, config.model.encoder.lora_rank)
-        precision = MetaPrecision(config.training.precision)
-        carry_autocast(tokenizer.encoder.blocks, precision)
-        config = replace(config, training=_settings(config.training, checkpointing, micro_batch))
-        objective = stage_objective(config, stage, tokenizer, discriminator, perceptual, snapshot, precision)
-        batch = make_batch(torch.empty(micro_batch, 3, image_size, image_size), classes=1)
-        parts = {"encoder": tokenizer.encoder, "adapter": tokenizer.adapter, "decoder": tokenizer.decoder}
-        parts |= {"discriminator": discriminator, "perceptual": perceptual, "snapshot": snapshot}
-        units = [*tokenizer.encoder.blocks, tokenizer.adapter, *tokenizer.decoder.levels, discriminator]
-        found = {name: part for name, part in parts.items() if part is not None}
-        return measure(objective, batch, found, units)
-
-
-def stage_objective(
-    config: TokenizerTrainingConfig,
-    stage: StageConfig,
-    tokenizer: AlignTok,
-    discriminator: nn.Module,
-    perceptual: nn.Module | None,
-    snapshot: AlignTok | None,
-    precision: Precision | MetaPrecision,
-) -> TokenizerObjective:
-    """The objective of a stage, as random crops have it: no output of a frozen network is looked up."""
-    # The noise asks whether there are statistics, and meta tensors have no numbers; it is one latent large
-    stage = replace(stage, decoder_noise=0.0)
-    frozen = FrozenInputs()
-    if stage.trains == ("decoder",):
-        frozen.latents = FrozenNetwork(tokenizer.raw_latents, precision)
-    elif "encoder" not in stage.trains:
-        frozen.features = FrozenNetwork(tokenizer.encoder, precision)
-    if snapshot is not None:
-        after = stage.semantic.position == "after_adapter"
-        frozen.snapshot = FrozenNetwork(snapshot.raw_latents if after else snapshot.encoder, precision)
-    return TokenizerObjective(
-        tokenizer, discriminator, perceptual, config.losses, stage, frozen, precision, config.training
-    )
+    build = partial(build_stage, config, stage, image_size, micro_batch, looked_up=False, mode=checkpointing)
+    return count(device_type, build, measure)
 
 
 def generator_cost(
@@ -245,14 +241,44 @@ def generator_cost(
     device_type: str = "cuda",
 ) -> Cost:
     """Cost of a step of the generator on latents (d, h, w) that come from a cache."""
-    with on_meta(device_type):
-        model = LightningDiT(config.model, latent_shape[0], latent_shape[1:])
-        precision = MetaPrecision(config.training.precision)
-        carry_autocast(model.blocks, precision)
-        config = replace(config, training=_settings(config.training, checkpointing, micro_batch))
-        objective = GeneratorObjective(model, itemgetter("latents"), config, precision)
-        batch = make_batch(torch.empty(micro_batch, *latent_shape), config.model.classes)
-        return measure(objective, batch, {"LightningDiT": model}, [*model.blocks])
+    return count(device_type, partial(build_generator, config, latent_shape, micro_batch, checkpointing), measure)
+
+
+def stage_flops(
+    config: TokenizerTrainingConfig, stage: StageConfig, image_size: int, looked_up: bool, device_type: str
+) -> dict[int, float]:
+    """FLOPs per image of a stage's steps; see `step_flops` and `build_stage`."""
+    rows, mode = config.training.batch_size, config.training.checkpointing
+    return count(device_type, partial(build_stage, config, stage, image_size, rows, looked_up, mode), step_flops)
+
+
+def generator_flops(
+    config: GeneratorTrainingConfig,
+    latent_shape: tuple[int, int, int],
+    device_type: str,
+    tokenizer: tuple[type[StoredTokenizer], Any] | None = None,
+    image_size: int = 0,
+) -> dict[int, float]:
+    """FLOPs per image of the generator's steps; see `step_flops` and `build_generator`."""
+    rows, mode = config.training.batch_size, config.training.checkpointing
+    build = partial(build_generator, config, latent_shape, rows, mode, tokenizer, image_size)
+    return count(device_type, build, step_flops)
+
+
+def step_flops(built: Built) -> dict[int, float]:
+    """FLOPs per image of every kind of step, as {first step of the kind: FLOPs}; inside `on_meta`.
+
+    The batch is that of a whole step: what is taken of a share of it (LPIPS) is then counted exactly, however many
+    processes and micro-batches the step is divided into.
+    """
+    objective, found = built.objective, {}
+    for step in objective.turns():
+        with Flops() as counter:
+            for phase in objective.phases(step):
+                phase.clear()
+                phase.loss(built.batch)[0].backward()
+        found[step] = counter.flops / len(built.batch["labels"])
+    return found
 
 
 def forward_flops(config: TokenizerConfig, image_size: int) -> dict[str, int]:
@@ -260,9 +286,9 @@ def forward_flops(config: TokenizerConfig, image_size: int) -> dict[str, int]:
     with on_meta("cuda"), torch.no_grad():
         tokenizer, images = AlignTok(config).eval(), torch.empty(1, 3, image_size, image_size)
         with MetaAutocast(torch.bfloat16):
-            with Meter([]) as encoding:
+            with Flops() as encoding:
                 latents = tokenizer.raw_latents(images)
-            with Meter([]) as decoding:
+            with Flops() as decoding:
                 tokenizer.decoder(latents)
     return {"encode": encoding.flops, "decode": decoding.flops}
 
@@ -270,11 +296,11 @@ def forward_flops(config: TokenizerConfig, image_size: int) -> dict[str, int]:
 def generator_forward_flops(config: LightningDiTConfig, latent_shape: tuple[int, int, int]) -> int:
     """FLOPs of one network evaluation for one latent."""
     with on_meta("cuda"), torch.no_grad():
-        model = LightningDiT(config, latent_shape[0], latent_shape[1:]).eval()
+        model = generator_class(config)(config, latent_shape[0], latent_shape[1:]).eval()
         label = torch.zeros(1, dtype=torch.long)
-        with MetaAutocast(torch.bfloat16), Meter([]) as meter:
+        with MetaAutocast(torch.bfloat16), Flops() as counter:
             model(torch.empty(1, *latent_shape), torch.empty(1), label)
-    return meter.flops
+    return counter.flops
 
 
 def make_batch(data: Tensor, classes: int) -> Batch:
@@ -285,27 +311,29 @@ def make_batch(data: Tensor, classes: int) -> Batch:
     return {"images": data, "latents": data, **data_of_rows, "rows": rows}
 
 
-def measure(
-    objective: TokenizerObjective | GeneratorObjective,
-    batch: Batch,
-    parts: dict[str, nn.Module],
-    units: list[nn.Module],
-) -> Cost:
-    """Take the first step of `objective` and count.
+def freezer(precision: Precision, batch: Batch | None = None) -> Callable[..., FrozenOutput]:
+    """Makes outputs of frozen networks: looked up for the one batch that is given, else computed in the loop."""
 
-    Args:
-        objective: on the meta device.
-        batch: of one process.
-        parts: all networks on the device, by name.
-        units: what FSDP gathers at a time.
-    """
+    def freeze(network: Callable[[Tensor], Tensor], name: str = "") -> FrozenOutput:
+        in_loop = FrozenNetwork(network, precision)
+        if batch is None:
+            return in_loop
+        values = in_loop(batch)
+        return lambda _: values
+
+    return freeze
+
+
+def measure(built: Built) -> Cost:
+    """Take the first step of an objective on the meta device, and count."""
+    objective, batch, parts, units = built
     weights = {id(p): p for part in parts.values() for p in part.parameters()}
     buffers = [b for part in parts.values() for b in part.buffers()]
     trained = [p for p in weights.values() if p.requires_grad]
     meter = Meter([*weights.values(), *buffers, *batch.values()])
     hooks = [p.register_post_accumulate_grad_hook(meter.gradient) for p in trained]
     for phase in objective.phases(0):
-        phase.optimizer.zero_grad(set_to_none=True)
+        phase.clear()
         with meter, saved_tensors_hooks(meter.pack, attrgetter("tensor")), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # selective checkpointing does not call these hooks yet
             loss, values = phase.loss(batch)
@@ -316,14 +344,14 @@ def measure(
     for hook in hooks:
         hook.remove()
     states = [value for optimizer in objective.optimizers().values() for value in optimizer.state.values()]
-    ema = objective.ema
+    averages = [m.module for m in objective.modules().values() if isinstance(m, AveragedModel)]
     return Cost(
         parameters={name: _numbers(part) for name, part in parts.items()},
         trained=_bytes(trained),
         frozen=_bytes([*weights.values(), *buffers]) - _bytes(trained),
-        gradients=_bytes(p.grad for p in trained),
+        gradients=_bytes(p.grad for p in trained if p.grad is not None),
         optimizer=_bytes(x for state in states for x in state.values() if isinstance(x, Tensor)),
-        averages=0 if ema is None else _bytes([*ema.module.parameters(), *ema.module.buffers()]),
+        averages=_bytes(x for module in averages for x in (*module.parameters(), *module.buffers())),
         largest_unit=max(_bytes(p for p in unit.parameters() if p.requires_grad) for unit in units),
         micro_batch=len(batch["labels"]),
         activations=meter.peak_live,
@@ -332,20 +360,23 @@ def measure(
     )
 
 
-def _settings(training: TrainingConfig, checkpointing: str, micro_batch: int) -> TrainingConfig:
-    """What one process is to do: a single micro-batch, not compiled."""
-    return replace(training, checkpointing=checkpointing, batch_size=micro_batch, accumulate=1, compile=False)
+def settings(training: TrainingConfig, rows: int) -> TrainingConfig:
+    """What one process is to do on the meta device: a single micro-batch of `rows` images, blocks as they are."""
+    one = replace(training, batch_size=rows, accumulate=1, parallel="ddp", optimizer="adamw")
+    return replace(one, checkpointing="none", compile=False)
 
 
-def carry_autocast(blocks: Iterable[nn.Module], precision: MetaPrecision) -> None:
-    """Blocks that the backward pass computes again do so under autocast, which there has been left."""
+def recompute(objective: Objective, precision: MetaPrecision, mode: str) -> None:
+    """Activation checkpointing of an objective's blocks; the backward pass, where autocast has been left, enters it."""
+    blocks = list(objective.blocks())
     for block in blocks:
         block.forward = partial(_in_autocast, block.forward, precision)
+    prepare(blocks, mode, compile=False)
 
 
-def _in_autocast(forward: Callable, precision: MetaPrecision, *inputs: Any) -> Any:
+def _in_autocast(forward: Callable, precision: MetaPrecision, *inputs: Any, **named: Any) -> Any:
     with precision.autocast():
-        return forward(*inputs)
+        return forward(*inputs, **named)
 
 
 def _numbers(part: nn.Module) -> tuple[int, int]:

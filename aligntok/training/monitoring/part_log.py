@@ -7,7 +7,8 @@ means and draw the previews, since both may need every one of them; the first on
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from bisect import bisect_right
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from aligntok.runtime import collectives
 from aligntok.runtime.world import World
 from aligntok.training.monitoring.profiling import StepProfiler
 from aligntok.training.monitoring.progress import Update, clock
-from aligntok.training.monitoring.throughput import FlopLedger, Peak, memory_gib, step_kind
+from aligntok.training.monitoring.throughput import Peak, memory_gib
 from aligntok.training.objective import Values
 
 SHOWN = (
@@ -55,7 +56,8 @@ class Watch:
 
     log_every: int
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
-    peak: Peak | None = None  # None = no MFU
+    peak: Peak | None = None
+    flops: Mapping[int, float] | None = None  # per image, by the first step of its kind; None, or no peak = no MFU
     preview_every: int = 0
     preview: Preview | None = None
     profile: int = 0
@@ -70,13 +72,13 @@ class _Interval:
     step: int
     images: int = 0
     waited: float = 0.0
-    flops: float | None = 0.0  # None: not known for every step
+    flops: float = 0.0
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def take(self, values: Values, images: int, flops: float | None) -> None:
+    def take(self, values: Values, images: int, flops: float) -> None:
         self.images += images
-        self.flops = None if flops is None or self.flops is None else self.flops + flops
+        self.flops += flops
         for key, value in values.items():
             value = value.detach().float()
             self.sums[key] = self.sums[key] + value if key in self.sums else value
@@ -103,8 +105,6 @@ class PartLog:
         self.began, self.waited = time.monotonic(), 0.0
         self.pace: float | None = None  # seconds per step, recent ones first
         self._interval = _Interval(self.began, start)
-        listens = self.watch.peak is not None
-        self._flops = FlopLedger(telemetry.folder / "flops.json", name, start) if listens else None
         self._profiler = None
         if self.watch.profile and start < steps:
             file = telemetry.folder / "profile" / f"{name}.json.gz"
@@ -115,14 +115,12 @@ class PartLog:
         return time.monotonic() - self.began
 
     def waiting_for(self, fetch: Callable[[], Any]) -> Any:
-        """Result of `fetch`, its time counted as waiting for data; a step begins when it is there."""
+        """Result of `fetch`, its time counted as waiting for data."""
         began = time.monotonic()
         result = fetch()
         waited = time.monotonic() - began
         self.waited += waited
         self._interval.waited += waited
-        if self._flops is not None:
-            self._flops.begin()
         return result
 
     def step(self, done: int, values: Values, images: int) -> None:
@@ -133,27 +131,31 @@ class PartLog:
             values: detached scalars of this process.
             images: how many this process has seen in the step.
         """
-        flops = None if self._flops is None else self._flops.end(step_kind(values), images)
         if self._profiler is not None:
             self._profiler.step()
-        self._interval.take(values, images, flops)
+        self._interval.take(values, images, self._flops(done - 1) * images if values else 0.0)
         if done % self.watch.log_every == 0 or done == self.steps:
             self._record(done)
         else:
             self.update(done, self.steps)
-        every = self.watch.preview_every
-        if every and self.watch.preview is not None and (done % every == 0 or done == self.steps):
-            self._preview(done)
+        every, preview = self.watch.preview_every, self.watch.preview
+        if every and preview is not None and (done % every == 0 or done == self.steps):
+            self._preview(done, preview)
 
     def warn(self, message: str) -> None:
         self.telemetry.say(f"{self.name}: {message}")
 
     def close(self) -> None:
-        """Let go of profiler and counter, wherever the part stopped."""
-        if self._flops is not None:
-            self._flops.abandon()
+        """Let go of the profiler, wherever the part stopped."""
         if self._profiler is not None:
             self._profiler.close()
+
+    def _flops(self, step: int) -> float:
+        """FLOPs per image of a step, counted from 0; a skipped one, which trains nothing, is not asked about."""
+        if self.watch.flops is None:
+            return 0.0
+        starts = sorted(self.watch.flops)
+        return self.watch.flops[starts[bisect_right(starts, step) - 1]]
 
     def _record(self, done: int) -> None:
         now, interval = time.monotonic(), self._interval
@@ -169,7 +171,7 @@ class PartLog:
             "memory_gib": memory_gib(self.watch.device),
             "data_wait": min(1.0, interval.waited / seconds),
         }
-        if self.watch.peak is not None and interval.flops is not None:
+        if self.watch.peak is not None and self.watch.flops is not None:
             record["mfu"] = interval.flops / seconds / self.watch.peak.rate
         record |= means
         if self.world.main:
@@ -186,11 +188,11 @@ class PartLog:
         facts += [f"{record['memory_gib']:.1f} GiB", f"data {record['data_wait']:.0%}", f"{clock(left)} left"]
         return " | ".join(facts)
 
-    def _preview(self, done: int) -> None:
+    def _preview(self, done: int, draw: Preview) -> None:
         """Not counted as training time; whatever fails in it is a warning."""
         began = time.monotonic()
         try:
-            png = self.watch.preview()
+            png = draw()
             if self.world.main:
                 self.telemetry.show(self.name, done, png)
         except Exception as error:  # a full disk, no memory to spare, pictures of NaN

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from aligntok.runtime.files import write_bytes
 from aligntok.runtime.world import World, current
 from aligntok.training.monitoring.part_log import PartLog, Preview, Watch
 from aligntok.training.monitoring.progress import Update, moving_bar, plain_lines
-from aligntok.training.monitoring.throughput import Peak, peak
+from aligntok.training.monitoring.throughput import peak
 from aligntok.training.monitoring.trackers import TensorBoard, Tracker, WeightsAndBiases, require_wandb
 
 
@@ -74,9 +74,15 @@ class Telemetry:
         return plain_lines(self.console, description, self.began)
 
     def watch(
-        self, part: str, training: TrainingConfig, precision: Precision, settings: Any, preview: Preview | None
-    ) -> Peak | None:
-        """Prepare the observation of a part; returns what MFU is measured against (None where nobody listens).
+        self,
+        part: str,
+        training: TrainingConfig,
+        precision: Precision,
+        settings: Any,
+        preview: Preview | None,
+        flops: Callable[[], Mapping[int, float]],
+    ) -> str | None:
+        """Prepare the observation of a part; returns a line on MFU, or None where nobody listens.
 
         Args:
             part: its name, as given to `part` later.
@@ -84,6 +90,8 @@ class Telemetry:
             precision: device and precision of the run.
             settings: configuration dataclass of the part, for W&B.
             preview: makes a PNG of the current state; None = no previews.
+            flops: counts FLOPs per image, {first step of a kind of step: FLOPs}; called in the first process only.
+                Where it fails there is no MFU, and the line says why.
 
         Raises:
             UserError: a W&B project is given, but wandb is absent or refuses.
@@ -92,17 +100,23 @@ class Telemetry:
             require_wandb()
             if self.world.main and not any(isinstance(t, WeightsAndBiases) for t in self._trackers):
                 self._trackers.append(WeightsAndBiases(self.folder, training.wandb_project))
-        found = peak(precision) if self.world.main else None
+        found, counted, line = None, None, None
+        if self.world.main:
+            counted, line = _try_to_count(flops)
+        if counted is not None:
+            found = peak(precision)
+            line = f"MFU against {found}; {line}"
         self._watches[part] = Watch(
             training.log_every,
             precision.device,
             found,
+            counted,
             training.preview_every,
             preview,
             training.profile if self.world.main else 0,
             dataclasses.asdict(settings),
         )
-        return found
+        return line
 
     @contextmanager
     def part(self, name: str, start: int, steps: int) -> Iterator[PartLog]:
@@ -174,3 +188,15 @@ class Telemetry:
         kept = [r for r in records if r["part"] != part or r["step"] <= start]
         if broken or len(kept) != len(records):
             write_bytes(self.file, "".join(json.dumps(r) + "\n" for r in kept).encode())
+
+
+def _try_to_count(flops: Callable[[], Mapping[int, float]]) -> tuple[Mapping[int, float] | None, str]:
+    """What `flops` gives, and how to say it; where it fails None, and why."""
+    try:
+        counted = flops()
+    except Exception as error:  # an operator without a form for the meta device: not worth a run
+        reason = (str(error).strip().splitlines() or [""])[0][:200]
+        return None, f"no MFU: the FLOPs of a step could not be counted ({type(error).__name__}: {reason})"
+    (_, first), *later = sorted(counted.items())
+    texts = [f"{first / 1e9:,.4g} GFLOP per image", *(f"{n / 1e9:,.4g} from step {s + 1:,}" for s, n in later)]
+    return counted, ", ".join(texts)

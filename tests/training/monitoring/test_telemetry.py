@@ -9,7 +9,9 @@ import pytest
 import torch
 from rich.console import Console
 
+from aligntok.config import TrainingConfig
 from aligntok.runtime import collectives
+from aligntok.runtime.devices import choose_precision
 from aligntok.runtime.world import World
 from aligntok.training.monitoring import part_log
 from aligntok.training.monitoring.part_log import PartLog, Watch
@@ -32,24 +34,23 @@ def watched(folder, watch: Watch, console: Console | None = None, world: World |
 
 
 def take(log: PartLog, clock: Clock, step: int, seconds: float = 2.0, waited: float = 0.5, values=None) -> None:
-    """A step of 4 images: waiting, then a product of [4, 8] and [8, 16], forward and at the weight."""
+    """A step of 4 images, the first part of its seconds waiting for them."""
 
     def fetch():
         clock.now += waited
 
     log.waiting_for(fetch)
-    weight = torch.ones(8, 16, requires_grad=True)
-    (torch.ones(4, 8) @ weight).sum().backward()
     clock.now += seconds - waited
     log.step(step, {"loss": torch.tensor(1.0 * step), "grad_norm_generator": torch.tensor(1.0)} | (values or {}), 4)
 
 
-STEP_FLOPS = 2 * (2 * 4 * 8 * 16)
+STEP_FLOPS = 2048.0
+COUNTED = {"peak": Peak(1000.0, "invented"), "flops": {0: STEP_FLOPS / 4}}
 
 
 def test_records_hold_means_rates_and_shares(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
-    telemetry = watched(tmp_path, Watch(log_every=2, peak=Peak(1000.0, "invented")))
+    telemetry = watched(tmp_path, Watch(log_every=2, **COUNTED))
     with telemetry.part("stage1", 0, 5) as log:
         for step in range(1, 6):
             take(log, clock, step)
@@ -60,17 +61,54 @@ def test_records_hold_means_rates_and_shares(tmp_path, monkeypatch):
         assert record["images_per_second"] == 2.0 and record["data_wait"] == 0.25
         assert record["mfu"] == pytest.approx(STEP_FLOPS / 2.0 / 1000.0, abs=1e-6)
         assert 0 < record["memory_gib"] < 1000
-    assert json.loads((tmp_path / "flops.json").read_text()) == {"stage1": {"generator": STEP_FLOPS / 4}}
 
 
-def test_mfu_is_left_out_where_a_kind_of_step_was_not_counted(tmp_path, monkeypatch):
+def test_each_kind_of_step_has_its_flops_also_after_resuming(tmp_path, monkeypatch):
     clock = Clock(monkeypatch)
-    telemetry = watched(tmp_path, Watch(log_every=1, peak=Peak(1000.0, "invented")))
-    more = {"grad_norm_discriminator": torch.tensor(1.0)}
-    with telemetry.part("stage1", 0, 4) as log:
-        for step in range(1, 5):
-            take(log, clock, step, values=more if step > 1 else None)
-    assert ["mfu" in r for r in telemetry.records()] == [True, False, True, True]
+    telemetry = watched(tmp_path, Watch(1, peak=Peak(1000.0, "invented"), flops={0: 100.0, 2: 200.0, 3: 400.0}))
+    for start, stop in ((0, 3), (3, 5)):
+        with telemetry.part("stage1", start, 5) as log:
+            for step in range(start + 1, stop + 1):
+                take(log, clock, step)
+    assert [r["mfu"] for r in telemetry.records()] == [0.2, 0.2, 0.4, 0.8, 0.8], "4 images in 2 seconds"
+
+
+def test_a_skipped_step_has_trained_nothing(tmp_path, monkeypatch):
+    clock = Clock(monkeypatch)
+    telemetry = watched(tmp_path, Watch(log_every=2, **COUNTED))
+    with telemetry.part("stage1", 0, 2) as log:
+        take(log, clock, 1)
+        log.step(2, {}, 4)
+    (record,) = telemetry.records()
+    assert record["mfu"] == pytest.approx(STEP_FLOPS / 2.0 / 1000.0), "the step that was taken, in the time of both"
+
+
+def watch(folder, flops, world: World | None = None) -> tuple[Telemetry, str | None]:
+    telemetry = Telemetry(folder, 1, Console(file=io.StringIO()), world or World())
+    training = TrainingConfig(log_every=1, precision="fp32")
+    return telemetry, telemetry.watch("stage1", training, choose_precision("cpu", "fp32"), training, None, flops)
+
+
+def test_the_line_on_mfu_has_the_peak_and_the_flops_of_every_kind(tmp_path):
+    _, line = watch(tmp_path, lambda: {0: 2.5e9, 5000: 3e9})
+    assert re.fullmatch(r"MFU against .* measured here .*; 2\.5 GFLOP per image, 3 from step 5,001", line)
+
+
+def test_flops_that_cannot_be_counted_cost_the_mfu_and_the_line_says_why(tmp_path):
+    def refuse():
+        raise NotImplementedError("aten::nonzero has no meta kernel\nand a page of advice")
+
+    telemetry, line = watch(tmp_path, refuse)
+    reason = "NotImplementedError: aten::nonzero has no meta kernel"
+    assert line == f"no MFU: the FLOPs of a step could not be counted ({reason})"
+    with telemetry.part("stage1", 0, 1) as log:
+        log.step(1, {"loss": torch.tensor(1.0)}, 4)
+    assert "mfu" not in telemetry.records()[0]
+
+
+def test_only_the_first_process_counts(tmp_path):
+    _, line = watch(tmp_path, lambda: pytest.fail("counted"), World(1, 2))
+    assert line is None
 
 
 def test_estimate_follows_the_pace(tmp_path, monkeypatch):
@@ -105,7 +143,7 @@ def test_a_clock_that_jumps_back_changes_nothing(tmp_path, monkeypatch):
 
 def test_a_file_gets_one_whole_line_per_record(tmp_path, monkeypatch):
     clock, said = Clock(monkeypatch), io.StringIO()
-    telemetry = watched(tmp_path, Watch(log_every=2, peak=Peak(1000.0, "invented")), Console(file=said, width=40))
+    telemetry = watched(tmp_path, Watch(log_every=2, **COUNTED), Console(file=said, width=40))
     with telemetry.part("stage1", 0, 6) as log:
         for step in range(1, 7):
             take(log, clock, step)
@@ -140,7 +178,7 @@ def test_values_are_not_fetched_between_records(tmp_path, monkeypatch):
     monkeypatch.setattr(part_log._Interval, "means", lambda self: fetched.append(1) or {})
     for name in ("item", "tolist", "__float__", "__bool__", "__int__", "cpu"):
         monkeypatch.setattr(torch.Tensor, name, lambda *_, name=name: pytest.fail(f"{name} waits for the device"))
-    telemetry = watched(tmp_path, Watch(log_every=3, peak=Peak(1.0, "invented")))
+    telemetry = watched(tmp_path, Watch(log_every=3, peak=Peak(1.0, "invented"), flops={0: 1.0, 2: 2.0}))
     with telemetry.part("stage1", 0, 6) as log:
         for step in range(1, 7):
             log.step(step, {"l1": torch.tensor(0.25)}, 4)

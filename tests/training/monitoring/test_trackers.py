@@ -78,7 +78,7 @@ def wandb(monkeypatch) -> FakeWandb:
 
 def run(folder, start: int, console: Console | None = None) -> None:
     telemetry = Telemetry(folder, 1, console or Console(file=io.StringIO()))
-    telemetry.watch("stage1", WANDB, choose_precision("cpu", "fp32"), WANDB, None)
+    telemetry.watch("stage1", WANDB, choose_precision("cpu", "fp32"), WANDB, None, lambda: {0: 1.0})
     with telemetry.part("stage1", start, 4) as log:
         log.step(start + 1, {}, 2)
         telemetry.show("stage1", start + 1, png())

@@ -9,6 +9,9 @@ reason why it cannot run on a device. The request comes from, first found first 
   takes Triton's interpreter, which is for tests and a thousand times slower than anything else.
 - Any other request is met or refused with the list of reasons. Nothing else runs in its place.
 - A call may bring reasons of its own against an implementation (a dtype, a head width): `unfit`.
+- Inside forward-mode differentiation and the transforms of torch.func the compiled implementations have a reason
+  against them, whatever the tensors: they would pass a tangent by in silence. The PyTorch reference is composite and
+  follows every transform.
 - `assume_device` answers for another kind of device than the tensors have: memory for a GPU is counted on fake
   tensors, which carry the CPU's name where no GPU is.
 """
@@ -18,15 +21,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
-AUTO = "auto"
-NAMES = (AUTO, "triton", "cpp", "reference")
+AUTO, REFERENCE = "auto", "reference"
+NAMES = (AUTO, "triton", "cpp", REFERENCE)
 ENVIRONMENT_VARIABLE = "ALIGNTOK_KERNELS"
 
 Check = Callable[[torch.device], "str | None"]
 Unfit = tuple[tuple[str, str], ...]  # (implementation, reason) pairs that one call adds
+TRANSFORMED = (
+    "inside forward-mode differentiation and the transforms of torch.func (jvp, vmap, grad, ...) only "
+    'implementation="reference" is right'
+)
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ _registry: dict[str, dict[str, Check]] = {}
 _in_context: ContextVar[str | None] = ContextVar("aligntok_implementation", default=None)
 _assumed: ContextVar[str | None] = ContextVar("aligntok_assumed_device", default=None)
 # Checks look at the device's type and at what is installed. Neither changes while the process lives.
-_selected: dict[tuple[str, str, str, Unfit], str] = {}
+_selected: dict[tuple[str, str, str, Unfit, bool], str] = {}
 
 
 def register(op: str, **implementations: Check) -> None:
@@ -54,7 +63,7 @@ def register(op: str, **implementations: Check) -> None:
     part.
     """
     assert set(implementations) <= {"triton", "cpp"}, implementations
-    _registry[op] = {**implementations, "reference": lambda device: None}
+    _registry[op] = {**implementations, REFERENCE: lambda device: None}
     for key in [key for key in _selected if key[0] == op]:
         del _selected[key]
 
@@ -113,6 +122,34 @@ def device_type(kind: str) -> str:
     return _assumed.get() or kind
 
 
+@torch.compiler.assume_constant_result
+def transformed() -> bool:
+    """Whether the call is made inside forward-mode differentiation or a transform of torch.func (jvp, vmap, grad, ...).
+
+    It looks at no tensor and takes a tenth of a microsecond; torch has no public question for this. torch.compile asks
+    while it traces, and takes the answer for a constant.
+    """
+    return forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active()
+
+
+def first_derivative_only(op: str, gradients: Callable[..., Any]) -> Callable[..., Any]:
+    """`gradients(ctx, *upstream)` of a Triton operator, refusing where the result is itself to be differentiated.
+
+    Not left to autograd: it refuses only where an input of the backward operator requires a gradient, and takes what
+    the forward pass has saved for a constant.
+    """
+
+    def once(ctx: Any, *upstream: Any) -> Any:
+        if torch.is_grad_enabled():  # in a backward pass: create_graph=True
+            raise NotImplementedError(
+                f"{op}: the Triton implementation has no second derivative; use "
+                'implementation="reference" where create_graph=True is needed'
+            )
+        return gradients(ctx, *upstream)
+
+    return once
+
+
 def explain(op: str, device: torch.device | str, implementation: str | None = None, unfit: Unfit = ()) -> Selection:
     """What would run for `op` on `device`, and the reasons against the implementations that would not.
 
@@ -121,6 +158,8 @@ def explain(op: str, device: torch.device | str, implementation: str | None = No
     """
     device, requested = torch.device(_assumed.get() or device), _request(implementation)
     candidates, of_this_call = _registry[op], dict(unfit)
+    if transformed():
+        of_this_call |= {name: TRANSFORMED for name in candidates if name != REFERENCE}
     if requested != AUTO:
         check = candidates.get(requested)
         reason = (check(device) or of_this_call.get(requested)) if check else f"{op} has no such implementation"
@@ -138,7 +177,6 @@ def explain(op: str, device: torch.device | str, implementation: str | None = No
     raise AssertionError(f"the reference of {op} refused {device}")
 
 
-@torch.compiler.assume_constant_result
 def select(op: str, device_type: str, implementation: str | None = None, unfit: Unfit = ()) -> str:
     """The name of the implementation to run for `op` on a device type such as "cpu" or "cuda".
 
@@ -152,8 +190,14 @@ def select(op: str, device_type: str, implementation: str | None = None, unfit: 
         ValueError: the request is unknown, or cannot be met; the message lists the reasons and what would
             run.
     """
+    # Asked here, where torch.compile sees it and traces anew when it changes. Of torch.func it knows by itself.
+    return _select(op, device_type, implementation, unfit, forward_ad._current_level >= 0)
+
+
+@torch.compiler.assume_constant_result
+def _select(op: str, device_type: str, implementation: str | None, unfit: Unfit, forward_mode: bool) -> str:
     device_type, requested = _assumed.get() or device_type, _request(implementation)
-    key = (op, device_type, requested, unfit)
+    key = (op, device_type, requested, unfit, forward_mode or torch._C._are_functorch_transforms_active())
     name = _selected.get(key)
     if name is None:
         found = explain(op, device_type, requested, unfit)

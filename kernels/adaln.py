@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from . import _extension, _triton
-from ._dispatch import Unfit, register, select
+from ._dispatch import Unfit, first_derivative_only, register, select
 from ._dtypes import DTYPES, check_dtype
 from ._triton import Configuration, configuration, launch, operator, tl, triton
 
@@ -290,8 +290,12 @@ def _norm_gradients(ctx: Any, dy: Tensor | None, _: None) -> tuple[Tensor | None
     return dx, *vectors, None, None
 
 
-_forward.register_autograd(lambda ctx, dx_new, dy, _: (*_gradients(ctx, dx_new, dy), None, None), setup_context=_keep)
-_norm_forward.register_autograd(_norm_gradients, setup_context=_keep)
+def _all_gradients(ctx: Any, dx_new: Tensor | None, dy: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    return *_gradients(ctx, dx_new, dy), None, None
+
+
+_forward.register_autograd(first_derivative_only("adaln", _all_gradients), setup_context=_keep)
+_norm_forward.register_autograd(first_derivative_only("adaln", _norm_gradients), setup_context=_keep)
 
 
 register("adaln", triton=_triton.refusal, cpp=_extension.cpu_refusal)

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from . import _triton
-from ._dispatch import Unfit, register, select
+from ._dispatch import Unfit, first_derivative_only, register, select
 from ._dtypes import check_dtype
 from ._triton import configuration, dot_precision, launch, operator, tl, triton
 
@@ -53,7 +53,7 @@ def adapter_projection_reference(
     if snapshot is None:
         return z
     wide = z if z.dtype == torch.float64 else z.float()
-    return z, F.mse_loss(wide, snapshot.to(wide.dtype), reduction="sum")
+    return z, (wide - snapshot.to(wide.dtype)).square().sum()  # F.mse_loss's gradient has no forward mode
 
 
 @triton.jit
@@ -321,7 +321,7 @@ def _differentiate(ctx, dz: Tensor, ddistance: Tensor) -> tuple[Tensor | None, .
     return dp if wanted else None, dweight, dbias, None, None, None
 
 
-_forward.register_autograd(_differentiate, setup_context=_save)
+_forward.register_autograd(first_derivative_only("adapter_projection", _differentiate), setup_context=_save)
 register("adapter_projection", triton=_triton.refusal)
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from . import _latents, _triton
-from ._dispatch import register, select
+from ._dispatch import first_derivative_only, register, select
 from ._latents import planes, strides, tiling
 from ._philox import check_key, flow_noise, noise_tile
 from ._triton import configuration, launch, operator, tl, triton
@@ -38,7 +38,7 @@ def flow_loss_reference(
     """Loss [] and parts [2] (mse, direction) in plain PyTorch; see `flow_loss`."""
     wide = torch.float64 if torch.float64 in (velocity.dtype, data.dtype) else torch.float32
     velocity, target = velocity.to(wide), flow_noise(key, data.shape, first_image).to(wide) - data.to(wide)
-    mse = F.mse_loss(velocity, target)
+    mse = (velocity - target).square().mean()  # F.mse_loss's gradient has no forward mode
     direction = (1 - F.cosine_similarity(velocity, target, dim=1, eps=EPSILON)).mean()
     return mse + direction_weight * direction, torch.stack([mse, direction]).detach()
 
@@ -119,10 +119,11 @@ def _save(ctx, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.save_for_backward(gradient)
 
 
-_forward.register_autograd(
-    lambda ctx, dloss, dparts, dgradient: (_backward(*ctx.saved_tensors, dloss), None, None, None, None),
-    setup_context=_save,
-)
+def _velocity_gradient(ctx, dloss: Tensor, _dparts: None, _dgradient: None) -> tuple[Tensor, None, None, None, None]:
+    return _backward(*ctx.saved_tensors, dloss), None, None, None, None
+
+
+_forward.register_autograd(first_derivative_only("flow_loss", _velocity_gradient), setup_context=_save)
 register("flow_loss", triton=_triton.refusal)
 
 

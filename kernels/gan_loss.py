@@ -61,19 +61,17 @@ def discriminator_loss_reference(
         mean_real, mean_fake = lecam_means.detach().to(real.dtype)
         excess_real, excess_fake = F.relu(real - mean_fake), F.relu(mean_real - fake)
         loss = loss + lecam_weight * (excess_real.square().mean() + excess_fake.square().mean())
-    with torch.no_grad():
-        shares = _share(real > 0, real.dtype), _share(fake < 0, fake.dtype)
-        stats = torch.stack([real.mean(), fake.mean(), *shares])  # [4]
-    return loss, stats
+    real, fake = real.detach(), fake.detach()  # no_grad would leave them their tangents in forward mode
+    shares = _share(real > 0, real.dtype), _share(fake < 0, fake.dtype)
+    return loss, torch.stack([real.mean(), fake.mean(), *shares])  # [4]
 
 
 def generator_loss_reference(fake: Tensor, kind: str) -> tuple[Tensor, Tensor]:
     """The generator's loss and statistics in plain PyTorch; see `generator_loss`."""
     fake = _accumulated(fake)
     loss = -fake.mean() if kind == "hinge" else F.softplus(-fake).mean()
-    with torch.no_grad():
-        stats = torch.stack([fake.mean(), _share(fake > 0, fake.dtype)])  # [2]
-    return loss, stats
+    fake = fake.detach()
+    return loss, torch.stack([fake.mean(), _share(fake > 0, fake.dtype)])  # [2]
 
 
 def _cpp_refusal(device: torch.device) -> str | None:

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from . import _extension, _triton
-from ._dispatch import register, select
+from ._dispatch import first_derivative_only, register, select, transformed
 from ._dtypes import check_dtype, short
 from ._group_norm_silu_kernels import (
     apply_kernel,
@@ -66,7 +66,8 @@ def group_norm_silu_reference(
     mixed = x.dtype != weight.dtype and x.device.type != "cpu"
     u = torch.group_norm(x.to(weight.dtype) if mixed else x, groups, weight, bias, eps)
     y = F.silu(u) if activation else u
-    return y.to(x.dtype).contiguous(memory_format=torch.channels_last)
+    y = y.to(x.dtype)
+    return y if transformed() else y.contiguous(memory_format=torch.channels_last)  # vmap refuses memory formats
 
 
 def _whole(kernel: str, table: dict, x: Tensor, groups: int) -> dict | None:
@@ -163,7 +164,7 @@ def _gradients(ctx, dy: Tensor, *_: Tensor) -> tuple:
     return *_backward(dy, *ctx.saved_tensors, ctx.activation), None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_save)
+_forward.register_autograd(first_derivative_only("group_norm_silu", _gradients), setup_context=_save)
 register("group_norm_silu", triton=_triton.refusal, cpp=_extension.cpu_refusal)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from . import _extension, _triton
-from ._dispatch import register, select
+from ._dispatch import first_derivative_only, register, select
 from ._dtypes import DTYPES, short
 from ._triton import configuration, launch, operator, tl, triton
 
@@ -136,7 +136,10 @@ def _gradients(ctx, upstream: Tensor) -> tuple[Tensor | None, Tensor | None, Non
     return dfx, dfy[0] if both else None, None
 
 
-_forward.register_autograd(_gradients, setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs))
+_forward.register_autograd(
+    first_derivative_only("lpips_distance", _gradients),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
 register("lpips_distance", triton=_triton.refusal, cpp=_extension.cpu_refusal)
 
 

@@ -68,7 +68,7 @@ def norm_ratio(
         implementation: "auto", "cpp" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
 
     Returns:
-        The ratio [], fp32 (fp64 for fp64 tensors), without a gradient.
+        The ratio [], fp32 (fp64 for fp64 tensors), without a gradient or a tangent.
 
     Raises:
         ValueError: an empty list; unsupported or different dtypes; different devices; `implementation` is unknown or
@@ -81,4 +81,4 @@ def norm_ratio(
         unfit = (("cpp", f"more than {MAX_TENSORS_CUDA} tensors"),)
     if select("norm_ratio", device, implementation, unfit) == "cpp":
         return torch.ops.aligntok.norm_ratio.default(list(a), list(b), delta, limit)
-    return norm_ratio_reference(a, b, delta, limit)
+    return norm_ratio_reference(a, b, delta, limit).detach()  # no_grad leaves the tangents of forward mode

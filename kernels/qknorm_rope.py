@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from . import _extension, _triton
-from ._dispatch import Unfit, register, select
+from ._dispatch import Unfit, first_derivative_only, register, select
 from ._dtypes import DTYPES, check_dtype
 from ._triton import Configuration, configuration, launch, operator, tl, triton
 
@@ -300,7 +300,7 @@ def _gradients(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | N
     return dqkv, *(weights or (None, None)), None, None, None
 
 
-_forward.register_autograd(_gradients, setup_context=_keep)
+_forward.register_autograd(first_derivative_only("qknorm_rope", _gradients), setup_context=_keep)
 
 
 register("qknorm_rope", triton=_triton.refusal, cpp=_extension.cpu_refusal)
@@ -320,8 +320,10 @@ def _check_pair(names: str, pair: tuple[Tensor | None, Tensor | None], shape: li
             )
 
 
-def _unfit(qkv: Tensor, *others: Tensor | None) -> Unfit:
-    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (qkv, *others)):
+def _unfit(qkv: Tensor, weights: tuple[Tensor | None, ...], tables: tuple[Tensor | None, ...]) -> Unfit:
+    if torch.is_grad_enabled() and any(table is not None and table.requires_grad for table in tables):
+        return tuple((name, "the gradient of the tables is for the reference") for name in ("triton", "cpp"))
+    if any(tensor is not None and tensor.dtype == torch.float64 for tensor in (qkv, *weights, *tables)):
         return (("triton", "fp64 is for the reference"),)
     if qkv.shape[-1] > MAX_HEAD_WIDTH:
         return (("triton", f"heads wider than {MAX_HEAD_WIDTH} do not fit in the registers"),)
@@ -344,7 +346,8 @@ def qknorm_rope(
         qkv: [B, N, 3, H, D] without a zero, bf16, fp16, fp32 or fp64, best with unit stride in D.
         q_weight: scales of q's norm [D] in any of the dtypes. None, together with `k_weight`: no norm.
         k_weight: of k's norm, as `q_weight`.
-        cos: table [N, D], D even. None, together with `sin`: no rotation. The tables get no gradient.
+        cos: table [N, D], D even. None, together with `sin`: no rotation. Only the reference differentiates
+            the tables: a gradient wanted there selects it.
         sin: table [N, D].
         eps: >= 0, added to the mean square.
         implementation: "auto", "triton", "cpp" or "reference"; None follows `use_implementation` and
@@ -369,7 +372,7 @@ def qknorm_rope(
         raise ValueError(f"qkv: expected an even head width to rotate, got {D}")
     if not eps >= 0:
         raise ValueError(f"eps: expected a number >= 0, got {eps}")
-    unfit = _unfit(qkv, q_weight, k_weight, cos, sin)
+    unfit = _unfit(qkv, (q_weight, k_weight), (cos, sin))
     name = select("qknorm_rope", qkv.device.type, implementation, unfit)
     if name == "triton":
         return _forward(qkv, q_weight, k_weight, cos, sin, eps)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.library import wrap_triton
 
 from . import _extension, _triton
-from ._dispatch import register, select
+from ._dispatch import first_derivative_only, register, select
 from ._dtypes import check_dtype
 from ._triton import configuration, launch, operator, tl, triton
 
@@ -86,7 +86,7 @@ def _backward(packed: Tensor, dy: Tensor) -> Tensor:
 
 
 _forward.register_autograd(
-    lambda ctx, dy: _backward(*ctx.saved_tensors, dy),
+    first_derivative_only("swiglu", lambda ctx, dy: _backward(*ctx.saved_tensors, dy)),
     setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0]),
 )
 

@@ -41,8 +41,8 @@ class Entry:
     offset: int = 0
     size: int | None = None
 
-    def bytes(self) -> int:
-        """Size of the encoded picture, -1 for a file that is gone."""
+    def length(self) -> int:
+        """Bytes of the encoded picture, -1 for a file that is gone."""
         try:
             return self.path.stat().st_size if self.size is None else self.size
         except OSError:
@@ -74,7 +74,7 @@ class ImageSet:
         """Short hash of what the set is, wherever it lies: names, sizes in bytes, labels, classes, in their order."""
         digest = hashlib.sha256(repr(self.classes).encode())
         with ThreadPoolExecutor(DECODERS) as pool:  # a network's file system answers several at a time
-            for entry, size in zip(self.entries, pool.map(Entry.bytes, self.entries, chunksize=256), strict=True):
+            for entry, size in zip(self.entries, pool.map(Entry.length, self.entries, chunksize=256), strict=True):
                 digest.update(repr((entry.name, entry.label, size)).encode())
         return digest.hexdigest()[:16]
 

@@ -28,9 +28,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.library import wrap_triton
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _triton
-from ._dispatch import register, select
+from ._dispatch import first_derivative_only, register, select
 from ._dtypes import check_dtype
 from ._qknorm_attention_kernels import (
     _dkv_kernel,
@@ -283,7 +284,7 @@ def _autograd(ctx, dout: Tensor, _dlse: Tensor | None) -> tuple:
     return dqkv, dweights[0].to(q_weight.dtype), dweights[1].to(k_weight.dtype), None, None, None
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_forward.register_autograd(first_derivative_only("qknorm_attention", _autograd), setup_context=_setup_context)
 register("qknorm_attention", triton=_triton.refusal)
 
 
@@ -320,7 +321,8 @@ def qknorm_attention(
     unfit = _unfit(qkv.dtype, qkv.shape[4])
     if select("qknorm_attention", qkv.device.type, implementation, unfit) == "triton":
         return _forward(qkv, q_weight, k_weight, cos, sin, eps)[0]
-    return qknorm_attention_reference(qkv, q_weight, k_weight, cos, sin, eps=eps)
+    with sdpa_kernel(SDPBackend.MATH):  # the others have neither forward mode nor second derivatives
+        return qknorm_attention_reference(qkv, q_weight, k_weight, cos, sin, eps=eps)
 
 
 def _unfit(dtype: torch.dtype, D: int) -> tuple[tuple[str, str], ...]:

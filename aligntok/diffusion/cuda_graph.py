@@ -12,6 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from aligntok.kernels import transformed
+
 WARM_UPS = 3  # calls before a recording: libraries allocate and Triton compiles in the first ones (PyTorch's advice)
 
 
@@ -24,7 +26,8 @@ class Recording(NamedTuple):
 
 
 class GraphedCalls:
-    """`network` with its calls replayed; without gradients, for tensors on one CUDA device.
+    """`network` with its calls replayed; without gradients, for tensors on one CUDA device. Inside forward mode and
+    the transforms of torch.func, of which a recording would know nothing, it is called as it is.
 
     The network's weights may change between calls, but not move in memory.
     """
@@ -34,6 +37,8 @@ class GraphedCalls:
         self.recordings: dict[tuple[tuple[torch.Size, torch.dtype], ...], Recording] = {}
 
     def __call__(self, *inputs: Tensor) -> Tensor:
+        if transformed():
+            return self.network(*inputs)
         key = tuple((x.shape, x.dtype) for x in inputs)
         if key not in self.recordings:
             self.recordings[key] = self.record(tuple(x.clone() for x in inputs))

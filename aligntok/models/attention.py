@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from aligntok.errors import UserError
-from aligntok.kernels import device_type, explain, qknorm_attention, qknorm_rope
+from aligntok.kernels import device_type, explain, qknorm_attention, qknorm_rope, transformed
 from aligntok.kernels.qknorm_attention import HEAD_WIDTHS
 
 BACKENDS = ("auto", "fused", "flash-attn", "xformers", "sdpa")
@@ -57,6 +57,8 @@ def refusal(backend: str, device: str, dtype: torch.dtype, head_width: int) -> s
         return None if head_width in HEAD_WIDTHS else f"heads of {head_width} channels; there are kernels for {widths}"
     if backend == "sdpa":
         return None
+    if transformed():
+        return f"{backend} has no forward-mode derivative and no rule for the transforms of torch.func"
     module = {"flash-attn": "flash_attn", "xformers": "xformers.ops"}[backend]
     if device != "cuda":
         return f"{backend} needs a CUDA device, the tensors are on {device!r}"
@@ -90,9 +92,14 @@ def sequence_is_short(device: str, tokens: int) -> bool:
     return device_type(device) == "cpu" and tokens <= SHORT_SEQUENCE
 
 
+def written_out(device: str, tokens: int) -> bool:
+    """As `sequence_is_short`, and inside forward mode and torch.func, of which the fused attention knows nothing."""
+    return sequence_is_short(device, tokens) or transformed()
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v for q, k, v [B, H, N, D]; written out for short sequences on a CPU."""
-    if sequence_is_short(q.device.type, q.shape[-2]):
+    """softmax(q k^T / sqrt(D)) v for q, k, v [B, H, N, D], by PyTorch's fused attention or `written_out`."""
+    if written_out(q.device.type, q.shape[-2]):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # [B, H, N, N]
         return scores.softmax(dim=-1).to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from aligntok.config import DecoderConfig
 from aligntok.errors import UserError
-from aligntok.kernels import group_norm_silu
+from aligntok.kernels import group_norm_silu, transformed
 from aligntok.models.attention import attend
 
 EPS = 1e-6  # of every GroupNorm (LDM)
@@ -116,6 +116,8 @@ class Decoder(nn.Module):
         return [self.middle, *self.levels]
 
     def forward(self, latents: Tensor) -> Tensor:
-        h = self.conv_in(latents.contiguous(memory_format=torch.channels_last))
+        if not transformed():  # vmap refuses memory formats
+            latents = latents.contiguous(memory_format=torch.channels_last)
+        h = self.conv_in(latents)
         h = self.levels(self.middle(h))
         return self.conv_out(apply_norm(h, self.norm_out))

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from aligntok.config import LightningDiTConfig
 from aligntok.errors import UserError
-from aligntok.kernels import adaln
+from aligntok.kernels import adaln, transformed
 from aligntok.models.attention import Rope
 from aligntok.models.half_precision import KeepsFloat32
 from aligntok.models.lightning_dit import Block, FinalLayer, LightningDiT, Modulate, Pending, build_rope, dimensions
@@ -76,6 +76,8 @@ class FourierTime(KeepsFloat32):
 class DiTDH(LightningDiT):
     """v = model(z_t, t, labels); trunk as in LightningDiT, head by `config.head_depth`, `head_width`, `head_heads`."""
 
+    _head_rope_cache: Rope
+
     def __init__(self, config: LightningDiTConfig, latent_channels: int, latent_size: tuple[int, int]) -> None:
         super().__init__(config, latent_channels, latent_size)
         trunk, width, heads = dimensions(config)[1], config.head_width, config.head_heads
@@ -124,8 +126,10 @@ class DiTDH(LightningDiT):
 
     def _head_rope(self, grid: tuple[int, int], device: torch.device) -> Rope:
         key = (grid, device)
-        if getattr(self, "_head_rope_key", None) != key:
-            channels = self.config.head_width // self.config.head_heads
-            self._head_rope_cache = build_rope(grid, channels, max(self._grid(self.latent_size)), device)
-            self._head_rope_key = key
-        return self._head_rope_cache
+        if getattr(self, "_head_rope_key", None) == key:
+            return self._head_rope_cache
+        channels = self.config.head_width // self.config.head_heads
+        rope = build_rope(grid, channels, max(self._grid(self.latent_size)), device)
+        if not transformed():  # as in LightningDiT
+            self._head_rope_cache, self._head_rope_key = rope, key
+        return rope

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from aligntok.config import EncoderConfig
 from aligntok.errors import UserError
-from aligntok.models.attention import sequence_is_short
+from aligntok.models.attention import written_out
 from aligntok.models.encoder_weights import EMBEDDED_NAME, Backbone, load_state, read_weights
 
 _SUPPORTED = (
@@ -107,10 +107,10 @@ class Encoder(nn.Module):
         return tokens[:, self.prefix_tokens :]
 
     def _choose_attention(self, device: torch.device, tokens: int) -> None:
-        """timm's plain attention for short sequences on a CPU, the fused one elsewhere, as in models/attention.py."""
+        """timm's plain attention or PyTorch's fused one, by the rule of models/attention.py."""
         for block in self.blocks:
             attention: Any = block.attn  # timm's, of several classes
-            attention.fused_attn = not sequence_is_short(device.type, tokens)
+            attention.fused_attn = not written_out(device.type, tokens)
 
 
 def _check_name(name: str) -> None:

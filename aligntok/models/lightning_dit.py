@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from aligntok.config import LightningDiTConfig
 from aligntok.errors import UserError
-from aligntok.kernels import adaln, swiglu
+from aligntok.kernels import adaln, swiglu, transformed
 from aligntok.models.attention import Rope, attention
 from aligntok.runtime.autocast import autocast_dtype
 
@@ -83,10 +83,14 @@ def rope_table(grid: tuple[int, int], head_width: int, trained_side: int) -> tup
 
 
 def build_rope(grid: tuple[int, int], head_width: int, trained_side: int, device: torch.device) -> Rope:
-    """The tables of `rope_table` on a device, in both of the forms that attention takes."""
-    tables = rope_table(grid, head_width, trained_side)
-    pairs = (table[:, ::2].contiguous() for table in tables)
-    return Rope(*(table.to(device) for table in (*tables, *pairs)))
+    """The tables of `rope_table` on a device, in both of the forms that attention takes.
+
+    They can be kept: made under inference mode, they serve training too.
+    """
+    with torch.inference_mode(False):
+        tables = rope_table(grid, head_width, trained_side)
+        pairs = (table[:, ::2].contiguous() for table in tables)
+        return Rope(*(table.to(device) for table in (*tables, *pairs)))
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
@@ -203,6 +207,8 @@ class LightningDiT(nn.Module):
         latent_size: (h, w) of the latents that it is trained on; other sizes work at inference, positions are scaled.
     """
 
+    _rope_cache: Rope
+
     def __init__(self, config: LightningDiTConfig, latent_channels: int, latent_size: tuple[int, int]) -> None:
         super().__init__()
         depth, width, heads = dimensions(config)
@@ -252,11 +258,13 @@ class LightningDiT(nn.Module):
 
     def _rope(self, grid: tuple[int, int], device: torch.device) -> Rope:
         key = (grid, device)
-        if getattr(self, "_rope_key", None) != key:
-            trained_side = max(self._grid(self.latent_size))  # the longer one: tokens in a row keep whole steps
-            self._rope_cache = build_rope(grid, self.head_width, trained_side, device)
-            self._rope_key = key
-        return self._rope_cache
+        if getattr(self, "_rope_key", None) == key:
+            return self._rope_cache
+        trained_side = max(self._grid(self.latent_size))  # the longer one: tokens in a row keep whole steps
+        rope = build_rope(grid, self.head_width, trained_side, device)
+        if not transformed():  # what is made inside torch.func belongs to it and cannot be copied afterwards
+            self._rope_cache, self._rope_key = rope, key
+        return rope
 
     def _unpatch(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         p, (h, w) = self.patch_size, grid

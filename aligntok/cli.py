@@ -84,7 +84,7 @@ DRY_RUN_HELP = (
 )
 PLAN_HELP = (
     "Beside the recipe: --gpus 1 8 (numbers of GPUs), --gpu a100-80gb or h100-sxm, --mfu 0.4 (assumed share of the "
-    "GPU's peak), --parts stage1 stage2 stage3 generator (some of them), --json FILE. Everything printed is a "
+    "GPU's peak), --parts stage1 stage2 stage3 generator rival (some of them), --json FILE. Everything printed is a "
     "prediction; nothing is downloaded or run."
 )
 
@@ -133,7 +133,13 @@ def _train_generator(arguments: list[str]) -> None:
 
 
 def _train_rival(arguments: list[str]) -> None:
-    recipe = parse_recipe("train-rival", arguments)
+    dry_run, arguments = take_dry_run(arguments)
+    recipe = parse_recipe("train-rival", arguments, epilog=DRY_RUN_HELP)
+    if dry_run:
+        from aligntok.commands.plan import dry_run as run_dry
+
+        run_dry(recipe, ("rival",))
+        return
     from aligntok.zoo.train_rival import train_rival
 
     train_rival(recipe)
@@ -205,7 +211,7 @@ def take_plan_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
     parser.add_argument("--gpu", choices=("a100-80gb", "h100-sxm"))
     parser.add_argument("--mfu", type=float)
     parser.add_argument("--json")
-    parser.add_argument("--parts", nargs="+", choices=("stage1", "stage2", "stage3", "generator"))
+    parser.add_argument("--parts", nargs="+", choices=("stage1", "stage2", "stage3", "generator", "rival"))
     options, rest = parser.parse_known_args(arguments)
     return at_home(vars(options)), rest
 

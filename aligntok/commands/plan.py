@@ -1,6 +1,7 @@
 """What a recipe will take: parameters, memory per GPU, communication, FLOPs and hours, predicted before anything runs.
 
-Everything is counted on the meta device by aligntok.training.monitoring.cost; nothing is downloaded or written.
+Everything is counted on the meta device by aligntok.training.monitoring.cost; nothing is downloaded or written. Parts
+are the stages of the tokenizer, or the rival in its place, and the generator.
 
     memory    weights + gradients + optimizer + averages + activations of a micro-batch; DDP: all of them; FSDP2: a
               share of what trains, and three times the largest block: gathered, gathered ahead, its gradient
@@ -18,6 +19,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,23 +27,30 @@ from rich.console import Console
 from rich.table import Table
 
 from aligntok.config import (
+    DataConfig,
     GeneratorTrainingConfig,
     LightningDiTConfig,
     Recipe,
     RivalConfig,
+    RivalStageConfig,
     StageConfig,
     StagesConfig,
     TrainingConfig,
 )
 from aligntok.data.geometry import check_size
 from aligntok.errors import UserError
+from aligntok.models.tokenizer import AlignTok, StoredTokenizer
 from aligntok.runtime.files import write_bytes
 from aligntok.runtime.world import World
 from aligntok.training.monitoring import cost
 from aligntok.training.monitoring.cost import Cost
 from aligntok.training.train_tokenizer import STAGES
+from aligntok.zoo.building import latent_shape as rival_shape
+from aligntok.zoo.building import rival_cost
+from aligntok.zoo.finished import network_of
 
 CHECKPOINTING = ("none", "selective", "full")
+PARTS = (*STAGES, "generator", "rival")
 Update = Callable[[int, int, str], None]
 
 
@@ -67,7 +76,7 @@ class PlanConfig:
     gpu: Literal["a100-80gb", "h100-sxm"] = "h100-sxm"
     mfu: float = 0.4
     json: str | None = None
-    parts: list[str] = dataclasses.field(default_factory=lambda: [*STAGES, "generator"])
+    parts: list[str] | None = None  # None = all that the recipe has
 
 
 def plan(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...], update: Update | None = None) -> dict[str, Any]:
@@ -76,27 +85,14 @@ def plan(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...], update: Up
     Args:
         recipe: everything about the training.
         options: for how many of which GPUs, and how well they are assumed to be used.
-        parts: of "stage1", "stage2", "stage3", "generator"; stages without steps are left out.
+        parts: some of PARTS; stages without steps are left out.
         update: called with (counts done, counts in all, what is counted next).
 
     Raises:
         UserError: networks that do not fit together, a batch that cannot be divided, an option out of range.
     """
-    _check(options)
-    if recipe.rival != RivalConfig():
-        raise UserError(
-            f"the recipe trains a rival ({recipe.rival.kind}); only AlignTok's stages and LightningDiT can be planned: "
-            f"give another one"
-        )
-    jobs: list[tuple[str, str]] = []  # (part, checkpointing)
-    for part in parts:
-        if part == "generator":
-            own = recipe.generator.training.checkpointing
-            jobs += [(part, mode) for mode in CHECKPOINTING if len(options.gpus) > 1 or mode == own]
-        elif getattr(recipe.tokenizer.stages, part).steps:
-            trains = getattr(recipe.tokenizer.stages, part).trains
-            own = recipe.tokenizer.training.checkpointing
-            jobs.append((part, own if "encoder" in trains else "none"))
+    _check(recipe, options, parts)
+    jobs = [(part, mode) for part in parts for mode in _modes(recipe, part, every=len(options.gpus) > 1)]
     found: dict[str, Any] = {"prediction": True, "gpu": options.gpu, "mfu": options.mfu, "parts": {}, "rows": []}
     for done, (part, mode) in enumerate(jobs):
         if update is not None:
@@ -110,7 +106,30 @@ def plan(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...], update: Up
     return found
 
 
-def _check(options: PlanConfig) -> None:
+def parts_of(recipe: Recipe) -> tuple[str, ...]:
+    """All parts of a recipe; REPA-E trains its generator with the rival."""
+    if recipe.rival == RivalConfig():
+        return (*STAGES, "generator")
+    return ("rival",) if recipe.rival.kind == "repa-e" else ("rival", "generator")
+
+
+def _modes(recipe: Recipe, part: str, every: bool) -> list[str]:
+    """Ways of checkpointing to plan a part with: its own and, of the generator and if asked for, every one; [] for a
+    stage without steps."""
+    if part == "generator":
+        return list(CHECKPOINTING) if every else [recipe.generator.training.checkpointing]
+    if part == "rival":
+        return [recipe.rival.training.checkpointing]
+    stage = getattr(recipe.tokenizer.stages, part)
+    return [recipe.tokenizer.training.checkpointing if "encoder" in stage.trains else "none"] if stage.steps else []
+
+
+def _check(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...]) -> None:
+    if recipe.rival != RivalConfig() and any(part in STAGES for part in parts):
+        raise UserError(
+            f"the recipe trains a rival ({recipe.rival.kind}) in the place of AlignTok's stages: plan the parts "
+            f"{' and '.join(parts_of(recipe))}, or give another recipe"
+        )
     if not 0 < options.mfu <= 1:
         raise UserError(f"--mfu is {options.mfu}, expected a share of the peak such as 0.4")
     if not options.gpus or min(options.gpus) < 1:
@@ -124,7 +143,7 @@ def _part(recipe: Recipe, part: str, mode: str, options: PlanConfig) -> tuple[di
     ends = [count(size) for size in sorted({min(micro.values()), max(micro.values())})]
     rows = []
     for gpus in options.gpus:
-        for parallel in ("ddp", "fsdp") if gpus > 1 else ("ddp",):
+        for parallel in ("ddp", "fsdp") if gpus > 1 and part != "rival" else ("ddp",):
             here = _between(ends, micro[gpus])
             row: dict[str, Any] = {"part": part, "gpus": gpus, "parallel": parallel if gpus > 1 else "-"}
             row |= {"checkpointing": mode, "micro_batch": micro[gpus], "accumulate": accumulate}
@@ -147,11 +166,16 @@ def _counter(recipe: Recipe, part: str, mode: str) -> tuple[TrainingConfig, int,
         of_generator = GeneratorTrainingConfig(
             model=labelled(generator.model), training=TrainingConfig(precision=generator.training.precision)
         )
-        return generator.training, generator.steps, lambda n: _once(cost.generator_cost, of_generator, shape, n, mode)
+        count = partial(cost.once, cost.generator_cost, of_generator, shape)
+        return generator.training, generator.steps, lambda n: count(n, mode)
+    if part == "rival":
+        count = partial(cost.once, rival_cost, _decisive_rival(recipe))
+        return recipe.rival.training, recipe.rival.stage.steps, lambda n: count(n, mode)
     config, stage = recipe.tokenizer, getattr(recipe.tokenizer.stages, part)
     training = TrainingConfig(precision=config.training.precision)
     decisive = dataclasses.replace(config, stages=StagesConfig(), training=training)
-    return config.training, stage.steps, lambda n: _once(cost.tokenizer_cost, decisive, _decisive(stage), size, n, mode)
+    count = partial(cost.once, cost.tokenizer_cost, decisive, _decisive(stage), size)
+    return config.training, stage.steps, lambda n: count(n, mode)
 
 
 def _decisive(stage: StageConfig) -> StageConfig:
@@ -162,15 +186,18 @@ def _decisive(stage: StageConfig) -> StageConfig:
     return StageConfig(stage.trains, steps=1, gan_start=never, semantic=semantic, ema_decay=averages)
 
 
-_known: dict[str, Any] = {}
-
-
-def _once(count: Callable[..., Any], *arguments: Any) -> Any:
-    """count(*arguments), counted once in a process: recipes share stages. Arguments are equal if they print equally."""
-    key = repr((count.__name__, arguments))
-    if key not in _known:
-        _known[key] = count(*arguments)
-    return _known[key]
+def _decisive_rival(recipe: Recipe) -> Recipe:
+    """A recipe of a rival's single step with its adversarial loss, which costs what the rival's steps cost."""
+    stage = recipe.rival.stage
+    averages = None if stage.ema_decay is None else 0.5
+    never = int(stage.gan_start >= stage.steps)
+    rival = dataclasses.replace(
+        recipe.rival,
+        stage=RivalStageConfig(steps=1, gan_start=never, ema_decay=averages),
+        training=TrainingConfig(precision=recipe.rival.training.precision),
+    )
+    generator = GeneratorTrainingConfig(model=labelled(recipe.generator.model))
+    return Recipe(rival=rival, generator=generator, data=DataConfig(image_size=recipe.data.image_size))
 
 
 def labelled(model: LightningDiTConfig) -> LightningDiTConfig:
@@ -180,6 +207,8 @@ def labelled(model: LightningDiTConfig) -> LightningDiTConfig:
 
 def latent_shape(recipe: Recipe) -> tuple[int, int, int]:
     """(d, h, w) of the recipe's latents; UserError if the image size is not a multiple of the downsampling."""
+    if recipe.rival != RivalConfig():
+        return cost.once(rival_shape, recipe.rival, recipe.data.image_size)
     config, size = recipe.tokenizer.model, recipe.data.image_size
     check_size(size, config.encoder.downsample)
     side = size // config.encoder.downsample
@@ -225,10 +254,13 @@ def memory(counted: Cost, gpus: int, parallel: str) -> dict[str, int]:
 
 
 def _forward(recipe: Recipe, parts: tuple[str, ...]) -> dict[str, int]:
-    found = dict(_once(cost.forward_flops, recipe.tokenizer.model, recipe.data.image_size))
+    rival = recipe.rival != RivalConfig() or "rival" in parts
+    kind: type[StoredTokenizer]
+    kind, config = network_of(recipe.rival) if rival else (AlignTok, recipe.tokenizer.model)
+    found = dict(cost.once(cost.forward_flops, kind, config, recipe.data.image_size))
     if "generator" in parts:
         model = labelled(recipe.generator.model)
-        found["generator evaluation"] = _once(cost.generator_forward_flops, model, latent_shape(recipe))
+        found["generator evaluation"] = cost.once(cost.generator_forward_flops, model, latent_shape(recipe))
     return found
 
 
@@ -246,8 +278,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(f"forward pass, GFLOP per image: {forward}", highlight=False)
     console.print(_memory_table(found))
     console.print(
-        "Stages are counted with the adversarial loss on and frozen networks in the loop; the generator reads cached "
-        "latents. img/s and hours follow from the assumed share of the peak; nothing here was measured.",
+        "Stages and rivals are counted with the adversarial loss on and frozen networks in the loop; the generator "
+        "reads cached latents. img/s and hours follow from the assumed share of the peak; nothing here was measured.",
         highlight=False,
     )
 
@@ -280,7 +312,7 @@ def print_plan(recipe: Recipe, options: PlanConfig) -> None:
         def update(done: int, total: int, what: str) -> None:
             status.update(f"counting {done + 1} of {total}: {what}")
 
-        found = plan(recipe, options, tuple(options.parts), update)
+        found = plan(recipe, options, tuple(options.parts or parts_of(recipe)), update)
     show(found, console if console.is_terminal else Console(width=200))
     if options.json is not None:
         write_bytes(Path(options.json), json.dumps(found, indent=1).encode())

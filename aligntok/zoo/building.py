@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aligntok.config import EncoderConfig, Recipe, RivalConfig
+from aligntok.data import geometry
 from aligntok.data.frozen import FrozenOutput
 from aligntok.errors import UserError
 from aligntok.models.discriminator import PatchDiscriminator
@@ -137,13 +138,31 @@ def rival_flops(recipe: Recipe, looked_up: bool, device_type: str) -> dict[int, 
     return cost.count(device_type, partial(_build, recipe, rows, looked_up, mode), cost.step_flops)
 
 
+def latent_shape(config: RivalConfig, image_size: int) -> tuple[int, int, int]:
+    """(d, h, w) of a rival's latents for images of a size; UserError if it does not take them."""
+    with cost.on_meta("cpu"):
+        tokenizer = build_rival(config)
+        check_size(image_size, tokenizer, config)
+        return (tokenizer.latent_channels, *tokenizer.grid(torch.empty(1, 3, image_size, image_size)))
+
+
+def check_size(size: int, tokenizer: StoredTokenizer, config: RivalConfig) -> None:
+    """Raise UserError unless a rival takes images of a size."""
+    geometry.check_size(size, tokenizer.downsample)
+    only = getattr(tokenizer.config, "image_size", size)  # of those that belong to one size
+    if size != only:
+        raise UserError(f"data.image_size is {size}, but rival.{config.kind}.image_size is {only}")
+
+
 def _build(recipe: Recipe, rows: int, looked_up: bool, mode: str) -> Built:
     """A rival's objective with a batch of `rows` images; inside `cost.on_meta`."""
     config = replace(recipe.rival, training=cost.settings(recipe.rival.training, rows))
     size, precision = recipe.data.image_size, MetaPrecision(config.training.precision)
     batch = cost.make_batch(torch.empty(rows, 3, size, size), classes=recipe.generator.model.classes or 1)
     builder = Builder(replace(recipe, rival=config), precision, cost.freezer(precision, batch if looked_up else None))
-    objective = builder.objective(build_rival(config).eval())
+    tokenizer = build_rival(config).eval()
+    check_size(size, tokenizer, config)
+    objective = builder.objective(tokenizer)
     cost.recompute(objective, precision, mode)
     parts = dict(objective.tokenizer.named_children()) | {"discriminator": objective.discriminator}
     parts |= objective.trained | {} if looked_up else objective.trained | builder.frozen

@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aligntok.config import Recipe, RivalConfig
+from aligntok.config import Recipe
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
-from aligntok.data.geometry import check_size
 from aligntok.data.images import ImageSet, open_images
 from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource, Source
@@ -40,7 +39,7 @@ from aligntok.training.monitoring.telemetry import Telemetry
 from aligntok.training.recovery.checkpoint import Checkpoints, course, discard
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.train_generator import check_classes
-from aligntok.zoo.building import Builder, build_rival, rival_flops
+from aligntok.zoo.building import Builder, build_rival, check_size, rival_flops
 from aligntok.zoo.finished import check_finished
 from aligntok.zoo.objectives import RivalObjective
 from aligntok.zoo.repa_e import RepaEObjective
@@ -86,7 +85,7 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> StoredTokenizer:
     with main_first():
         tokenizer = build_rival(config)
     tokenizer = tokenizer.to(precision.device).eval()
-    _check_size(recipe.data.image_size, tokenizer, config)
+    check_size(recipe.data.image_size, tokenizer, config)
     everything = open_images(recipe.data.path, recipe.data.max_images, say=telemetry.say)
     images, held_out = everything.split(recipe.data.held_out)
     services = (telemetry.say, telemetry.bar, current(), precision.device)
@@ -107,13 +106,6 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> StoredTokenizer:
     on_main(checkpoints.remove)
     telemetry.say(f"tokenizer: {folder}")
     return tokenizer
-
-
-def _check_size(size: int, tokenizer: StoredTokenizer, config: RivalConfig) -> None:
-    check_size(size, tokenizer.downsample)
-    only = getattr(tokenizer.config, "image_size", size)  # of those that belong to one size
-    if size != only:
-        raise UserError(f"data.image_size is {size}, but rival.{config.kind}.image_size is {only}")
 
 
 @dataclass

@@ -196,9 +196,18 @@ def test_a_dry_run_of_every_recipe(name, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("name", RIVALS)
-def test_a_rivals_recipe_is_not_planned_as_aligntoks(name):
-    with pytest.raises(UserError, match="the recipe trains a rival"):
-        plan.dry_run(parse_recipe("train-tokenizer", ["--config", name]), ("generator",))
+def test_a_dry_run_of_every_rival(name, monkeypatch):
+    _no_writing(monkeypatch)
+    recipe = parse_recipe("train-rival", ["--config", name])
+    with pytest.raises(UserError, match=r"trains a rival .* in the place of AlignTok's stages: plan the parts rival"):
+        plan.dry_run(recipe, ("stage2",))
+    assert plan.parts_of(recipe) == (("rival",) if recipe.rival.kind == "repa-e" else ("rival", "generator"))
+    parts = ("rival", "generator") if recipe.rival.kind == "rae" else ("rival",)  # the others have LightningDiT, too
+    found = plan.dry_run(recipe, parts)
+    assert list(found["parts"]) == list(parts)
+    assert {row["parallel"] for row in found["rows"] if row["part"] == "rival"} == {"ddp"}
+    assert all(row["activations"] > 0 and row["gradients"] > 0 for row in found["rows"])
+    assert all(value > 0 for value in found["forward_flops_per_image"].values())
 
 
 def test_the_command_line_takes_a_dry_run(tmp_path):
@@ -218,3 +227,11 @@ def test_dry_run_trains_what_the_recipe_says():
     assert "snapshot" in parts["ablations/w_sp_1"] and "snapshot" not in parts["ablations/w_sp_0"]
     linears = ((1024, 3072), (1024, 1024), (1024, 4096), (4096, 1024))  # of each of 24 blocks: qkv, proj, fc1, fc2
     assert parts["ablations/lora"]["encoder"] == (24 * 16 * sum(map(sum, linears)), 304_367_616)
+
+
+def test_a_rival_is_planned_and_run_dry_from_the_command_line(tmp_path, capsys):
+    given = ["--config", "study/vae", "--output", str(tmp_path / "run")]
+    assert main(["train-rival", "--dry-run", *given]) == 0
+    assert main(["plan", "--gpus", "1", "--parts", "rival", *given]) == 0
+    said = capsys.readouterr().out
+    assert said.count("rival") >= 2 and "stage1" not in said and not (tmp_path / "run").exists()

@@ -35,7 +35,6 @@ from aligntok.config import (
     GeneratorTrainingConfig,
     LightningDiTConfig,
     StageConfig,
-    TokenizerConfig,
     TokenizerTrainingConfig,
     TrainingConfig,
 )
@@ -281,15 +280,15 @@ def step_flops(built: Built) -> dict[int, float]:
     return found
 
 
-def forward_flops(config: TokenizerConfig, image_size: int) -> dict[str, int]:
-    """FLOPs of encoding and of decoding one image."""
+def forward_flops(kind: type[StoredTokenizer], config: Any, image_size: int) -> dict[str, int]:
+    """FLOPs of encoding and of decoding one image by a tokenizer of a class and its configuration."""
     with on_meta("cuda"), torch.no_grad():
-        tokenizer, images = AlignTok(config).eval(), torch.empty(1, 3, image_size, image_size)
+        tokenizer, images = kind(config).eval(), torch.empty(1, 3, image_size, image_size)
         with MetaAutocast(torch.bfloat16):
             with Flops() as encoding:
                 latents = tokenizer.raw_latents(images)
             with Flops() as decoding:
-                tokenizer.decoder(latents)
+                tokenizer.reconstruct(latents)
     return {"encode": encoding.flops, "decode": decoding.flops}
 
 

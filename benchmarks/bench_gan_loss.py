@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from aligntok.kernels import gan_loss
-from benchmarks.harness import Case, Provider, arguments, compare
+from benchmarks.harness import Case, Parts, Provider, arguments, compare
 from benchmarks.machine import DEVICE
 
 SHAPES = ((1, 1, 1, 1), (1, 1, 30, 30), (32, 1, 30, 30), (256, 1, 30, 30), (32, 1, 128, 256), (4_000_000,))
@@ -93,20 +93,23 @@ def case(part: str, kind: str, shape: tuple[int, ...], dtype: torch.dtype) -> Ca
     return Case(label, tuple(logits), TOLERANCE[dtype])
 
 
+def comparisons(dtype: torch.dtype = torch.bfloat16) -> Parts:
+    """Providers and cases of every table."""
+    parts = [
+        (providers(part, kind), [case(part, kind, shape, dtype) for shape in SHAPES])
+        for part in ("discriminator", "generator")
+        for kind in gan_loss.KINDS
+    ]
+    return [*parts, (lecam_providers(), [case("discriminator", "lecam", shape, dtype) for shape in SHAPES])]
+
+
 def main() -> int:
     """Print the tables; exit status 1 if some result was wrong."""
     parser = arguments(__doc__)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32", help="of the logits")
     options = parser.parse_args()
     torch._dynamo.config.recompile_limit = _GRAPHS
-    dtype = getattr(torch, options.dtype)
-    parts = [
-        (providers(part, kind), [case(part, kind, shape, dtype) for shape in SHAPES])
-        for part in ("discriminator", "generator")
-        for kind in gan_loss.KINDS
-    ]
-    parts.append((lecam_providers(), [case("discriminator", "lecam", shape, dtype) for shape in SHAPES]))
-    return compare(parts, "ours", options)
+    return compare(comparisons(getattr(torch, options.dtype)), "ours", options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from aligntok.kernels.norm_ratio import norm_ratio, norm_ratio_reference
-from benchmarks.harness import Case, Provider, arguments, compare
+from benchmarks.harness import Case, Parts, Provider, arguments, compare
 from benchmarks.machine import DEVICE
 
 DELTA, LIMIT = 1e-4, 1e4
@@ -51,16 +51,21 @@ def case(label: str) -> Case:
     return Case(f"{label} float32", tuple(tensors), TOLERANCE)
 
 
-def main() -> int:
-    """Print the table; exit status 1 if some result was wrong."""
-    options = arguments(__doc__).parse_args()
+def comparisons() -> Parts:
+    """Providers and cases of the table."""
     providers = [
         Provider("eager", eager),
         Provider("torch._foreach_norm", foreach),
         Provider("torch.compile", torch.compile(eager, fullgraph=True, dynamic=False)),
         Provider("ours", ours),
     ]
-    return compare([(providers, [case(label) for label in SHAPES])], "ours", options)
+    return [(providers, [case(label) for label in SHAPES])]
+
+
+def main() -> int:
+    """Print the table; exit status 1 if some result was wrong."""
+    options = arguments(__doc__).parse_args()
+    return compare(comparisons(), "ours", options)
 
 
 if __name__ == "__main__":

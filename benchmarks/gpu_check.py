@@ -1,19 +1,22 @@
-"""Everything that only a GPU can tell, in under eight minutes: tests, microbenchmarks, training throughput.
+"""Everything that only a GPU can tell, the most valuable first: smoke, training steps, attention, operators, tests.
 
-    python -m benchmarks.gpu_check [--seconds 0.3] [--output FOLDER]                       (make gpu-check)
+    python -m benchmarks.gpu_check [--limit 480] [--output FOLDER]                         (make gpu-check)
+    python -m benchmarks.gpu_check --rehearse                                              the same, small, anywhere
 
-Runs the tests of the kernels and of everything marked `cuda` on the device, every benchmark against eager PyTorch,
-torch.compile and the installed attention libraries, and training steps of LightningDiT-B/1 and -XL/1 with the fused
-operators and with the references. Writes gpu_check_<device>.json and .md with the device's name and every output, even
-where a part fails; the exit status is 1 then.
+Each part is a command of its own with a limit of its own, cut to what is left of --limit. After each of them
+gpu_check_<device>.json and .md are written, with every output, what was stopped, and the names of what was not reached;
+the exit status is 1 if a part failed. A rehearsal runs the same parts at their smallest on whatever is there, without a
+GPU too, so that what a GPU will be asked to do is known to be askable.
 """
 
 import argparse
 import json
+import os
 import re
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
@@ -22,93 +25,122 @@ from typing import Any
 import torch
 
 from aligntok.runtime.files import write_bytes
-from benchmarks.machine import machine_line
+from benchmarks.machine import device_name, machine_line
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_S = 480
-BENCHMARKS = sorted(
-    path.stem for path in Path(__file__).parent.glob("bench_*.py") if path.stem != "bench_training_step"
-)
-STEPS = (("B", 256, 64), ("XL", 256, 32))  # size, tokens, batch
+STEPS = (("XL", 256, 32), ("B", 256, 64))  # size, tokens, batch
+FIRST = ("qknorm_attention", "qknorm_rope")  # of the operators: what most of a long step's time depends on
+TESTED = ("tests/kernels", "tests/models", "tests/diffusion")
+PATIENCE = 10  # a rehearsal on a laptop's processor asks whether commands run, not how fast
+NOT_REACHED = "not reached"
 
 
 @dataclass
 class Part:
-    """One command with what it printed."""
+    """One command, the seconds that it may take, and what became of it."""
 
     name: str
     command: list[str]
-    status: int = 0
+    limit: float
+    status: int | str = NOT_REACHED  # exit status, 124 where it was stopped
     seconds: float = 0.0
     output: str = ""
 
 
-def parts(seconds: float) -> list[Part]:
+def operators() -> list[str]:
+    """The public operators: those of kernels/ that have a benchmark, attention first."""
+    found = sorted(path.stem for path in (ROOT / "kernels").glob("[!_]*.py"))
+    return [*FIRST, *(op for op in found if op not in FIRST)]
+
+
+def parts(rehearse: bool = False) -> list[Part]:
     """The commands, in the order in which they run."""
-    python = sys.executable
-    found = [Part("tests", [python, "-m", "pytest", "-q", "tests/kernels", "tests/models", "tests/diffusion"])]
-    for name in BENCHMARKS:
-        command = [python, "-m", f"benchmarks.{name}", "--phase", "all", "--seconds", str(seconds)]
-        found.append(Part(name, command))
-    for size, tokens, batch in STEPS:
-        options = ["--size", size, "--tokens", str(tokens), "--batch", str(batch)]
-        found.append(Part(f"training step {size}/1", [python, "-m", "benchmarks.bench_training_step", *options]))
+
+    def module(name: str, limit: float, *options: str, title: str | None = None) -> Part:
+        return Part(title or name, [sys.executable, "-m", name, *options], limit)
+
+    options: tuple[str, ...]
+    found = [module("aligntok", 60, "doctor", title="environment"), module("benchmarks.smoke", 90, title="smoke")]
+    for size, tokens, batch in (("S", 4, 2),) if rehearse else STEPS:
+        options = ("--size", size, "--tokens", str(tokens), "--batch", str(batch), "--rounds", "1" if rehearse else "7")
+        found.append(module("benchmarks.bench_training_step", 120, *options, title=f"training step {size}/1"))
+    for op in operators():
+        quick = ("--phase", "both", "--seconds", "0", "--smallest")
+        options = quick if rehearse else ("--phase", "all", "--seconds", "0.3")
+        found.append(module(f"benchmarks.bench_{op}", 45, *options, title=f"bench_{op}"))
+    options = ("--collect-only",) if rehearse else ("-n", "auto", "--maxprocesses", "8")
+    found.append(module("pytest", 300, "-q", *options, *TESTED, title="tests"))
+    for part in found:
+        part.limit *= PATIENCE if rehearse else 1
     return found
 
 
 def run(part: Part, deadline: float) -> None:
-    """Run one command and keep its output; a command past the deadline is stopped and says so."""
-    start = time.monotonic()
-    if start >= deadline:
-        part.status, part.output = 124, "left out: the time was used up"
+    """Run one command within its limit and the deadline, and keep what it printed; stopped, it has status 124."""
+    began = time.monotonic()
+    allowed = min(part.limit, deadline - began)
+    if allowed <= 0:
         return
     try:
-        answer = subprocess.run(
-            part.command, cwd=ROOT, capture_output=True, text=True, timeout=deadline - start, check=False
-        )
-        part.status, part.output = (
-            answer.returncode,
-            answer.stdout + ("\n" + answer.stderr if answer.returncode else ""),
-        )
+        answer = subprocess.run(part.command, cwd=ROOT, capture_output=True, text=True, timeout=allowed, check=False)
+        part.status, part.output = answer.returncode, answer.stdout
+        if answer.returncode:
+            part.output += "\n" + answer.stderr
     except subprocess.TimeoutExpired as error:
-        printed = error.stdout or b""
-        part.status, part.output = 124, f"stopped: the time was used up\n{printed.decode(errors='replace')}"
-    part.seconds = time.monotonic() - start
+        printed = "\n".join((text or b"").decode(errors="replace") for text in (error.stdout, error.stderr))
+        part.status, part.output = 124, f"stopped after {allowed:.0f} s\n{printed}"
+    part.seconds = time.monotonic() - began
 
 
 def page(done: list[Part]) -> str:
     """All outputs as Markdown."""
-    lines = ["# GPU check", machine_line(), "| part | exit status | seconds |\n|---|---|---|"]
-    lines[-1] += "".join(f"\n| {part.name} | {part.status} | {part.seconds:.0f} |" for part in done)
+    lines = ["# GPU check", machine_line(), "| part | exit status | seconds | limit |\n|---|---|---|---|"]
+    lines[-1] += "".join(f"\n| {part.name} | {part.status} | {part.seconds:.0f} | {part.limit:.0f} |" for part in done)
+    if missed := [part.name for part in done if part.status == NOT_REACHED]:
+        lines.append(f"Not reached: {', '.join(missed)}.")
     for part in done:
-        lines += [f"## {part.name}", part.output.strip()]
+        if part.status != NOT_REACHED:
+            lines += [f"## {part.name}", f"```\n{part.output.strip()}\n```"]
     return "\n\n".join(lines) + "\n"
+
+
+def write(folder: Path, every: list[Part]) -> Path:
+    """gpu_check_<device>.json and .md with what is known by now; returns the page."""
+    slug = re.sub(r"\W+", "_", device_name()).strip("_").lower()
+    data: dict[str, Any] = {"device": device_name(), "torch": torch.__version__, "date": date.today().isoformat()}
+    data["parts"] = [asdict(part) for part in every]
+    write_bytes(folder / f"gpu_check_{slug}.json", json.dumps(data, indent=1).encode())
+    write_bytes(folder / f"gpu_check_{slug}.md", page(every).encode())
+    return folder / f"gpu_check_{slug}.md"
+
+
+def run_all(every: list[Part], limit: float, folder: Path) -> Iterator[Part]:
+    """Run the parts in turn, results on disk after each; yields each when it is done or passed over."""
+    deadline = time.monotonic() + limit
+    for part in every:
+        run(part, deadline)
+        write(folder, every)
+        yield part
 
 
 def main() -> int:
     """Run all parts; exit status 1 if one failed, 2 without a CUDA device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=0.3, help="time per row of a benchmark (default: 0.3)")
     parser.add_argument("--limit", type=float, default=LIMIT_S, help="seconds for everything (default: 480)")
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the two files")
+    parser.add_argument("--rehearse", action="store_true", help="every part at its smallest, on any machine")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
+    if options.rehearse:
+        os.environ |= {"TORCHDYNAMO_DISABLE": "1"}  # a compiler takes minutes on a CPU and tells nothing of the GPU
+    elif not torch.cuda.is_available():
         print("gpu-check needs a CUDA device: torch.cuda.is_available() is False here", file=sys.stderr)
         return 2
-    deadline = time.monotonic() + options.limit
-    done = []
-    for part in parts(options.seconds):
-        print(f"{part.name} ...", end=" ", flush=True)
-        run(part, deadline)
-        print(f"exit status {part.status}, {part.seconds:.0f} s", flush=True)
-        done.append(part)
-        slug = re.sub(r"\W+", "_", torch.cuda.get_device_name()).strip("_").lower()
-        data: dict[str, Any] = {"device": torch.cuda.get_device_name(), "date": date.today().isoformat()}
-        data["parts"] = [asdict(one) for one in done]
-        write_bytes(options.output / f"gpu_check_{slug}.json", json.dumps(data, indent=1).encode())
-        write_bytes(options.output / f"gpu_check_{slug}.md", page(done).encode())
-    print(f"wrote {options.output / f'gpu_check_{slug}.md'}")
-    return int(any(part.status for part in done))
+    every = parts(options.rehearse)
+    for part in run_all(every, options.limit, options.output):
+        print(f"{part.name}: {part.status}, {part.seconds:.0f} of {part.limit:.0f} s", flush=True)
+    print(f"wrote {write(options.output, every)}")
+    return int(any(part.status not in (0, NOT_REACHED) for part in every))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from benchmarks.results import Measurement, plot, remarks, table, write_csv
 from benchmarks.workloads import Workload
 
 PHASES = ("forward", "backward", "both")
+ROUNDS = 5  # that a figure is at least a median of
 # A measurement shorter than this is repeated inside the timed region: perf_counter resolves far less, but an
 # interrupt of some microseconds then stays below a hundredth of the sample.
 _MIN_SAMPLE_S = 1e-3
@@ -175,9 +176,14 @@ def _peak_bytes(timer: Callable[[int], float]) -> int | None:
     return torch.cuda.max_memory_allocated() - before
 
 
-def measure(case: Case, phase: str, providers: Sequence[Provider], budget_s: float) -> list[Measurement]:
-    """Time all providers on one case; `providers[0]` is the baseline. About `budget_s` seconds for all
-    together.
+def measure(
+    case: Case, phase: str, providers: Sequence[Provider], budget_s: float, least: int = ROUNDS
+) -> list[Measurement]:
+    """Time all providers on one case; `providers[0]` is the baseline.
+
+    Args:
+        budget_s: seconds for all together.
+        least: rounds that are taken however long they last.
     """
     results = [Measurement(case.label, phase, provider.name) for provider in providers]
     timers: list[tuple[Measurement, Callable[[int], float], int]] = []
@@ -187,13 +193,13 @@ def measure(case: Case, phase: str, providers: Sequence[Provider], budget_s: flo
             timer = _timer(provider, case, phase)
             timer(1)
             result.peak_bytes = _peak_bytes(timer)
-            repeats = 1 if CUDA else max(1, min(100, round(_MIN_SAMPLE_S / timer(3))))
+            repeats = 1 if CUDA or least == 1 else max(1, min(100, round(_MIN_SAMPLE_S / timer(3))))
             timers.append((result, timer, repeats))
     deadline = time.perf_counter() + budget_s
     gc.disable()
     try:
         rounds = 0
-        while timers and (rounds < 5 or time.perf_counter() < deadline):
+        while timers and (rounds < least or time.perf_counter() < deadline):
             shift = rounds % len(timers)
             for result, timer, repeats in timers[shift:] + timers[:shift]:
                 result.samples.append(timer(repeats))
@@ -211,6 +217,7 @@ def arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--phase", choices=[*PHASES, "all"], default="both", help="what is timed (default: both)")
     parser.add_argument("--seconds", type=float, default=2.0, help="time per row, all providers together (default: 2)")
+    parser.add_argument("--smallest", action="store_true", help="one round at the smallest sizes: a rehearsal")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads (default: torch's)")
     parser.add_argument("--csv", type=Path, default=None, help="also write the figures to this file")
     parser.add_argument("--plot", type=Path, default=None, help="also draw the ratios into this PNG file")
@@ -233,7 +240,8 @@ def compare(parts: Parts, ours: str, options: argparse.Namespace, left_out: Sequ
         for case in cases:
             wanted = PHASES if options.phase == "all" else (options.phase,)
             wanted = wanted if case.leaves else ("forward",)
-            rows += [measure(case, phase, providers, options.seconds) for phase in wanted]
+            rounds = 1 if options.smallest else ROUNDS
+            rows += [measure(case, phase, providers, options.seconds, rounds) for phase in wanted]
     print(machine_line())
     print("Median per call (20 % .. 80 % quantile) and ratio against the first column.\n")
     print(table(rows))
@@ -253,10 +261,12 @@ def _ideal(workload: Workload, shape: dict[str, int]) -> Callable[[str], float]:
     return lambda phase: {"forward": passes[0], "backward": passes[1], "both": sum(passes)}[phase]
 
 
-def _part(workload: Workload, compiled: bool) -> tuple[tuple[Sequence[Provider], Sequence[Case]], list[str]]:
+def _part(
+    workload: Workload, compiled: bool, smallest: bool
+) -> tuple[tuple[Sequence[Provider], Sequence[Case]], list[str]]:
     """Providers and case of a workload on this machine, and what had to be left out."""
     selection = explain(workload.op, DEVICE)
-    shape = workload.shape if CUDA else workload.cpu_shape
+    shape = workload.reduced_shape if smallest else workload.shape if CUDA else workload.cpu_shape
     providers, left_out = [Provider("eager", workload.reference)], []
     if compiled:
         providers.append(Provider("torch.compile", torch.compile(workload.reference, fullgraph=True, dynamic=False)))
@@ -271,7 +281,7 @@ def _part(workload: Workload, compiled: bool) -> tuple[tuple[Sequence[Provider],
     else:
         providers.append(Provider("ours", workload.ours))
     if shape != workload.shape:
-        left_out.append(f"reduced for a CPU: {workload.label} ran at {workload.sized(shape)}")
+        left_out.append(f"reduced: {workload.label} ran at {workload.sized(shape)}")
     inputs = workload.make(DEVICE, workload.dtype, **shape)
     ideal = _ideal(workload, shape) if CUDA else None
     return (providers, [Case(workload.sized(shape), inputs, workload.tolerance, ideal)]), left_out
@@ -288,6 +298,6 @@ def run_workloads(description: str, workloads: Sequence[Workload]) -> int:
     options = parser.parse_args()
     torch._dynamo.config.recompile_limit = 4 * len(workloads) + 8
     torch.manual_seed(0)
-    found = [_part(workload, not options.no_compile) for workload in workloads]
+    found = [_part(workload, not options.no_compile, options.smallest) for workload in workloads]
     left_out = [line for _, lines in found for line in lines]
     return compare([part for part, _ in found], "ours", options, left_out)

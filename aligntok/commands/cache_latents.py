@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor, distributed
 
 from aligntok.data.crop_reader import Crops, read_crops
+from aligntok.data.found import unreadable
 from aligntok.data.geometry import check_size, to_unit_range
 from aligntok.data.images import ImageSet, open_images
 from aligntok.data.latent_format import (
@@ -251,6 +252,8 @@ def report(manifest: Record, output: str, telemetry: Telemetry) -> None:
         telemetry.say(f"skipped {entry['name']}: {entry['reason']}")
     if len(skipped) > _NAMED:
         telemetry.say(f"... and {len(skipped) - _NAMED} more unreadable images, all named in {MANIFEST}")
+    if skipped:
+        telemetry.say(unreadable(len(skipped), manifest["count"] + len(skipped)))
     gib = sum(shard["bytes"] for shard in manifest["shards"]) / 2**30
     mean, std = torch.tensor(manifest["mean"]), torch.tensor(manifest["std"])
     telemetry.say(

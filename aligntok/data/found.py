@@ -20,6 +20,12 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in _TOOLS
 
 
+def unreadable(count: int, total: int) -> str:
+    """How many of a set's pictures cannot be read, as a line for the user; a warning where they are many."""
+    warning = "WARNING: " if count >= SHRUNK * total else ""
+    return f"{warning}{count:,} of {total:,} images cannot be read and are left out"
+
+
 @dataclass
 class Found:
     """What is left out of a set, by reason: how many pictures, and the first names."""

@@ -17,6 +17,7 @@ import torch
 from aligntok.config import DataConfig
 from aligntok.data.dali import DaliSource
 from aligntok.data.dali_graph import refusal
+from aligntok.data.found import unreadable
 from aligntok.data.images import ImageSet, load_center_crops
 from aligntok.data.sources import MemorySource, Source, StreamSource
 from aligntok.errors import UserError
@@ -103,8 +104,11 @@ def choose_loader(images: ImageSet, data: DataConfig) -> tuple[str, str]:
 
 
 def report_skipped(images: ImageSet, say: Say) -> None:
-    """Name the pictures that could not be read."""
-    for name, reason in list(images.skipped.items())[:_NAMED]:
-        say(f"skipped {name}: {reason}")
-    if len(images.skipped) > _NAMED:
-        say(f"... and {len(images.skipped) - _NAMED} more unreadable images")
+    """Name the pictures of a set that could not be read, and say how many they are."""
+    skipped = [entry.name for entry in images.entries if entry.name in images.skipped]
+    for name in skipped[:_NAMED]:
+        say(f"skipped {name}: {images.skipped[name]}")
+    if len(skipped) > _NAMED:
+        say(f"... and {len(skipped) - _NAMED} more unreadable images")
+    if skipped:
+        say(unreadable(len(skipped), len(images)))

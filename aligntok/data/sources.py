@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from aligntok.config import DataConfig
+from aligntok.data.found import SHRUNK, unreadable
 from aligntok.data.geometry import cut, to_tensor, to_unit_range, window
 from aligntok.data.images import ImageSet
 from aligntok.errors import UserError
@@ -198,7 +199,10 @@ class Skips:
             if name not in self._named:
                 self._named.add(name)
                 self.images.skipped[name] = reason
-                self.say(f"skipped {name}: {reason} ({len(self._named)} unreadable so far)")
+                count, total = len(self._named), len(self.images)
+                self.say(f"skipped {name}: {reason} ({count} unreadable so far)")
+                if count - 1 < SHRUNK * total <= count:
+                    self.say(unreadable(count, total))
 
 
 def stand_ins(readable: list[bool]) -> list[int]:

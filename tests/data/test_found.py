@@ -12,7 +12,8 @@ import pytest
 from helpers import write_pictures
 from PIL import Image
 
-from aligntok.data.images import ImageSet, open_images
+from aligntok.data.images import ImageSet, load_center_crops, open_images
+from aligntok.data.loading import report_skipped
 from aligntok.data.shards import read_class_names
 from aligntok.errors import UserError
 
@@ -102,6 +103,16 @@ def test_without_a_listener_what_is_left_out_is_a_warning(pictures):
     (pictures / ".hidden.png").write_bytes(b"x")
     with pytest.warns(UserWarning, match="21 found, 20 used, 1 left out"):
         open_images(str(pictures))
+
+
+@pytest.mark.parametrize(("broken", "told"), [(1, "1 of 20 images"), (2, "WARNING: 2 of 20 images")])
+def test_unreadable_pictures_are_counted_and_many_of_them_are_a_warning(broken, told, pictures):
+    for file in sorted(pictures.rglob("*.png"))[:broken]:
+        file.write_bytes(b"nothing")
+    images, said = open_images(str(pictures)), []
+    load_center_crops(images, 16)
+    report_skipped(images, said.append)
+    assert said[0].startswith("skipped disc/000.png: ") and said[-1].startswith(told)
 
 
 def test_names_with_dots_and_parts_of_samples_in_tars():

@@ -81,7 +81,8 @@ def test_a_corrupt_picture_in_a_stream_is_replaced_and_named(images, tmp_path):
     stream = StreamSource(images, DataConfig(image_size=32, workers=0), "center", 10, 0, said.append)
     for step in range(2):
         assert stream.batch(step)["images"].shape == (10, 3, 32, 32)
-    assert len(said) == 1 and "skipped disc/000.png" in said[0]
+    assert len(said) == 2 and "skipped disc/000.png" in said[0]
+    assert said[1] == "WARNING: 1 of 10 images cannot be read and are left out"
     assert list(images.skipped) == ["disc/000.png"]
 
 

@@ -49,7 +49,11 @@ class GraphedCalls:
         return recording.output
 
     def record(self, inputs: tuple[Tensor, ...]) -> Recording:
-        """Run the network on `inputs` a few times on another stream, then record a run."""
+        """Run the network on `inputs` a few times on another stream, then record a run, on the device of `inputs`."""
+        with torch.cuda.device(inputs[0].device):
+            return self._record(inputs)
+
+    def _record(self, inputs: tuple[Tensor, ...]) -> Recording:
         stream = torch.cuda.Stream(inputs[0].device)
         stream.wait_stream(torch.cuda.current_stream(inputs[0].device))
         cached = torch.is_autocast_cache_enabled()

@@ -26,6 +26,9 @@ class Precision:
 def choose_precision(device: str = "auto", precision: str = "bf16") -> Precision:
     """The device to use ("auto" = CUDA, else MPS, else CPU) with its precision.
 
+    A CUDA device that is named by its number becomes the current one: libraries that launch on the current device would
+    otherwise hand pointers of one GPU to another.
+
     Raises:
         UserError: an unknown or absent device, or an unknown precision.
     """
@@ -41,6 +44,12 @@ def choose_precision(device: str = "auto", precision: str = "bf16") -> Precision
         raise UserError(
             f"training.device is {device!r}, but torch {torch.__version__} sees no CUDA device; use auto or cpu"
         )
+    if chosen.type == "cuda" and chosen.index is not None:
+        if chosen.index >= torch.cuda.device_count():
+            raise UserError(
+                f"training.device is {device!r}, but {torch.cuda.device_count()} CUDA devices are seen here"
+            )
+        torch.cuda.set_device(chosen)
     return Precision(chosen, precision)
 
 

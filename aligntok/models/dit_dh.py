@@ -23,7 +23,7 @@ from aligntok.config import LightningDiTConfig
 from aligntok.errors import UserError
 from aligntok.kernels import adaln, transformed
 from aligntok.models.attention import Rope
-from aligntok.models.half_precision import KeepsFloat32
+from aligntok.models.half_precision import KeepsFloat32, weight_dtype
 from aligntok.models.lightning_dit import Block, FinalLayer, LightningDiT, Modulate, Pending, build_rope, dimensions
 
 FOURIER_FEATURES = 256  # frequencies drawn once from N(0, 1): RAE model_utils.py
@@ -70,7 +70,7 @@ class FourierTime(KeepsFloat32):
 
     def forward(self, t: Tensor) -> Tensor:
         angle = 2 * math.pi * t.float()[:, None] * self.frequencies
-        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1).to(self.mlp.get_parameter("0.weight").dtype))
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1).to(weight_dtype(self.mlp)))
 
 
 class DiTDH(LightningDiT):

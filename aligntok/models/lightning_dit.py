@@ -23,6 +23,7 @@ from aligntok.config import LightningDiTConfig
 from aligntok.errors import UserError
 from aligntok.kernels import adaln, swiglu, transformed
 from aligntok.models.attention import Rope, attention
+from aligntok.models.half_precision import weight_dtype
 from aligntok.runtime.autocast import autocast_dtype
 
 SIZES = {  # depth, width, heads. S as in DiT; L/1 is not defined in LightningDiT, its L/2 widths are used
@@ -178,7 +179,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         angle = t.float()[:, None] * time_frequencies(TIME_FEATURES // 2, t.device)
-        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(self.mlp.get_parameter("0.weight").dtype))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(weight_dtype(self.mlp)))
 
 
 class FinalLayer(nn.Module):

@@ -5,6 +5,7 @@ Without a device the recording itself is replaced by one that runs the network a
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from aligntok.config import SamplerConfig
 from aligntok.diffusion import sampler
@@ -45,6 +46,17 @@ def test_replayed_calls_sample_what_plain_ones_do(solver):
     found = sampler.integrate(calls, noise, labels, 3, config)
     assert torch.equal(found, sampler.integrate(network, noise, labels, 3, config))
     assert len(calls.recordings) == 2
+
+
+def test_derivatives_go_around_recordings():
+    """A replay would give the right velocity without its tangent."""
+    z, t, labels = torch.randn(2, 3, 2, 2), torch.rand(2), torch.arange(2)
+    calls = Imitated(network)
+    calls(z, t, labels)
+    torch.testing.assert_close(torch.func.jvp(lambda z: calls(z, t, labels), (z,), (z,))[1], z * t.view(-1, 1, 1, 1))
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(calls(forward_ad.make_dual(z, z), t, labels)).tangent
+    torch.testing.assert_close(tangent, z * t.view(-1, 1, 1, 1))
 
 
 def test_a_cpu_runs_plain_calls(monkeypatch):

@@ -1,20 +1,25 @@
 # ruff: noqa: RUF005 (Triton has no unpacking of tuples)
 """Triton kernels of `qknorm_attention`: one program for a whole (batch, head), and the long forms in several launches.
 
-Tiles, the prologue and what a block adds to a result are in `_qknorm_attention_tiles`, as are the names.
+They are launched by keyword, and hand what they were given to the tiles in the groups that `_qknorm_attention_tiles`
+names. D, MAIN, TAIL: the width of a head and of its parts; ROPE: columns of the tables for each pair of channels; ALIGN
+divides the strides of qkv and dout; EVEN: the keys fill their blocks.
 """
 
 from ._qknorm_attention_tiles import (
     _attend,
-    _head,
+    _dense,
     _load,
+    _matrix,
+    _no_keys,
+    _packed,
     _prepare,
-    _prepare_rows,
-    _row_sum,
+    _row_sums,
     _step_dkv,
     _step_dq,
     _store,
-    _store_partial,
+    _store_attended,
+    _store_vector,
     _unprepare,
     _zeros,
 )
@@ -25,169 +30,159 @@ from ._triton import tl, triton
 def _short_forward_kernel(
     qkv, q_weight, k_weight, cos, sin, out, lse,
     N, H, stride_b, stride_n, stride_3, stride_h, eps, factor,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr,
     BLOCKS: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program per (batch, head), N <= BLOCKS * BLOCK_K: k' and v are prepared once and stay on the chip."""
-    program = tl.program_id(0)
-    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
-    target = out + _head(program, N * H * D, D, H, 8)
+    head = (tl.program_id(0), N, H)
+    q_rows, k_rows, v_rows = _packed(qkv, head, (stride_b, stride_n, stride_3, stride_h), ALIGN)
     k_all, v_all = (), ()
     for i in tl.static_range(BLOCKS):
-        k = _load(source + stride_3, stride_n, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
-        k = _prepare(k, k_weight, cos, sin, i * BLOCK_K, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
-        v = _load(source + 2 * stride_3, stride_n, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
+        k = _load(k_rows, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
+        k = _prepare(k, i * BLOCK_K, N, (k_weight, eps, cos, sin, 1.0), D, ROPE)
+        v = _load(v_rows, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
         k_all, v_all = k_all + (k,), v_all + (v,)
     for start in range(0, N, BLOCK_Q):
-        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK_Q)
-        q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-        top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-        total = tl.zeros([BLOCK_Q], tl.float32)
-        o = _zeros(BLOCK_Q, MAIN, TAIL)
+        q = _load(q_rows, start, N, D, MAIN, TAIL, BLOCK_Q)
+        q = _prepare(q, start, N, (q_weight, eps, cos, sin, factor), D, ROPE)
+        sums = _no_keys(q)
         for i in tl.static_range(BLOCKS):
-            o, top, total = _attend(
-                o, top, total, q, k_all[i], v_all[i], i * BLOCK_K, N, TAIL, PRECISION, EVEN, BLOCK_Q, BLOCK_K
-            )
-        share = (1 / total)[:, None]
-        o = (o[0] * share, o[1] * share)
-        _store(target, H * D, start, N, o, D, MAIN, TAIL, BLOCK_Q)
-        row = start + tl.arange(0, BLOCK_Q)
-        tl.store(lse + program.to(tl.int64) * N + row, top + tl.log2(total), mask=row < N)
+            sums = _attend(sums, q, k_all[i], v_all[i], i * BLOCK_K, N, PRECISION, EVEN)
+        _store_attended(sums, out, lse, head, start, D)
 
 
 @triton.jit
 def _prepare_kernel(
     qkv, q_weight, k_weight, cos, sin, prepared,
     N, H, stride_b, stride_n, stride_3, stride_h, eps, factor,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Long form, first launch: prepared [1 or 2, B, H, N, D] = k' and, in the backward pass, q' of all heads."""
-    program = tl.program_id(0) // tl.cdiv(N, BLOCK)
-    start = tl.program_id(0) % tl.cdiv(N, BLOCK) * BLOCK
-    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
-    target = prepared + program.to(tl.int64) * N * D
-    # Written out: of two calls of `_prepare_rows` the compiler makes one, with up to 30 registers more
+    blocks = tl.cdiv(N, BLOCK)
+    program, programs = tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    head, start = (program, N, H), tl.program_id(0) % blocks * BLOCK
+    q_rows, k_rows, _ = _packed(qkv, head, (stride_b, stride_n, stride_3, stride_h), ALIGN)
     if tl.program_id(1) == 0:
-        k = _load(source + stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK)
-        k = _prepare(k, k_weight, cos, sin, start, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
-        _store(target, D, start, N, k, D, MAIN, TAIL, BLOCK)
+        k = _load(k_rows, start, N, D, MAIN, TAIL, BLOCK)
+        k = _prepare(k, start, N, (k_weight, eps, cos, sin, 1.0), D, ROPE)
+        _store(_dense(prepared, head, D), start, N, k, D)
     else:
-        q = _load(source, stride_n, start, N, D, MAIN, TAIL, BLOCK)
-        q = _prepare(q, q_weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-        target += tl.num_programs(0) // tl.cdiv(N, BLOCK) * N.to(tl.int64) * D
-        _store(target, D, start, N, q, D, MAIN, TAIL, BLOCK)
+        q = _load(q_rows, start, N, D, MAIN, TAIL, BLOCK)
+        q = _prepare(q, start, N, (q_weight, eps, cos, sin, factor), D, ROPE)
+        _store(_dense(prepared, (programs + program, N, H), D), start, N, q, D)
 
 
 @triton.jit
 def _long_forward_kernel(
     qkv, prepared, q_weight, cos, sin, out, lse,
     N, H, stride_b, stride_n, stride_3, stride_h, eps, factor,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program per (batch, head) and block of queries; online softmax over blocks of prepared keys."""
-    program = tl.program_id(0) // tl.cdiv(N, BLOCK_Q)
-    first = tl.program_id(0) % tl.cdiv(N, BLOCK_Q) * BLOCK_Q
-    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
-    keys = prepared + program.to(tl.int64) * N * D
-    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
-    q = _prepare(q, q_weight, cos, sin, first, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-    top = tl.full([BLOCK_Q], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_Q], tl.float32)
-    o = _zeros(BLOCK_Q, MAIN, TAIL)
+    blocks = tl.cdiv(N, BLOCK_Q)
+    head, first = (tl.program_id(0) // blocks, N, H), tl.program_id(0) % blocks * BLOCK_Q
+    q_rows, _, v_rows = _packed(qkv, head, (stride_b, stride_n, stride_3, stride_h), ALIGN)
+    k_rows = _dense(prepared, head, D)
+    q = _load(q_rows, first, N, D, MAIN, TAIL, BLOCK_Q)
+    q = _prepare(q, first, N, (q_weight, eps, cos, sin, factor), D, ROPE)
+    sums = _no_keys(q)
     for start in range(0, N, BLOCK_K):
-        k = _load(keys, D, start, N, D, MAIN, TAIL, BLOCK_K)
-        v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
-        o, top, total = _attend(o, top, total, q, k, v, start, N, TAIL, PRECISION, EVEN, BLOCK_Q, BLOCK_K)
-    share = (1 / total)[:, None]
-    o = (o[0] * share, o[1] * share)
-    _store(out + _head(program, N * H * D, D, H, 8), H * D, first, N, o, D, MAIN, TAIL, BLOCK_Q)
-    row = first + tl.arange(0, BLOCK_Q)
-    tl.store(lse + program.to(tl.int64) * N + row, top + tl.log2(total), mask=row < N)
+        k = _load(k_rows, start, N, D, MAIN, TAIL, BLOCK_K)
+        v = _load(v_rows, start, N, D, MAIN, TAIL, BLOCK_K)
+        sums = _attend(sums, q, k, v, start, N, PRECISION, EVEN)
+    _store_attended(sums, out, lse, head, first, D)
 
 
 @triton.jit
 def _dq_block(
-    program, first, partial, qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
-    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    first, block, head, inputs, strides, outputs, prologue, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dq of the block of queries at `first` of a (batch, head), and delta = rowsum(out * dout) for `_dkv_block`.
+    """dq of the block of queries at `first` of a head, and delta = rowsum(out * dout) for `_dkv_block`.
 
-    `partial` is the row of dweight [.., D] that takes the block's share of the weight's gradient.
+    `block` is the row of dweight [.., D] that takes the block's share of the weight's gradient.
     """
-    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
-    keys = prepared + program.to(tl.int64) * N * D
-    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
-    q = _prepare(q, q_weight, cos, sin, first, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-    do = _load(dout + _head(program, dout_b, D, H, ALIGN), dout_n, first, N, D, MAIN, TAIL, BLOCK_Q)
-    o = _load(out + _head(program, N * H * D, D, H, 8), H * D, first, N, D, MAIN, TAIL, BLOCK_Q)
+    program, N, H = head
+    qkv, keys, out, lse, dout = inputs
+    qkv_strides, dout_strides = strides
+    dqkv, delta, dweight = outputs
+    q_rows, _, _ = _packed(qkv, head, qkv_strides, ALIGN)
+    q = _load(q_rows, first, N, D, MAIN, TAIL, BLOCK_Q)
+    q = _prepare(q, first, N, prologue, D, ROPE)
+    do = _load(_matrix(dout, head, dout_strides, ALIGN), first, N, D, MAIN, TAIL, BLOCK_Q)
+    o = _load(_matrix(out, head, (N * H * D, H * D, D), 8), first, N, D, MAIN, TAIL, BLOCK_Q)
     row = first + tl.arange(0, BLOCK_Q)[:, None]
     per_row = program.to(tl.int64) * N + row
     log = tl.load(lse + per_row, mask=row < N, other=0.0)
-    sums = _row_sum(o, do, TAIL)
-    tl.store(delta + per_row, sums, mask=row < N)
-    dq = _zeros(BLOCK_Q, MAIN, TAIL)
+    own_delta = _row_sums(o, do)
+    tl.store(delta + per_row, own_delta, mask=row < N)
+    dq = _zeros(q)
+    _, _, v_rows = _packed(qkv, head, qkv_strides, ALIGN)  # not with q's above: up to four registers less
     for start in range(0, N, BLOCK_K):
-        k = _load(keys, D, start, N, D, MAIN, TAIL, BLOCK_K)
-        v = _load(source + 2 * stride_3, stride_n, start, N, D, MAIN, TAIL, BLOCK_K)
-        dq = _step_dq(dq, q, k, v, do, log, sums, start, N, TAIL, PRECISION, EVEN, BLOCK_Q, BLOCK_K)
-    q = _load(source, stride_n, first, N, D, MAIN, TAIL, BLOCK_Q)
-    dq, dweight_block = _unprepare(dq, q, q_weight, cos, sin, first, N, eps, scale, D, MAIN, TAIL, NORM, ROPE)
-    _store(dqkv + _head(program, 3 * N * H * D, D, H, 8), 3 * H * D, first, N, dq, D, MAIN, TAIL, BLOCK_Q)
-    if NORM:
-        _store_partial(dweight, partial, dweight_block, D, MAIN, TAIL)
+        k = _load(keys, start, N, D, MAIN, TAIL, BLOCK_K)
+        v = _load(v_rows, start, N, D, MAIN, TAIL, BLOCK_K)
+        dq = _step_dq(dq, q, k, v, do, log, own_delta, start, N, PRECISION, EVEN)
+    q = _load(q_rows, first, N, D, MAIN, TAIL, BLOCK_Q)
+    dq, share = _unprepare(dq, q, first, N, prologue, scale, D, ROPE)
+    dq_rows, _, _ = _packed(dqkv, head, (3 * N * H * D, 3 * H * D, H * D, D), 8)
+    _store(dq_rows, first, N, dq, D)
+    _store_vector(dweight + block.to(tl.int64) * D, share, D)
 
 
 @triton.jit
 def _dkv_block(
-    program, programs, first, partial, qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dweight,
-    N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    first, block, head, inputs, strides, outputs, prologue, scale,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr, ALIGN: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of the block of keys at `first` of one of `programs` (batch, head)s, over blocks of queries."""
-    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
-    upstream = dout + _head(program, dout_b, D, H, ALIGN)
-    queries = prepared + (programs + program).to(tl.int64) * N * D
-    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
-    k = _prepare(k, k_weight, cos, sin, first, N, eps, 1.0, D, MAIN, TAIL, NORM, ROPE)
-    v = _load(source + 2 * stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
-    dk, dv = _zeros(BLOCK_K, MAIN, TAIL), _zeros(BLOCK_K, MAIN, TAIL)
+    """dk and dv of the block of keys at `first` of a head, over blocks of queries; `block` as in `_dq_block`."""
+    program, N, H = head
+    qkv, queries, lse, dout, delta = inputs
+    qkv_strides, dout_strides = strides
+    dqkv, dweight = outputs
+    _, k_rows, v_rows = _packed(qkv, head, qkv_strides, ALIGN)
+    dout_rows = _matrix(dout, head, dout_strides, ALIGN)
+    k = _load(k_rows, first, N, D, MAIN, TAIL, BLOCK_K)
+    k = _prepare(k, first, N, prologue, D, ROPE)
+    v = _load(v_rows, first, N, D, MAIN, TAIL, BLOCK_K)
+    dk, dv = _zeros(k), _zeros(v)
     for start in range(0, N, BLOCK_Q):
-        q = _load(queries, D, start, N, D, MAIN, TAIL, BLOCK_Q)
-        do = _load(upstream, dout_n, start, N, D, MAIN, TAIL, BLOCK_Q)
+        q = _load(queries, start, N, D, MAIN, TAIL, BLOCK_Q)
+        do = _load(dout_rows, start, N, D, MAIN, TAIL, BLOCK_Q)
         row = start + tl.arange(0, BLOCK_Q)[None, :]
         per_row = program.to(tl.int64) * N + row
         log = tl.load(lse + per_row, mask=row < N, other=0.0)
-        sums = tl.load(delta + per_row, mask=row < N, other=0.0)
-        dk, dv = _step_dkv(dk, dv, k, v, q, do, log, sums, TAIL, PRECISION, BLOCK_K, BLOCK_Q)
-    target = dqkv + _head(program, 3 * N * H * D, D, H, 8)
-    _store(target + 2 * H * D, 3 * H * D, first, N, dv, D, MAIN, TAIL, BLOCK_K)
-    k = _load(source + stride_3, stride_n, first, N, D, MAIN, TAIL, BLOCK_K)
-    dk, dweight_block = _unprepare(dk, k, k_weight, cos, sin, first, N, eps, scale / factor, D, MAIN, TAIL, NORM, ROPE)
-    _store(target + H * D, 3 * H * D, first, N, dk, D, MAIN, TAIL, BLOCK_K)
-    if NORM:
-        _store_partial(dweight, partial, dweight_block, D, MAIN, TAIL)
+        own_delta = tl.load(delta + per_row, mask=row < N, other=0.0)
+        dk, dv = _step_dkv(dk, dv, k, v, q, do, log, own_delta, PRECISION)
+    _, dk_rows, dv_rows = _packed(dqkv, head, (3 * N * H * D, 3 * H * D, H * D, D), 8)
+    _store(dv_rows, first, N, dv, D)
+    k = _load(k_rows, first, N, D, MAIN, TAIL, BLOCK_K)
+    dk, share = _unprepare(dk, k, first, N, prologue, scale, D, ROPE)
+    _store(dk_rows, first, N, dk, D)
+    _store_vector(dweight + block.to(tl.int64) * D, share, D)
 
 
 @triton.jit
 def _dq_kernel(
     qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
     N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Long form: one program per (batch, head) and block of queries."""
     blocks = tl.cdiv(N, BLOCK_Q)
+    block, program = tl.program_id(0), tl.program_id(0) // blocks
+    head = (program, N, H)
+    inputs, outputs = (qkv, _dense(prepared, head, D), out, lse, dout), (dqkv, delta, dweight)
+    strides = ((stride_b, stride_n, stride_3, stride_h), (dout_b, dout_n, D))
+    prologue = (q_weight, eps, cos, sin, factor)
     _dq_block(
-        tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK_Q, tl.program_id(0),
-        qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dweight,
-        N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-        D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, EVEN, BLOCK_Q, BLOCK_K,
+        block % blocks * BLOCK_Q, block, head, inputs, strides, outputs, prologue, scale,
+        D, MAIN, TAIL, ROPE, ALIGN, PRECISION, EVEN, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
 
@@ -195,16 +190,19 @@ def _dq_kernel(
 def _dkv_kernel(
     qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dweight,
     N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Long form: one program per (batch, head) and block of keys."""
     blocks = tl.cdiv(N, BLOCK_K)
+    block, program, programs = tl.program_id(0), tl.program_id(0) // blocks, tl.num_programs(0) // blocks
+    head, queries = (program, N, H), _dense(prepared, (programs + program, N, H), D)
+    inputs, outputs = (qkv, queries, lse, dout, delta), (dqkv, dweight)
+    strides = ((stride_b, stride_n, stride_3, stride_h), (dout_b, dout_n, D))
+    prologue = (k_weight, eps, cos, sin, 1.0)
     _dkv_block(
-        tl.program_id(0) // blocks, tl.num_programs(0) // blocks, tl.program_id(0) % blocks * BLOCK_K, tl.program_id(0),
-        qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dweight,
-        N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-        D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, BLOCK_Q, BLOCK_K,
+        block % blocks * BLOCK_K, block, head, inputs, strides, outputs, prologue, scale / factor,
+        D, MAIN, TAIL, ROPE, ALIGN, PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
 
 
@@ -212,7 +210,7 @@ def _dkv_kernel(
 def _short_backward_kernel(
     qkv, q_weight, k_weight, cos, sin, prepared, out, lse, dout, dqkv, delta, dq_weight, dk_weight,
     N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
+    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr,
     ALIGN: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK: tl.constexpr,
     DQ_Q: tl.constexpr, DQ_K: tl.constexpr, DKV_Q: tl.constexpr, DKV_K: tl.constexpr,
 ):  # fmt: skip
@@ -222,30 +220,29 @@ def _short_backward_kernel(
     should serve that. A barrier lies between the phases.
     """
     program, programs = tl.program_id(0), tl.num_programs(0)
-    source = qkv + _head(program, stride_b, stride_h, H, ALIGN)
-    target = prepared + program.to(tl.int64) * N * D
+    head = (program, N, H)
+    strides = ((stride_b, stride_n, stride_3, stride_h), (dout_b, dout_n, D))
+    q_prologue, k_prologue = (q_weight, eps, cos, sin, factor), (k_weight, eps, cos, sin, 1.0)
+    q_rows, k_rows, _ = _packed(qkv, head, strides[0], ALIGN)
+    keys, queries = _dense(prepared, head, D), _dense(prepared, (programs + program, N, H), D)
     for start in range(0, N, BLOCK):
-        _prepare_rows(
-            source + stride_3, stride_n, target, k_weight, cos, sin, start, N, eps, 1.0,
-            D, MAIN, TAIL, NORM, ROPE, BLOCK,
-        )  # fmt: skip
-        _prepare_rows(
-            source, stride_n, target + programs.to(tl.int64) * N * D, q_weight, cos, sin, start, N, eps, factor,
-            D, MAIN, TAIL, NORM, ROPE, BLOCK,
-        )  # fmt: skip
+        k = _load(k_rows, start, N, D, MAIN, TAIL, BLOCK)
+        _store(keys, start, N, _prepare(k, start, N, k_prologue, D, ROPE), D)
+        q = _load(q_rows, start, N, D, MAIN, TAIL, BLOCK)
+        _store(queries, start, N, _prepare(q, start, N, q_prologue, D, ROPE), D)
     tl.debug_barrier()
+    inputs, outputs = (qkv, keys, out, lse, dout), (dqkv, delta, dq_weight)
     for start in range(0, N, DQ_Q):
+        block = program * tl.cdiv(N, DQ_Q) + start // DQ_Q
         _dq_block(
-            program, start, program * tl.cdiv(N, DQ_Q) + start // DQ_Q,
-            qkv, prepared, q_weight, cos, sin, out, lse, dout, dqkv, delta, dq_weight,
-            N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-            D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, EVEN, DQ_Q, DQ_K,
+            start, block, head, inputs, strides, outputs, q_prologue, scale,
+            D, MAIN, TAIL, ROPE, ALIGN, PRECISION, EVEN, BLOCK_Q=DQ_Q, BLOCK_K=DQ_K,
         )  # fmt: skip
     tl.debug_barrier()
+    inputs, outputs = (qkv, queries, lse, dout, delta), (dqkv, dk_weight)
     for start in range(0, N, DKV_K):
+        block = program * tl.cdiv(N, DKV_K) + start // DKV_K
         _dkv_block(
-            program, programs, start, program * tl.cdiv(N, DKV_K) + start // DKV_K,
-            qkv, prepared, k_weight, cos, sin, lse, dout, dqkv, delta, dk_weight,
-            N, H, stride_b, stride_n, stride_3, stride_h, dout_b, dout_n, eps, factor, scale,
-            D, MAIN, TAIL, NORM, ROPE, ALIGN, PRECISION, DKV_Q, DKV_K,
+            start, block, head, inputs, strides, outputs, k_prologue, scale / factor,
+            D, MAIN, TAIL, ROPE, ALIGN, PRECISION, BLOCK_Q=DKV_Q, BLOCK_K=DKV_K,
         )  # fmt: skip

@@ -1,8 +1,17 @@
-"""Row tiles of `qknorm_attention` in two parts: loads, the prologue and its adjoint, products and their steps.
+"""Row tiles of `qknorm_attention` in parts: loads, the prologue and its adjoint, products and their steps.
 
-A tile of rows [R, D] is a pair (main, tail): `main` has the largest power of two of columns that fits in D, `tail` the
-rest, padded with zeros to a power of two of at least 16, the least depth of a tensor-core instruction. With TAIL == 0
-there is no tail, and the second member is a name for the first that nothing uses. Every product runs over both parts.
+What belongs together travels as one tuple, is put together in one line and taken apart in one line. Triton's tuples
+have no names that torch.compile would carry along (docs/decisions.md), so these have theirs here:
+
+    tile        (main [R, MAIN], tail [R, TAIL]), or (main,) without a tail: rows of a matrix [., D]
+    head        (program, N, H): which (batch, head) of how many tokens and heads
+    matrix      (base, stride): a matrix [N, D] in memory, `stride` elements from one row to the next
+    prologue    (weight, eps, cos, sin, factor): what turns q or k into q' or k'. weight None: no norm; cos None: no
+                rotation; factor: log2(e) / sqrt(D) for q, 1 for k
+    sums        (o, top, total): online softmax over the keys so far, relative to the largest logit `top` of a row
+
+`main` has the largest power of two of columns that fits in D, `tail` the rest, padded with zeros to a power of two of
+at least 16, the least depth of a tensor-core instruction. Every product runs over all parts.
 
 Below, q' and k' are prepared rows rope(rms_norm(.)); q' carries the softmax scale and log2(e), so that
 p = exp2(q' k'^T - lse), where lse is the base-2 logarithm of the denominators. Rows past N are read as zeros, which
@@ -13,10 +22,30 @@ from ._triton import tl, triton
 
 
 @triton.jit
-def _head(program, stride_batch, stride_head, H, ALIGN: tl.constexpr):
-    """Offset of a (batch, head); ALIGN divides every stride, which the compiler has to know for 16-byte loads."""
-    offset = (program // H).to(tl.int64) * stride_batch + (program % H).to(tl.int64) * stride_head
-    return tl.multiple_of(offset, [ALIGN])
+def _matrix(base, head, strides, ALIGN: tl.constexpr):
+    """The matrix of a head in an array [B, N, H, D] with strides for its first three dimensions.
+
+    ALIGN divides all of them, which the compiler has to know for 16-byte loads.
+    """
+    program, _, H = head
+    stride_b, stride_n, stride_h = strides
+    offset = (program // H).to(tl.int64) * stride_b + (program % H).to(tl.int64) * stride_h
+    return base + tl.multiple_of(offset, [ALIGN]), stride_n
+
+
+@triton.jit
+def _packed(base, head, strides, ALIGN: tl.constexpr):
+    """The matrices of q, k and v of a head in an array [B, N, 3, H, D] with strides for its first four dimensions."""
+    stride_b, stride_n, stride_3, stride_h = strides
+    q, stride = _matrix(base, head, (stride_b, stride_n, stride_h), ALIGN)
+    return (q, stride), (q + stride_3, stride), (q + 2 * stride_3, stride)
+
+
+@triton.jit
+def _dense(base, head, D: tl.constexpr):
+    """The matrix of a head in the dense array [B, H, N, D]."""
+    program, N, _ = head
+    return base + program.to(tl.int64) * N * D, D
 
 
 @triton.jit
@@ -30,8 +59,9 @@ def _tail_column(MAIN: tl.constexpr, TAIL: tl.constexpr, BYTES: tl.constexpr):
 
 
 @triton.jit
-def _load(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
-    """Rows start to start + ROWS of a matrix [N, D] as (main, tail)."""
+def _load(matrix, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
+    """Rows start to start + ROWS of a matrix as a tile."""
+    base, stride = matrix
     row = start + tl.arange(0, ROWS)[:, None]
     source = base + row.to(tl.int64) * stride
     if TAIL:
@@ -39,73 +69,115 @@ def _load(base, stride, start, N, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.
         tail = tl.load(source + MAIN + column, mask=(row < N) & (column < D - MAIN), other=0.0)
     column = tl.arange(0, MAIN)[None, :]
     main = tl.load(source + column, mask=(row < N) & (column < D), other=0.0)
-    return main, tail if TAIL else main
+    return (main, tail) if TAIL else (main,)
 
 
 @triton.jit
-def _store(base, stride, start, N, tile, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROWS: tl.constexpr):
+def _store(matrix, start, N, tile, D: tl.constexpr):
     """Write the rows of a tile that lie below N."""
-    row = start + tl.arange(0, ROWS)[:, None]
+    base, stride = matrix
+    MAIN: tl.constexpr = tile[0].shape[1]
+    row = start + tl.arange(0, tile[0].shape[0])[:, None]
     target = base + row.to(tl.int64) * stride
     column = tl.arange(0, MAIN)[None, :]
     tl.store(target + column, tile[0].to(base.dtype.element_ty), mask=(row < N) & (column < D))
-    if TAIL:
-        column = _tail_column(MAIN, TAIL, base.dtype.element_ty.primitive_bitwidth // 8)
+    if len(tile) == 2:
+        column = _tail_column(MAIN, tile[1].shape[1], base.dtype.element_ty.primitive_bitwidth // 8)
         inside = (row < N) & (column < D - MAIN)
         tl.store(target + MAIN + column, tile[1].to(base.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _vector(base, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    """A vector [D] as fp32 rows (main [1, MAIN], tail [1, TAIL])."""
-    if TAIL:
-        column = tl.arange(0, TAIL)[None, :]
+def _vector(base, like, D: tl.constexpr):
+    """A vector [D] as an fp32 row in the parts of the tile `like`."""
+    MAIN: tl.constexpr = like[0].shape[1]
+    if len(like) == 2:
+        column = tl.arange(0, like[1].shape[1])[None, :]
         tail = tl.load(base + MAIN + column, mask=column < D - MAIN, other=0.0).to(tl.float32)
     column = tl.arange(0, MAIN)[None, :]
     main = tl.load(base + column, mask=column < D, other=0.0).to(tl.float32)
-    return main, tail if TAIL else main
+    return (main, tail) if len(like) == 2 else (main,)
 
 
 @triton.jit
-def _product(a, b, total, TAIL: tl.constexpr, PRECISION: tl.constexpr):
-    """a b^T over the columns of both parts."""
-    if TAIL:
-        total = tl.dot(a[1], tl.trans(b[1]), total, input_precision=PRECISION)
-    return tl.dot(a[0], tl.trans(b[0]), total, input_precision=PRECISION)
+def _store_vector(target, vector, D: tl.constexpr):
+    """Write the parts of a vector [D]; nothing for ()."""
+    if len(vector) > 0:
+        column = tl.arange(0, vector[0].shape[0])
+        tl.store(target + column, vector[0], mask=column < D)
+    if len(vector) == 2:
+        MAIN: tl.constexpr = vector[0].shape[0]
+        column = tl.arange(0, vector[1].shape[0])
+        tl.store(target + MAIN + column, vector[1], mask=column < D - MAIN)
 
 
 @triton.jit
-def _accumulate(total, a, b, TAIL: tl.constexpr, PRECISION: tl.constexpr):
-    """total + a b for a matrix a and a pair b."""
-    main = tl.dot(a, b[0], total[0], input_precision=PRECISION)
-    tail = total[1]
-    if TAIL:
-        tail = tl.dot(a, b[1], total[1], input_precision=PRECISION)
-    return main, tail
+def _zeros(like):
+    """A tile of fp32 zeros in the shape of another."""
+    main = tl.zeros(like[0].shape, tl.float32)
+    return (main, tl.zeros(like[1].shape, tl.float32)) if len(like) == 2 else (main,)
 
 
 @triton.jit
-def _zeros(ROWS: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    main = tl.zeros([ROWS, MAIN], tl.float32)
-    tail = main
-    if TAIL:
-        tail = tl.zeros([ROWS, TAIL], tl.float32)
-    return main, tail
+def _cast(rows, like):
+    """A tile in the number type of another."""
+    main = rows[0].to(like[0].dtype)
+    return (main, rows[1].to(like[0].dtype)) if len(rows) == 2 else (main,)
 
 
 @triton.jit
-def _row_sum(a, b, TAIL: tl.constexpr):
-    """sum over both parts of a * b in fp32, [R, 1]."""
+def _scaled(tile, factor):
+    """tile * factor in fp32, for a number or a column [R, 1]."""
+    main = tile[0].to(tl.float32) * factor
+    return (main, tile[1].to(tl.float32) * factor) if len(tile) == 2 else (main,)
+
+
+@triton.jit
+def _times(a, b):
+    return (a[0] * b[0], a[1] * b[1]) if len(a) == 2 else (a[0] * b[0],)
+
+
+@triton.jit
+def _minus(a, b):
+    return (a[0] - b[0], a[1] - b[1]) if len(a) == 2 else (a[0] - b[0],)
+
+
+@triton.jit
+def _column_sums(tile):
+    """The sums [C] over the rows of each part."""
+    main = tl.sum(tile[0], axis=0)
+    return (main, tl.sum(tile[1], axis=0)) if len(tile) == 2 else (main,)
+
+
+@triton.jit
+def _row_sums(a, b):
+    """sum over all parts of a * b in fp32, [R, 1]."""
     total = tl.sum(a[0].to(tl.float32) * b[0].to(tl.float32), axis=1)
-    if TAIL:
+    if len(a) == 2:
         total += tl.sum(a[1].to(tl.float32) * b[1].to(tl.float32), axis=1)
     return total[:, None]
 
 
 @triton.jit
+def _product(a, b, PRECISION: tl.constexpr):
+    """a b^T of two tiles, over the columns of all parts."""
+    total = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
+    if len(a) == 2:
+        total = tl.dot(a[1], tl.trans(b[1]), total, input_precision=PRECISION)
+    return tl.dot(a[0], tl.trans(b[0]), total, input_precision=PRECISION)
+
+
+@triton.jit
+def _accumulate(total, a, b, PRECISION: tl.constexpr):
+    """total + a b for a matrix a and tiles total and b."""
+    main = tl.dot(a, b[0], total[0], input_precision=PRECISION)
+    return (main, tl.dot(a, b[1], total[1], input_precision=PRECISION)) if len(b) == 2 else (main,)
+
+
+@triton.jit
 def _turn(
-    x, cos, sin, start, N, FIRST: tl.constexpr, PAIRS: tl.constexpr, PIECE: tl.constexpr, ROPE: tl.constexpr,
-    SIGN: tl.constexpr,
+    x, cos, sin, start, N,
+    D: tl.constexpr, FIRST: tl.constexpr, PIECE: tl.constexpr, ROPE: tl.constexpr, SIGN: tl.constexpr,
 ):  # fmt: skip
     """Rotate neighbouring columns of x [R, C] by the angles of their pairs, backwards for SIGN = -1.
 
@@ -114,8 +186,8 @@ def _turn(
     """
     row = start + tl.arange(0, x.shape[0])[:, None]
     pair = FIRST + tl.max_contiguous(tl.arange(0, x.shape[1] // 2), [PIECE])[None, :]
-    offset = row * (PAIRS * ROPE) + pair * ROPE
-    inside = (row < N) & (pair < PAIRS)
+    offset = row * (D // 2 * ROPE) + pair * ROPE
+    inside = (row < N) & (pair < D // 2)
     c = tl.load(cos + offset, mask=inside, other=0.0).to(tl.float32)
     s = tl.load(sin + offset, mask=inside, other=0.0).to(tl.float32) * SIGN
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
@@ -123,115 +195,104 @@ def _turn(
 
 
 @triton.jit
-def _prepare(
-    tile, weight, cos, sin, start, N, eps, factor,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-):  # fmt: skip
+def _turned(tile, cos, sin, start, N, D: tl.constexpr, ROPE: tl.constexpr, SIGN: tl.constexpr):
+    """The rows of a tile, rotated: see `_turn`."""
+    MAIN: tl.constexpr = tile[0].shape[1]
+    if len(tile) == 2:
+        tail = _turn(tile[1], cos, sin, start, N, D, MAIN // 2, 4 * tile[1].shape[1] // MAIN, ROPE, SIGN)
+    main = _turn(tile[0], cos, sin, start, N, D, 0, 4, ROPE, SIGN)
+    return (main, tail) if len(tile) == 2 else (main,)
+
+
+@triton.jit
+def _prepare(tile, start, N, prologue, D: tl.constexpr, ROPE: tl.constexpr):
     """factor * rope(rms_norm(rows) * weight), rounded to the rows' type.
 
     The branch skips rows that are all padding. It is there for the compiler: it keeps the choice of layouts for the
     rotation apart from that for the products, without which half of the tile would change threads, and for sm_80 the
     products' operands would be laid out for 8-bit numbers (Triton takes the join of pairs for an unpacking).
     """
-    main, tail = tile[0].to(tl.float32) * factor, tile[1].to(tl.float32) * factor
-    if NORM:
-        scale = tl.rsqrt(_row_sum(tile, tile, TAIL) / D + eps)
-        w = _vector(weight, D, MAIN, TAIL)
-        main, tail = main * scale * w[0], tail * scale * w[1]
-    if ROPE:
+    weight, eps, cos, sin, factor = prologue
+    rows = _scaled(tile, factor)
+    if weight is not None:
+        norm = tl.rsqrt(_row_sums(tile, tile) / D + eps)
+        rows = _times(_scaled(rows, norm), _vector(weight, tile, D))
+    if cos is not None:
         if start < N:
-            if TAIL:
-                tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, 4 * TAIL // MAIN, ROPE, 1)
-            main = _turn(main, cos, sin, start, N, 0, D // 2, 4, ROPE, 1)
-    return main.to(tile[0].dtype), tail.to(tile[0].dtype)
+            rows = _turned(rows, cos, sin, start, N, D, ROPE, 1)
+    return _cast(rows, tile)
 
 
 @triton.jit
-def _unprepare(
-    gradient, tile, weight, cos, sin, start, N, eps, factor,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-):  # fmt: skip
-    """factor * gradient of prepared rows -> that of the rows as read (`tile`), and the weight's summed over rows."""
-    main, tail = gradient[0] * factor, gradient[1] * factor
-    if ROPE:
-        if TAIL:
-            tail = _turn(tail, cos, sin, start, N, MAIN // 2, D // 2, 4 * TAIL // MAIN, ROPE, -1)
-        main = _turn(main, cos, sin, start, N, 0, D // 2, 4, ROPE, -1)
-    dweight = (tl.zeros([MAIN], tl.float32), tl.zeros([TAIL if TAIL else MAIN], tl.float32))
-    if NORM:
-        scale = tl.rsqrt(_row_sum(tile, tile, TAIL) / D + eps)
-        normed = (tile[0].to(tl.float32) * scale, tile[1].to(tl.float32) * scale)
-        dweight = (tl.sum(main * normed[0], axis=0), tl.sum(tail * normed[1], axis=0))
-        w = _vector(weight, D, MAIN, TAIL)
-        main, tail = main * w[0], tail * w[1]
-        mean = _row_sum((main, tail), normed, TAIL) / D
-        main, tail = (main - normed[0] * mean) * scale, (tail - normed[1] * mean) * scale
-    return (main, tail), dweight
+def _unprepare(gradient, tile, start, N, prologue, scale, D: tl.constexpr, ROPE: tl.constexpr):
+    """scale * gradient of prepared rows -> that of the rows as read (`tile`), and the weight's, summed over the rows.
+
+    () for the latter where there is no weight. `scale` stands in for the prologue's factor.
+    """
+    weight, eps, cos, sin, _ = prologue
+    rows = _scaled(gradient, scale)
+    if cos is not None:
+        rows = _turned(rows, cos, sin, start, N, D, ROPE, -1)
+    dweight = ()
+    if weight is not None:
+        norm = tl.rsqrt(_row_sums(tile, tile) / D + eps)
+        normed = _scaled(tile, norm)
+        dweight = _column_sums(_times(rows, normed))
+        rows = _times(rows, _vector(weight, tile, D))
+        mean = _row_sums(rows, normed) / D
+        rows = _scaled(_minus(rows, _scaled(normed, mean)), norm)
+    return rows, dweight
 
 
 @triton.jit
-def _attend(
-    o, top, total, q, k, v, start, N,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """One block of keys of the online softmax: (o, top, total) are its sums so far, relative to the maximum `top`."""
-    s = _product(q, k, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
+def _no_keys(q):
+    """The sums of the online softmax of the queries q before any key."""
+    o = _zeros(q)
+    return o, tl.full([q[0].shape[0]], float("-inf"), tl.float32), tl.zeros([q[0].shape[0]], tl.float32)
+
+
+@triton.jit
+def _attend(sums, q, k, v, start, N, PRECISION: tl.constexpr, EVEN: tl.constexpr):
+    """The sums of the online softmax with the block of keys at `start`."""
+    o, top, total = sums
+    s = _product(q, k, PRECISION)
     if not EVEN:
-        s = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, s, float("-inf"))
+        s = tl.where(start + tl.arange(0, k[0].shape[0])[None, :] < N, s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, axis=1))
     shrink = tl.exp2(top - higher)
     p = tl.exp2(s - higher[:, None])
-    o = (o[0] * shrink[:, None], o[1] * shrink[:, None])
-    return _accumulate(o, p.to(v[0].dtype), v, TAIL, PRECISION), higher, total * shrink + tl.sum(p, axis=1)
+    o = _scaled(o, shrink[:, None])
+    return _accumulate(o, p.to(v[0].dtype), v, PRECISION), higher, total * shrink + tl.sum(p, axis=1)
 
 
 @triton.jit
-def _step_dq(
-    dq, q, k, v, do, log, delta, start, N,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr, EVEN: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
+def _store_attended(sums, out, lse, head, start, D: tl.constexpr):
+    """Write the results of a head's block of queries at `start`, whose sums are complete."""
+    o, top, total = sums
+    program, N, H = head
+    _store(_matrix(out, head, (N * H * D, H * D, D), 8), start, N, _scaled(o, (1 / total)[:, None]), D)
+    row = start + tl.arange(0, o[0].shape[0])
+    tl.store(lse + program.to(tl.int64) * N + row, top + tl.log2(total), mask=row < N)
+
+
+@triton.jit
+def _step_dq(dq, q, k, v, do, log, delta, start, N, PRECISION: tl.constexpr, EVEN: tl.constexpr):
     """dq' of a block of queries plus what a block of keys adds to it, without the scale."""
-    s = _product(q, k, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
-    dp = _product(do, v, tl.zeros([BLOCK_Q, BLOCK_K], tl.float32), TAIL, PRECISION)
+    s = _product(q, k, PRECISION)
+    dp = _product(do, v, PRECISION)
     ds = tl.exp2(s - log) * (dp - delta)
     if not EVEN:
-        ds = tl.where(start + tl.arange(0, BLOCK_K)[None, :] < N, ds, 0.0)
-    return _accumulate(dq, ds.to(v[0].dtype), k, TAIL, PRECISION)
+        ds = tl.where(start + tl.arange(0, k[0].shape[0])[None, :] < N, ds, 0.0)
+    return _accumulate(dq, ds.to(v[0].dtype), k, PRECISION)
 
 
 @triton.jit
-def _step_dkv(
-    dk, dv, k, v, q, do, log, delta,
-    TAIL: tl.constexpr, PRECISION: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_Q: tl.constexpr,
-):  # fmt: skip
+def _step_dkv(dk, dv, k, v, q, do, log, delta, PRECISION: tl.constexpr):
     """dk' and dv of a block of keys plus what a block of queries adds to them, dk' without the scale.
 
     The scores come out transposed, [keys, queries], as the left operands that they are next.
     """
-    p = tl.exp2(_product(k, q, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION) - log)
-    dv = _accumulate(dv, p.to(v[0].dtype), do, TAIL, PRECISION)
-    dp = _product(v, do, tl.zeros([BLOCK_K, BLOCK_Q], tl.float32), TAIL, PRECISION)
-    return _accumulate(dk, (p * (dp - delta)).to(v[0].dtype), q, TAIL, PRECISION), dv
-
-
-@triton.jit
-def _store_partial(partial, program, dweight, D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr):
-    """Row `program` of the partial sums [programs, D] of a weight's gradient."""
-    target = partial + program.to(tl.int64) * D
-    column = tl.arange(0, MAIN)
-    tl.store(target + column, dweight[0], mask=column < D)
-    if TAIL:
-        column = tl.arange(0, TAIL)
-        tl.store(target + MAIN + column, dweight[1], mask=column < D - MAIN)
-
-
-@triton.jit
-def _prepare_rows(
-    source, stride, target, weight, cos, sin, start, N, eps, factor,
-    D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, NORM: tl.constexpr, ROPE: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Rows start to start + BLOCK of q or k, prepared, into the dense matrix [N, D] at `target`."""
-    tile = _load(source, stride, start, N, D, MAIN, TAIL, BLOCK)
-    tile = _prepare(tile, weight, cos, sin, start, N, eps, factor, D, MAIN, TAIL, NORM, ROPE)
-    _store(target, D, start, N, tile, D, MAIN, TAIL, BLOCK)
+    p = tl.exp2(_product(k, q, PRECISION) - log)
+    dv = _accumulate(dv, p.to(v[0].dtype), do, PRECISION)
+    dp = _product(v, do, PRECISION)
+    return _accumulate(dk, (p * (dp - delta)).to(v[0].dtype), q, PRECISION), dv

@@ -87,11 +87,12 @@ def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable]
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
     """kernel[grid](*arguments, **meta), where `kernel` comes out of `wrap_triton` (which must be written in the
-    operator's body: torch finds the kernels of an operator by that name).
+    operator's body: torch finds the kernels of an operator by that name). A kernel of many arguments gets them all by
+    name, so that none can take another's place.
 
     Meta and fake tensors are not computed on; inside `record_launches` the launch is written down.
     """
-    if any(isinstance(a, Tensor) and (a.is_meta or isinstance(a, FakeTensor)) for a in arguments):
+    if any(isinstance(a, Tensor) and (a.is_meta or isinstance(a, FakeTensor)) for a in (*arguments, *meta.values())):
         recorder = _recorder.get()
         if recorder is not None:
             recorder[1].append(_described(kernel, grid, arguments, meta))

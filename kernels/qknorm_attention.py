@@ -23,6 +23,7 @@ A head of 72 channels is 64 + 8 and not 128: see `parts`.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -163,18 +164,29 @@ def _dense(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
     return tuple(table if table is None else table.contiguous() for table in tables)
 
 
-def _constants(qkv: Tensor, weight: Tensor | None, cos: Tensor | None, *others: Tensor) -> dict[str, int | bool]:
-    """What every kernel is compiled for: widths, switches, and the alignment of qkv's and the others' rows."""
-    D, vector = qkv.shape[4], 16 // qkv.element_size()
+def _common(qkv: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None, *others: Tensor) -> dict[str, Any]:
+    """What every kernel takes, by name; `ALIGN` divides the strides of qkv's rows and of the others'."""
+    _, N, _, H, D = qkv.shape
+    stride_b, stride_n, stride_3, stride_h, _ = qkv.stride()
+    vector = 16 // qkv.element_size()
     aligned = all(s % vector == 0 for x in (qkv, *others) for s in x.stride()[:-1])
     MAIN, TAIL = parts(D)
-    rope = 0 if cos is None else 2 * cos.shape[1] // D  # columns of the tables for each pair of channels
     return {
+        "qkv": qkv,
+        "cos": cos,
+        "sin": sin,
+        "N": N,
+        "H": H,
+        "stride_b": stride_b,
+        "stride_n": stride_n,
+        "stride_3": stride_3,
+        "stride_h": stride_h,
+        "eps": eps,
+        "factor": D**-0.5 * LOG2_E,
         "D": D,
         "MAIN": MAIN,
         "TAIL": TAIL,
-        "NORM": weight is not None,
-        "ROPE": rope,
+        "ROPE": 0 if cos is None else 2 * cos.shape[1] // D,
         "ALIGN": vector if aligned else 1,
     }
 
@@ -198,25 +210,22 @@ def _forward(
     B, N, _, H, D = qkv.shape
     out = torch.empty((B, N, H * D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, H, N), dtype=torch.float32, device=qkv.device)
-    tables = _dense(cos, sin)
-    scalars = (N, H, *qkv.stride()[:4], eps, D**-0.5 * LOG2_E)
-    constants, dots = _constants(qkv, q_weight, cos), {"PRECISION": dot_precision(qkv.dtype)}
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    common = _common(qkv, eps, *_dense(cos, sin))
+    results = {"out": out, "lse": lse, "PRECISION": dot_precision(qkv.dtype)}
     if fits_on_chip(N, D, qkv.element_size()):
         config = _configured("short_forward", qkv)
-        dots |= {"EVEN": N % config["BLOCK_K"] == 0, "BLOCKS": triton.cdiv(N, config["BLOCK_K"])}
-        pointers = (qkv, q_weight, k_weight, *tables, out, lse)
-        launch(wrap_triton(_short_forward_kernel), (B * H,), *pointers, *scalars, **constants, **dots, **config)
+        blocks = {"EVEN": N % config["BLOCK_K"] == 0, "BLOCKS": triton.cdiv(N, config["BLOCK_K"])}
+        launch(wrap_triton(_short_forward_kernel), (B * H,), **common, **weights, **results, **blocks, **config)
         return out, lse
     keys = torch.empty((1, B, H, N, D), dtype=qkv.dtype, device=qkv.device)
     config = _configured("prepare", qkv)
     grid = (B * H * triton.cdiv(N, config["BLOCK"]), 1)
-    pointers = (qkv, q_weight, k_weight, *tables, keys)
-    launch(wrap_triton(_prepare_kernel), grid, *pointers, *scalars, **constants, **config)
+    launch(wrap_triton(_prepare_kernel), grid, prepared=keys, **common, **weights, **config)
     config = _configured("long_forward", qkv)
-    dots |= {"EVEN": N % config["BLOCK_K"] == 0}
     grid = (B * H * triton.cdiv(N, config["BLOCK_Q"]),)
-    pointers = (qkv, keys, q_weight, *tables, out, lse)
-    launch(wrap_triton(_long_forward_kernel), grid, *pointers, *scalars, **constants, **dots, **config)
+    inputs = {"prepared": keys, "q_weight": q_weight, "EVEN": N % config["BLOCK_K"] == 0}
+    launch(wrap_triton(_long_forward_kernel), grid, **common, **inputs, **results, **config)
     return out, lse
 
 
@@ -236,35 +245,33 @@ def _backward(
     qkv, dout = _unit_stride(qkv), _unit_stride(dout)
     B, N, _, H, D = qkv.shape
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
-    delta = torch.empty_like(lse)
     prepared = torch.empty((2, B, H, N, D), dtype=qkv.dtype, device=qkv.device)
-    tables, sizes = _dense(cos, sin), (N, H, *qkv.stride()[:4])
-    constants, dots = _constants(qkv, q_weight, cos, dout), {"PRECISION": dot_precision(qkv.dtype)}
-    scalars = (*sizes, *dout.stride()[:2], eps, D**-0.5 * LOG2_E, D**-0.5)
+    weights = {"q_weight": q_weight, "k_weight": k_weight}
+    common = _common(qkv, eps, *_dense(cos, sin), dout) | {"prepared": prepared}
+    dout_b, dout_n, _ = dout.stride()
+    upstream = {"lse": lse, "dout": dout, "dout_b": dout_b, "dout_n": dout_n, "scale": D**-0.5}
+    results = {"dqkv": dqkv, "delta": torch.empty_like(lse), "PRECISION": dot_precision(qkv.dtype)}
     if N <= SHORT:
         config = _configured("short_backward", qkv)
         dq_weight = _partials(q_weight, B * H * triton.cdiv(N, config["DQ_Q"]), qkv)
         dk_weight = _partials(q_weight, B * H * triton.cdiv(N, config["DKV_K"]), qkv)
-        even = {"EVEN": N % config["DQ_K"] == 0}
-        pointers = (qkv, q_weight, k_weight, *tables, prepared, out, lse, dout, dqkv, delta, dq_weight, dk_weight)
-        kernel = wrap_triton(_short_backward_kernel)
-        launch(kernel, (B * H,), *pointers, *scalars, **constants, **dots, **even, **config)
+        results |= {"dq_weight": dq_weight, "dk_weight": dk_weight}
+        inputs = {**weights, "out": out, "EVEN": N % config["DQ_K"] == 0}
+        launch(wrap_triton(_short_backward_kernel), (B * H,), **common, **inputs, **upstream, **results, **config)
         return dqkv, torch.stack((dq_weight.sum(0), dk_weight.sum(0)))
     config = _configured("prepare", qkv)
     grid = (B * H * triton.cdiv(N, config["BLOCK"]), 2)
-    pointers = (qkv, q_weight, k_weight, *tables, prepared)
-    launch(wrap_triton(_prepare_kernel), grid, *pointers, *sizes, eps, D**-0.5 * LOG2_E, **constants, **config)
+    launch(wrap_triton(_prepare_kernel), grid, **common, **weights, **config)
     config = _configured("dq", qkv)
     programs = B * H * triton.cdiv(N, config["BLOCK_Q"])
     dq_weight = _partials(q_weight, programs, qkv)
-    pointers = (qkv, prepared, q_weight, *tables, out, lse, dout, dqkv, delta, dq_weight)
-    even = {"EVEN": N % config["BLOCK_K"] == 0}
-    launch(wrap_triton(_dq_kernel), (programs,), *pointers, *scalars, **constants, **dots, **even, **config)
+    inputs = {"q_weight": q_weight, "out": out, "EVEN": N % config["BLOCK_K"] == 0}
+    launch(wrap_triton(_dq_kernel), (programs,), dweight=dq_weight, **common, **inputs, **upstream, **results, **config)
     config = _configured("dkv", qkv)
     programs = B * H * triton.cdiv(N, config["BLOCK_K"])
     dk_weight = _partials(q_weight, programs, qkv)
-    pointers = (qkv, prepared, k_weight, *tables, lse, dout, dqkv, delta, dk_weight)
-    launch(wrap_triton(_dkv_kernel), (programs,), *pointers, *scalars, **constants, **dots, **config)
+    inputs = {"k_weight": k_weight, "dweight": dk_weight}
+    launch(wrap_triton(_dkv_kernel), (programs,), **common, **inputs, **upstream, **results, **config)
     return dqkv, torch.stack((dq_weight.sum(0), dk_weight.sum(0)))
 
 

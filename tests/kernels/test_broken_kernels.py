@@ -69,10 +69,13 @@ CASES = {
         ("swiglu",), "inside = column < H", "inside = column < H - 1", _check_swiglu,
     ),
     "no softmax scale in the gradient of the keys": (
-        ATTENTION, "N, eps, scale / factor,", "N, eps, 1.0 / factor,", _check_attention,
+        ATTENTION, "prologue, scale / factor,", "prologue, 1.0 / factor,", _check_attention,
     ),
     "rotation in the wrong direction in the backward pass": (
         ATTENTION, "ROPE, -1)", "ROPE, 1)", _check_attention,
+    ),
+    "two tables in each other's place": (
+        ATTENTION, "eps, cos, sin, factor =", "eps, sin, cos, factor =", _check_attention,
     ),
 }  # fmt: skip
 

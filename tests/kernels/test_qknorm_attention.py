@@ -1,11 +1,15 @@
 """qknorm_attention: Triton against the fp64 reference in its short and long forms, all switches, strides, refusals."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_checks import DEVICE, TOLERANCE, check_kernel, normal
 
+import aligntok.kernels
 from aligntok.kernels import explain, qknorm_attention
 from aligntok.kernels.qknorm_attention import HEAD_WIDTHS, SHORT, parts, qknorm_attention_reference
 from aligntok.models.lightning_dit import rope_table
@@ -88,6 +92,22 @@ def test_large_logits_do_not_overflow():
 
 def test_a_head_of_72_is_not_padded_to_128():
     assert parts(72) == (64, 16) and parts(64) == (64, 0) and parts(128) == (128, 0) and parts(96) == (64, 32)
+
+
+def test_no_argument_stands_in_anothers_place():
+    """Kernels are launched by keyword; where functions hand on what they were given, every name is in its own place."""
+    folder = Path(aligntok.kernels.__path__[0])
+    files = ("qknorm_attention", "_qknorm_attention_kernels", "_qknorm_attention_tiles")
+    nodes = [node for file in files for node in ast.walk(ast.parse((folder / f"{file}.py").read_text()))]
+    parameters = {f.name: [a.arg for a in f.args.args] for f in nodes if isinstance(f, ast.FunctionDef)}
+    calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+    launches = [call for call in calls if call.func.id == "launch"]
+    assert launches and all(len(call.args) == 2 for call in launches)
+    for call in calls:
+        names = parameters.get(call.func.id, [])
+        for place, argument in enumerate(call.args):
+            if isinstance(argument, ast.Name) and argument.id in names:
+                assert names.index(argument.id) == place, f"{argument.id} in line {call.lineno}: {ast.unparse(call)}"
 
 
 @pytest.mark.parametrize("norm", [False, True])

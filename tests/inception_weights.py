@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -50,3 +51,28 @@ class TinyInception(Inception):
         found = self.project(nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)).relu()
         pooled, spatial = found.split([2048, SPATIAL_DIMENSION], dim=1)
         return InceptionFeatures(pooled, spatial, 10 * pooled[:, :10])
+
+
+class SmallExtractor(nn.Module):
+    """Stands for EfficientNet-Lite0 where it is not what a test is about."""
+
+    name, dimension, protocol = "EffNetLite0", 12, "twelve numbers"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
+
+
+def use_small_networks(monkeypatch) -> None:
+    """`aligntok evaluate` with networks of few features: a TinyInception that counts as published, SmallExtractor."""
+    whole = TinyInception.everything
+
+    def fewer(self, images: torch.Tensor) -> InceptionFeatures:
+        found = whole(self, images)
+        return replace(found, pooled=found.pooled[:, :16], spatial=found.spatial[:, :12])
+
+    monkeypatch.setattr(TinyInception, "everything", fewer)
+    monkeypatch.setattr(TinyInception, "dimension", 16)
+    monkeypatch.setattr("aligntok.evaluation.generated.SPATIAL_DIMENSION", 12)
+    monkeypatch.setattr("aligntok.commands.evaluate.find_inception", lambda given: (TinyInception(), "tiny"))
+    for place in ("commands.evaluate", "evaluation.sample_sources"):
+        monkeypatch.setattr(f"aligntok.{place}.EfficientNetLite0", SmallExtractor)

@@ -29,7 +29,7 @@ from aligntok.evaluation.probes import Alignment, cross_validated_probes, traine
 from aligntok.evaluation.sample_sources import DrawnSamples, RealImages, StoredSamples
 from aligntok.evaluation.second_opinion import torch_fidelity_numbers
 from aligntok.evaluation.self_test import self_test
-from aligntok.evaluation.tokenizer import Measured, stream_reconstruction
+from aligntok.evaluation.tokenizer import Measured, stream_reconstruction, told_left_out
 from aligntok.evaluation.trained_probe import check_recipe
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.tokenizer import load_tokenizer
@@ -119,6 +119,8 @@ def evaluate_generation(
         if fidelity and (network is None or (samples_file is None and npz is None)):
             raise UserError("--fidelity true needs Inception weights (--inception) and samples on the disk (--npz)")
         real = RealImages(reference, samples.size, network, precision, telemetry)
+        if fidelity and not real.count:
+            raise UserError(f"--fidelity true compares images, and {reference} holds moments alone: leave it out")
         if isinstance(samples, DrawnSamples) and npz is not None:
             samples = samples.store(npz)
         made = ImageFeatures(network, real.extractors, KEPT_SAMPLES).add_all(samples.batches("measuring samples"))
@@ -229,10 +231,17 @@ def _report(found: Numbers, output: str | None) -> Numbers:
         console.print(table)
     for name, measured in found.items():
         print(f"{name}: {measured.protocol}")
+        if measured.left_out:
+            print(f"{name}: {told_left_out(measured.left_out)}")
     if output is not None:
-        numbers = {name: {"values": m.values, "protocol": m.protocol} for name, m in found.items()}
+        numbers = {name: _as_json(measured) for name, measured in found.items()}
         write_bytes(output, json.dumps(numbers, indent=1).encode())
     return found
+
+
+def _as_json(measured: Measured) -> dict[str, Any]:
+    told: dict[str, Any] = {"values": measured.values, "protocol": measured.protocol}
+    return told | ({"left out": measured.left_out} if measured.left_out else {})
 
 
 def _console() -> Console:

@@ -95,8 +95,10 @@ class EvaluateGenerationConfig:
         generator: folder written by train-generator; with it the tokenizer that it was trained on.
         tokenizer: folder of that tokenizer.
         samples_file: .npz of samples (arr_0 uint8 [n, H, W, 3]) to measure instead of drawing some.
-        reference: ADM's reference batch (.npz with mu, sigma, mu_s, sigma_s), or folder, .tar or "embedded" of real
-            images, cut to the samples' size.
+        reference: folder, .tar or "embedded" of real images, cut to the samples' size; or an .npz: ADM's reference
+            batch (arr_0, mu, sigma, mu_s, sigma_s), images alone (arr_0; all numbers, as of a folder), or moments alone
+            (mu, sigma, as of pytorch-fid: gFID and IS only; mu_s, sigma_s beside them: sFID too). Where arr_0, mu and
+            sigma have no mu_s and sigma_s, sFID is against the images in the file.
         labels: of drawn samples: random (uniform, independent) or balanced (every class as often); balanced labels
             give a lower FID.
         count: samples to draw; 50,000 is what published numbers have.

@@ -5,32 +5,27 @@
                 a point's ball reaches to its k-th nearest neighbour in its own set
 
 Samples travel as .npz with `arr_0` uint8 [n, H, W, 3]; a reference batch adds mu, sigma (pooled features) and mu_s,
-sigma_s (spatial ones). It holds statistics of training images for generation, so it is refused where reconstructions
-are compared with their originals. Source: guided-diffusion evaluations/evaluator.py and README.
+sigma_s (spatial ones): aligntok.evaluation.reference. Source: guided-diffusion evaluations/evaluator.py and README.
 """
 
 from __future__ import annotations
 
 import itertools
-import lzma
 import zipfile
-import zlib
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from aligntok.errors import UserError
-from aligntok.runtime.files import digest, unfinished_file
+from aligntok.evaluation.npz import damage_of, member, opened
+from aligntok.runtime.files import unfinished_file
 
 NEIGHBOURS = 3  # k of precision and recall
 SPLIT = 5_000  # samples per split of the Inception score
-_MOMENTS = ("mu", "sigma", "mu_s", "sigma_s")
 SPATIAL_CHANNELS = 7  # of the Mixed_6 block's first convolution, at 17 x 17: 2,023 features
 
 
@@ -44,21 +39,6 @@ class Moments:
     @property
     def dimension(self) -> int:
         return len(self.mean)
-
-
-@dataclass(frozen=True)
-class ReferenceBatch:
-    """Moments of pooled and of spatial features; number and (height, width) of the images in the file; its SHA-256."""
-
-    pooled: Moments
-    spatial: Moments
-    images: int
-    size: tuple[int, int]
-    sha256: str
-
-    @property
-    def protocol(self) -> str:
-        return f"ADM reference batch sha256 {self.sha256[:16]}, {self.images} images for precision and recall"
 
 
 def write_samples(path: str | Path, images: Tensor) -> None:
@@ -94,19 +74,19 @@ def write_sample_batches(path: str | Path, batches: Iterable[Tensor], count: int
 
 def sample_shape(path: str | Path) -> tuple[int, int, int]:
     """(images, height, width) of a file of samples; its images are not read."""
-    with _opened(path) as archive, _member(archive, "arr_0", path) as (_, shape, dtype):
-        _check_samples(path, shape, dtype)
+    with opened(path) as archive, member(archive, "arr_0", path) as (_, shape, dtype):
+        check_samples(path, shape, dtype)
         return shape[0], shape[1], shape[2]
 
 
 def read_samples(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
     """Batches uint8 [B, 3, H, W] of arr_0; memory holds one batch, whatever the number of samples."""
-    with _opened(path) as archive, _member(archive, "arr_0", path) as (file, shape, dtype):
-        _check_samples(path, shape, dtype)
+    with opened(path) as archive, member(archive, "arr_0", path) as (file, shape, dtype):
+        check_samples(path, shape, dtype)
         size = int(np.prod(shape[1:]))
         for start in range(0, shape[0], batch_size):
             count = min(batch_size, shape[0] - start)
-            with _damage_of(path, "arr_0"):
+            with damage_of(path, "arr_0"):
                 data = file.read(count * size)
             if len(data) != count * size:
                 raise UserError(f"{path} ends after {start + len(data) // size} of its {shape[0]} samples")
@@ -114,42 +94,11 @@ def read_samples(path: str | Path, batch_size: int = 64) -> Iterator[Tensor]:
             yield images.permute(0, 3, 1, 2).contiguous()
 
 
-def read_reference(path: str | Path) -> ReferenceBatch:
-    """A reference batch; its images are left on the disk for `read_samples`. UserError if it is not one."""
-    with _opened(path) as archive, _member(archive, "arr_0", path) as (_, shape, dtype):
-        _check_samples(path, shape, dtype)
-        missing = [key for key in _MOMENTS if f"{key}.npy" not in archive.namelist()]
-        if missing:
-            raise UserError(
-                f"{path} lacks {', '.join(missing)}: it holds samples and is no ADM reference batch such as "
-                "VIRTUAL_imagenet256_labeled.npz"
-            )
-    values = _read_moments(path)
-    for mean, cov in (("mu", "sigma"), ("mu_s", "sigma_s")):
-        d = values[mean].numel()
-        if values[mean].ndim != 1 or values[cov].shape != (d, d):
-            raise UserError(f"{path}: {mean} {list(values[mean].shape)} and {cov} {list(values[cov].shape)} do not fit")
-    pooled, spatial = Moments(values["mu"], values["sigma"]), Moments(values["mu_s"], values["sigma_s"])
-    return ReferenceBatch(pooled, spatial, shape[0], (shape[1], shape[2]), digest(path))
-
-
-def _read_moments(path: str | Path) -> dict[str, Tensor]:
-    """The arrays beside the images, float64; UserError where one cannot be read or is not made of finite numbers."""
-    with _damage_of(path, " or ".join(_MOMENTS)), np.load(path, allow_pickle=False) as arrays:
-        values = {key: arrays[key] for key in _MOMENTS}
-    for key, value in values.items():
-        if value.dtype.kind not in "fiu":
-            raise UserError(f"{path}: {key} is {value.dtype}, expected numbers; give ADM's own file")
-        if not np.isfinite(value).all():
-            raise UserError(f"{path}: {key} holds values that are not finite; give ADM's own file")
-    return {key: torch.from_numpy(value.astype(np.float64)) for key, value in values.items()}
-
-
 def refuse_as_originals(path: str | Path) -> None:
     """UserError where `path` is an .npz: rFID compares reconstructions with the images that they are made from."""
     if Path(path).suffix == ".npz":
         raise UserError(
-            f"{path} is a file of samples or an ADM reference batch, which stands for generated images' training set; "
+            f"{path} is a file of samples or of moments, which stands for generated images' training set; "
             "reconstruction metrics need the validation images themselves: give their folder or .tar"
         )
 
@@ -231,41 +180,7 @@ def _share_within(points: Tensor, centres: Tensor, reach: Tensor, block: int) ->
     return float(torch.cat(inside).cpu().double().mean())
 
 
-def _check_samples(path: str | Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+def check_samples(path: str | Path, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    """UserError unless these are shape and dtype of samples."""
     if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or min(shape) < 1:
         raise UserError(f"{path}: arr_0 is {dtype} {list(shape)}, expected uint8 [n, H, W, 3]")
-
-
-@contextmanager
-def _damage_of(path: str | Path, what: str) -> Iterator[None]:
-    """UserError for whatever a library raises where the file is damaged, absent or not what it says."""
-    try:
-        yield
-    # zipfile itself raises RuntimeError where a flipped bit asks for a password or for an unknown compression
-    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error, lzma.LZMAError) as error:
-        message = f"{path}: {what} cannot be read as .npz ({error}); expected an undamaged file, get or make it again"
-        raise UserError(message) from error
-
-
-def _opened(path: str | Path) -> zipfile.ZipFile:
-    with _damage_of(path, "the file"):
-        return zipfile.ZipFile(path)
-
-
-@contextmanager
-def _member(
-    archive: zipfile.ZipFile, name: str, path: str | Path
-) -> Iterator[tuple[IO[bytes], tuple[int, ...], np.dtype]]:
-    """One array of an .npz behind its header: (file at its first value, shape, dtype)."""
-    if f"{name}.npy" not in archive.namelist():
-        raise UserError(f"{path} holds {', '.join(archive.namelist()) or 'nothing'}, expected {name}.npy")
-    with _damage_of(path, name):
-        file = archive.open(f"{name}.npy")
-    with file:
-        with _damage_of(path, name):
-            version = np.lib.format.read_magic(file)
-            read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-            shape, fortran, dtype = read(file)
-        if fortran or dtype.hasobject:
-            raise UserError(f"{path}: {name} is stored by columns or as objects, expected plain rows")
-        yield file, shape, dtype

@@ -19,13 +19,12 @@ from aligntok.evaluation.adm import (
     NEIGHBOURS,
     SPLIT,
     InceptionScore,
-    Moments,
-    ReferenceBatch,
     precision_recall,
 )
-from aligntok.evaluation.distances import FeatureSet, GaussianStatistics, frechet_distance, set_distances
+from aligntok.evaluation.distances import FeatureSet, Gaussian, GaussianStatistics, frechet_distance, set_distances
 from aligntok.evaluation.features import FeatureExtractor, metric_name
 from aligntok.evaluation.inception import SPATIAL_DIMENSION, Inception
+from aligntok.evaluation.reference import ReferenceBatch
 from aligntok.evaluation.tokenizer import Measured
 
 KEPT_SAMPLES = 50_000  # pooled features for precision and recall: ADM's sample count, 410 MB
@@ -62,26 +61,38 @@ class ImageFeatures:
         return self
 
 
-def check_statistics(reference: ReferenceBatch, inception: Inception | None, size: int) -> None:
-    """UserError unless a reference batch can be compared with features of `inception` and images of side `size`."""
+def check_images(count: int, size: tuple[int, int], expected: int) -> None:
+    """UserError unless images of (height, width) in a file are enough, and as large as samples of side `expected`."""
+    if size != (expected, expected):
+        raise UserError(
+            f"the reference holds images of {size[1]}x{size[0]} px, the samples have {expected}x{expected} px: "
+            "give images of the samples' size, or a folder of larger ones, which are cut to it"
+        )
+    require_enough(count, "reference images")
+
+
+def check_statistics(reference: ReferenceBatch, inception: Inception | None) -> None:
+    """UserError unless a file's moments can be compared with those of features of `inception`."""
+    of_other = [
+        f"{name} has {moments.dimension} values, expected {expected}"
+        for name, moments, expected in (
+            ("mu", reference.pooled, (inception or Inception).dimension),
+            ("mu_s", reference.spatial, SPATIAL_DIMENSION),
+        )
+        if moments is not None and moments.dimension != expected
+    ]
+    if of_other:
+        raise UserError(f"the reference holds features of another extractor than Inception: {'; '.join(of_other)}")
     if inception is None:
         raise UserError(
-            "a reference batch holds features of the Inception network, and there are no Inception weights here: give "
-            "them with --inception, or a folder of images as --reference"
-        )
-    widths = (reference.pooled.dimension, reference.spatial.dimension)
-    if widths != (inception.dimension, SPATIAL_DIMENSION):
-        raise UserError(
-            f"the reference batch holds features of another extractor: widths {widths[0]} and {widths[1]}, expected "
-            f"{inception.dimension} and {SPATIAL_DIMENSION} of the Inception network"
+            "the reference holds moments of the Inception network's features, and there are no Inception weights here: "
+            "give them with --inception, or images as --reference"
         )
     if not inception.published:
         raise UserError(
-            f"the reference batch was made with the published Inception weights, and {inception.path} holds others "
+            f"the reference was made with the published Inception weights, and {inception.path} holds others "
             f"(sha256 {inception.sha256[:16]}): their features cannot be compared"
         )
-    if reference.size != (size, size):
-        raise UserError(f"the reference batch holds images of {reference.size[0]} px, the samples have {size} px")
 
 
 def compare_with_set(samples: ImageFeatures, reference: ImageFeatures, seed: int = 0) -> dict[str, Measured]:
@@ -111,46 +122,58 @@ def check_moments(reference: ReferenceBatch, own: ImageFeatures) -> None:
         ("mu", reference.pooled, own.pooled.statistics),
         ("mu_s", reference.spatial, own.spatial),
     ):
+        if stated is None:
+            continue
         chance = float(stated.cov.trace().clamp(min=0) / own.count) ** 0.5
         apart = float((stated.mean - found.mean).norm())
         if apart > APART * chance:
             raise UserError(
                 f"the reference batch's {name} is {apart:.3g} away from the mean over its own {own.count} images, "
-                f"expected at most {APART * chance:.3g}: it holds features of another extractor; give ADM's own file"
+                f"expected at most {APART * chance:.3g}: it holds features of another extractor; give ADM's own file, "
+                "or one of the images alone"
             )
 
 
-def compare_with_batch(samples: ImageFeatures, reference: ReferenceBatch, images: ImageFeatures) -> dict[str, Measured]:
-    """Every number against a reference batch; the features of its `images` serve precision and recall."""
+def compare_with_batch(
+    samples: ImageFeatures, reference: ReferenceBatch, images: ImageFeatures | None
+) -> dict[str, Measured]:
+    """Every number that a file with moments allows.
+
+    The features of its `images` (None: it has none) serve precision and recall, and sFID where spatial moments lack.
+    """
     inception = samples.inception
     assert inception is not None  # check_statistics
     distance = frechet_distance(reference.pooled, samples.pooled.statistics)
     protocol = f"{inception.protocol}; {samples.pooled.statistics.protocol}; {reference.protocol}"
-    metrics = {metric_name("gFID", inception): distance}
-    return {"generation, ADM protocol": _adm_numbers(samples, reference.spatial, images.pooled.rows, metrics, protocol)}
+    spatial: Gaussian | None = reference.spatial
+    if spatial is None and images is not None:
+        spatial, protocol = images.spatial, f"{protocol}; sFID against these images, {images.spatial.protocol}"
+    real = None if images is None else images.pooled.rows
+    found = _adm_numbers(samples, spatial, real, {metric_name("gFID", inception): distance}, protocol)
+    found.left_out = {metric_name(name, inception): reason for name, reason in reference.left_out.items()}
+    return {"generation, ADM protocol": found}
 
 
 def _adm_numbers(
     samples: ImageFeatures,
-    spatial: Moments | GaussianStatistics,
-    real: Tensor,
+    spatial: Gaussian | None,
+    real: Tensor | None,
     metrics: dict[str, float],
     protocol: str,
 ) -> Measured:
+    """`metrics` and IS, with sFID against `spatial`, precision and recall against pooled features `real` [n, 2048]."""
     inception, made = samples.inception, samples.pooled.rows
     assert inception is not None
-    device = inception.device  # distances of 50,000 points are work for where the network is
-    precision, recall = precision_recall(real.to(device), made.to(device))
-    more = {
-        "sFID": frechet_distance(spatial, samples.spatial),
-        "IS": samples.score.compute(),
-        "precision": precision,
-        "recall": recall,
-    }
-    protocol += (
-        f"; sFID: first 7 channels behind Mixed_6d.branch1x1, {samples.spatial.protocol}; IS in splits of {SPLIT}; "
-        f"precision and recall: k={NEIGHBOURS}, {len(made)} samples, {len(real)} reference images"
-    )
+    more, device = {}, inception.device  # distances of 50,000 points are work for where the network is
+    if spatial is not None:
+        more["sFID"] = frechet_distance(spatial, samples.spatial)
+        protocol += f"; sFID: first 7 channels behind Mixed_6d.branch1x1, {samples.spatial.protocol}"
+    more["IS"] = samples.score.compute()
+    protocol += f"; IS in splits of {SPLIT}"
+    if real is not None:
+        more["precision"], more["recall"] = precision_recall(real.to(device), made.to(device))
+        counts = f"{len(made)} samples, {len(real)} reference images"
+        protocol += f"; precision and recall: k={NEIGHBOURS}, {counts}"
     return Measured(metrics | {metric_name(name, inception): value for name, value in more.items()}, protocol)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,12 +18,13 @@ from aligntok.config import SamplerConfig
 from aligntok.data.images import open_images
 from aligntok.diffusion.sampler import check_sampler
 from aligntok.errors import UserError
-from aligntok.evaluation.adm import read_reference, read_samples, sample_shape, write_sample_batches
+from aligntok.evaluation.adm import read_samples, sample_shape, write_sample_batches
 from aligntok.evaluation.crops import crops_with_bar
 from aligntok.evaluation.features import EfficientNetLite0, FeatureExtractor, to_uint8
 from aligntok.evaluation.generated import (
     KEPT_REFERENCE,
     ImageFeatures,
+    check_images,
     check_moments,
     check_statistics,
     compare_with_batch,
@@ -31,7 +33,8 @@ from aligntok.evaluation.generated import (
 )
 from aligntok.evaluation.generation import batches_of, check_pair, choose_labels, describe, stream_draw
 from aligntok.evaluation.inception import Inception
-from aligntok.evaluation.tokenizer import Measured
+from aligntok.evaluation.reference import ReferenceBatch, read_reference
+from aligntok.evaluation.tokenizer import Measured, told_left_out
 from aligntok.models.generator import Generator
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.runtime import collectives
@@ -113,30 +116,48 @@ class StoredSamples:
 
 
 class RealImages:
-    """Real images, or ADM's statistics of some; everything about them is checked and measured before samples are."""
+    """Real images, or moments of some; everything about them is checked and measured before samples are."""
 
     def __init__(
         self, given: str, size: int, inception: Inception | None, precision: Precision, telemetry: Telemetry
     ) -> None:
         self.given, self.size, self.telemetry = given, size, telemetry
-        self.batch = read_reference(given) if given.endswith(".npz") else None
-        if self.batch is not None:
-            check_statistics(self.batch, inception, size)
-            telemetry.say(f"reference: {given}, sha256 {self.batch.sha256}")
-            self.extractors: list[FeatureExtractor] = []
+        self.batch: ReferenceBatch | None = None
+        self.extractors: list[FeatureExtractor] = []
+        if given.endswith(".npz"):
+            self._open_file(inception)
         else:
-            self.set = open_images(given, say=telemetry.say)
+            self.set = open_images(_no_other_file(given), say=telemetry.say)
+        if self.batch is None:
             self.extractors = [EfficientNetLite0().to(precision.device)]
-        self.features = ImageFeatures(inception, self.extractors, KEPT_REFERENCE).add_all(self.images())
-        self.count = self.features.count
-        require_enough(self.count, "reference images")
-        if self.batch is not None:
+        self.features: ImageFeatures | None = None
+        if self.batch is None or self.batch.images:
+            self.features = ImageFeatures(inception, self.extractors, KEPT_REFERENCE).add_all(self.images())
+            require_enough(self.features.count, "reference images")
+        if self.batch is not None and self.features is not None:
             check_moments(self.batch, self.features)
+        self.count = 0 if self.features is None else self.features.count
+
+    def _open_file(self, inception: Inception | None) -> None:
+        """An .npz of images, moments or both; what is wrong with it is said here, before anything is measured."""
+        self.batch = read_reference(self.given)
+        if self.batch is None:
+            count, height, width = sample_shape(self.given)
+            check_images(count, (height, width), self.size)
+            self.telemetry.say(f"reference: {self.given}, {count} images without moments, measured like a folder's")
+            return
+        check_statistics(self.batch, inception)
+        if self.batch.size is not None:
+            check_images(self.batch.images, self.batch.size, self.size)
+        self.telemetry.say(f"reference: {self.given}, sha256 {self.batch.sha256}")
+        if self.batch.left_out:
+            self.telemetry.say(told_left_out(self.batch.left_out))
 
     def images(self) -> Iterator[Tensor]:
-        """uint8 batches [B, 3, H, W], from the first one on."""
-        if self.batch is not None:
-            yield from StoredSamples(self.given, self.telemetry).batches("reference")
+        """uint8 batches [B, 3, H, W], from the first one on; none of a file of moments."""
+        if self.given.endswith(".npz"):
+            if self.batch is None or self.batch.images:
+                yield from StoredSamples(self.given, self.telemetry).batches("reference")
             return
         with crops_with_bar(self.set, self.size, "reference", self.telemetry) as batches:
             yield from (pixels for pixels, _ in batches)
@@ -145,7 +166,19 @@ class RealImages:
         """Every number between these and the generated images."""
         if self.batch is not None:
             return compare_with_batch(made, self.batch, self.features)
+        assert self.features is not None  # only moments come without images
         return compare_with_set(made, self.features, seed)
+
+
+def _no_other_file(given: str) -> str:
+    """`given`, unless it is a file that can be no reference."""
+    path = Path(given)
+    if path.is_file() and path.suffix != ".tar":
+        raise UserError(
+            f"{given} is a {path.suffix or 'plain'} file, expected a folder or .tar of images, or an .npz of images "
+            "(arr_0) or moments (mu, sigma); numpy.savez writes one, of what torch-fidelity has stored for example"
+        )
+    return given
 
 
 def _square(height: int, width: int, what: str) -> int:

@@ -24,11 +24,20 @@ BATCH = 32
 
 @dataclass
 class Measured:
-    """Numbers with the protocol that they were measured by."""
+    """Numbers with the protocol that they were measured by, and what could not be measured, with the reason."""
 
     values: dict[str, float]
     protocol: str
     extra: dict[str, Tensor] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def told_left_out(left_out: dict[str, str]) -> str:
+    """For the user: {number: reason} with the numbers of one reason together."""
+    reasons: dict[str, list[str]] = {}
+    for number, reason in left_out.items():
+        reasons.setdefault(reason, []).append(number)
+    return "left out: " + "; ".join(f"{', '.join(numbers)}: {reason}" for reason, numbers in reasons.items())
 
 
 @torch.no_grad()

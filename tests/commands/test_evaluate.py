@@ -8,13 +8,12 @@ import pytest
 import torch
 from forked import Job, places, run_at_once
 from helpers import tiny_tokenizer, write_pictures
-from inception_weights import TinyInception
+from inception_weights import SmallExtractor, use_small_networks
 
 from aligntok.cli import main
 from aligntok.commands import evaluate as job
 from aligntok.config import LightningDiTConfig, SamplerConfig
 from aligntok.errors import UserError
-from aligntok.evaluation import generated
 from aligntok.evaluation import generation as generation_module
 from aligntok.evaluation.adm import sample_shape
 from aligntok.evaluation.generation import choose_labels
@@ -53,31 +52,9 @@ def no_cached_inception(monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
 
 
-class SmallExtractor(torch.nn.Module):
-    """Stands for EfficientNet-Lite0 where it is not what a test is about."""
-
-    name, dimension, protocol = "EffNetLite0", 12, "twelve numbers"
-
-    def forward(self, images):
-        return torch.nn.functional.adaptive_avg_pool2d(images, 2).flatten(1)
-
-
 @pytest.fixture
 def inception(monkeypatch):
-    """A small network that counts as the published one, with so few features that eigenvalues take no time."""
-    whole = TinyInception.everything
-
-    def fewer(self, images):
-        found = whole(self, images)
-        found.pooled, found.spatial = found.pooled[:, :16], found.spatial[:, :12]
-        return found
-
-    monkeypatch.setattr(TinyInception, "everything", fewer)
-    monkeypatch.setattr(TinyInception, "dimension", 16)
-    monkeypatch.setattr(generated, "SPATIAL_DIMENSION", 12)
-    monkeypatch.setattr(job, "find_inception", lambda given: (TinyInception(), "tiny"))
-    for place in ("evaluate", "evaluation.sample_sources"):
-        monkeypatch.setattr(f"aligntok.{place}.EfficientNetLite0", SmallExtractor)
+    use_small_networks(monkeypatch)
 
 
 PAIR = ("--generator", "{run}/generator", "--tokenizer", "{run}/tokenizer")
@@ -222,34 +199,6 @@ def test_torch_fidelity_gets_the_same_images(run, tmp_path, inception, monkeypat
     assert list(measured(output))[-1] == "generation, torch-fidelity"
 
 
-def test_generation_against_a_reference_batch(run, tmp_path, inception, capsys):
-    random = np.random.default_rng(0)
-    reference, samples = tmp_path / "reference.npz", tmp_path / "samples.npz"
-    moments = {"mu": np.zeros(16), "sigma": np.eye(16), "mu_s": np.zeros(12), "sigma_s": np.eye(12)}
-    np.savez(reference, arr_0=random.integers(0, 256, (11, 32, 32, 3), dtype=np.uint8), **moments)
-    np.savez(samples, random.integers(0, 256, (10, 32, 32, 3), dtype=np.uint8))
-    output = tmp_path / "numbers.json"
-    assert evaluate("generation", "--samples_file", samples, "--reference", reference, "--output", output) == 0
-    found = measured(output)["generation, ADM protocol"]
-    assert list(found["values"]) == ["gFID", "sFID", "IS", "precision", "recall"]
-    assert "10 samples, 11 reference images" in found["protocol"]
-    said = capsys.readouterr().err
-    sha256 = said.partition("sha256 ")[2][:64]
-    assert len(sha256) == 64 and sha256[:16] in found["protocol"]
-
-
-def test_a_reference_batch_of_another_extractor_is_refused(run, tmp_path, inception, capsys):
-    images = np.random.default_rng(0).integers(0, 256, (11, 32, 32, 3), dtype=np.uint8)
-    moments = {"mu": np.full(16, 9.0), "sigma": np.eye(16), "mu_s": np.zeros(12), "sigma_s": np.eye(12)}
-    np.savez(tmp_path / "reference.npz", arr_0=images, **moments)
-    np.savez(tmp_path / "samples.npz", images)
-    assert (
-        evaluate("generation", "--samples_file", tmp_path / "samples.npz", "--reference", tmp_path / "reference.npz")
-        == 2
-    )
-    assert "features of another extractor" in capsys.readouterr().err
-
-
 def test_samples_are_kept_where_measuring_fails(run, tmp_path, monkeypatch):
     samples = tmp_path / "samples.npz"
     monkeypatch.setattr(job.ImageFeatures, "add_all", lambda *arguments: 1 / 0)
@@ -257,6 +206,14 @@ def test_samples_are_kept_where_measuring_fails(run, tmp_path, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         generation(run, "--npz", samples)
     assert sample_shape(samples) == (9, 32, 32)
+
+
+def test_a_reference_is_refused_before_samples_are_drawn(run, tmp_path, capsys, monkeypatch):
+    np.savez(tmp_path / "dims_768.npz", mu=np.zeros(768), sigma=np.eye(768))
+    monkeypatch.setattr(job.DrawnSamples, "batches", lambda *arguments: pytest.fail("samples were drawn"))
+    assert generation(run, "--reference", tmp_path / "dims_768.npz", "--npz", tmp_path / "new" / "s.npz") == 2
+    assert "mu has 768 values, expected 2048" in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / "new").exists()
 
 
 def test_probe_of_a_small_set(run, tmp_path, capsys):
@@ -301,10 +258,6 @@ REFUSED = {
     "too few": (
         ["generation", "--generator", "{run}/generator", "--tokenizer", "{run}/tokenizer", "--count", "3"],
         "need at least 4",
-    ),
-    "statistics without their network": (
-        ["generation", "--samples_file", "{run}/s.npz", "--reference", "{run}/r.npz"],
-        "no Inception weights here",
     ),
     "second opinion without a file": (
         ["generation", "--generator", "{run}/generator", "--tokenizer", "{run}/tokenizer", "--fidelity", "true"],
@@ -358,8 +311,6 @@ def test_refusals_before_any_work(name, run, tmp_path, capsys, monkeypatch):
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_refusals_are_one_line(name, run, capsys):
-    arrays = {"mu": np.zeros(4), "sigma": np.eye(4), "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
-    np.savez(run / "r.npz", arr_0=np.zeros((4, 32, 32, 3), np.uint8), **arrays)
     np.savez(run / "s.npz", np.zeros((4, 32, 32, 3), np.uint8))
     np.savez(run / "oblong.npz", np.zeros((4, 32, 16, 3), np.uint8))
     arguments, message = REFUSED[name]

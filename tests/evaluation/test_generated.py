@@ -9,18 +9,20 @@ from inception_weights import TinyInception
 
 from aligntok.errors import UserError
 from aligntok.evaluation import generated
-from aligntok.evaluation.adm import Moments, ReferenceBatch, read_reference, read_samples, write_samples
+from aligntok.evaluation.adm import Moments, read_samples
 from aligntok.evaluation.distances import FeatureSet
 from aligntok.evaluation.generated import (
     ImageFeatures,
+    check_images,
     check_moments,
     check_statistics,
     compare_with_batch,
     compare_with_set,
     require_enough,
 )
-from aligntok.evaluation.inception import SPATIAL_DIMENSION
+from aligntok.evaluation.inception import SPATIAL_DIMENSION, Inception
 from aligntok.evaluation.reconstruction import ReconstructionMetrics
+from aligntok.evaluation.reference import ReferenceBatch, read_reference
 
 
 def pictures(count: int, seed: int, low: int = 0) -> torch.Tensor:
@@ -78,7 +80,8 @@ def test_a_reference_batch_gives_the_numbers_of_its_images(network, tmp_path):
     write_reference(tmp_path / "r.npz", network, real)
     batch = read_reference(tmp_path / "r.npz")
     assert batch.size == (16, 16) and batch.images == 50
-    check_statistics(batch, network, 16)
+    check_statistics(batch, network)
+    check_images(batch.images, batch.size, 16)
     images = ImageFeatures(network, [], 1000).add_all(read_samples(tmp_path / "r.npz", 9))
     check_moments(batch, images)
     found = compare_with_batch(made, batch, images)["generation, ADM protocol"]
@@ -104,19 +107,23 @@ def test_moments_of_another_extractor_are_refused(name, network):
 def test_statistics_that_cannot_be_compared_are_refused(network, tmp_path, monkeypatch):
     write_reference(tmp_path / "r.npz", network, pictures(10, 0))
     batch = read_reference(tmp_path / "r.npz")
-    with pytest.raises(UserError, match="no Inception weights here"):
-        check_statistics(batch, None, 16)
-    with pytest.raises(UserError, match="images of 16 px, the samples have 32 px"):
-        check_statistics(batch, network, 32)
+    with pytest.raises(UserError, match="images of 16x8 px, the samples have 16x16 px"):
+        check_images(10, (8, 16), 16)
+    with pytest.raises(UserError, match="3 reference images"):
+        check_images(3, (16, 16), 16)
     with pytest.raises(UserError, match="holds others"):
         monkeypatch.setattr(network, "sha256", "f" * 64)
-        check_statistics(batch, network, 16)
+        check_statistics(batch, network)
+    monkeypatch.setattr(Inception, "dimension", 32)
+    with pytest.raises(UserError, match="no Inception weights here"):
+        check_statistics(batch, None)
     monkeypatch.undo()  # 2048 and 2023 features again
-    with pytest.raises(UserError, match=r"another extractor: widths 32 and 24, expected 2048 and 2023"):
-        check_statistics(batch, network, 16)
-    write_samples(tmp_path / "samples.npz", pictures(3, 0))
-    with pytest.raises(UserError, match="no ADM reference batch"):
-        read_reference(tmp_path / "samples.npz")
+    wrong = "another extractor .* mu has 32 values, expected 2048; mu_s has 24 values, expected 2023"
+    for weights in (network, None):
+        with pytest.raises(UserError, match=wrong):
+            check_statistics(batch, weights)
+    with pytest.raises(UserError, match=r"expected 2048$"):
+        check_statistics(replace(batch, spatial=None), network)
 
 
 def numbers_kept(thing: object, seen: set[int]) -> int:

@@ -10,7 +10,6 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* build_backend/*.py) aligntok/_cuda_toolkit.py
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
-RUFF := $(VENV)/.ruff
 DOCUMENTABLE := $(VENV)/.documentable
 
 .DEFAULT_GOAL := help
@@ -27,9 +26,10 @@ quickstart: $(INSTALLED)  ## install, then train a small tokenizer and generator
 test: $(TESTABLE)  ## install with the development tools, then run all tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
-lint: $(RUFF)  ## ruff: rules and formatting
+lint: $(TESTABLE)  ## ruff: rules and formatting; mypy: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 docs: $(DOCUMENTABLE)  ## the site, warnings as errors: site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
@@ -44,7 +44,7 @@ gpu-check: $(TESTABLE)  ## on a machine with a GPU: its tests, all benchmarks, t
 	$(BIN)/python -m benchmarks.gpu_check
 
 clean:  ## remove .venv, build results and caches; runs/ stays
-	rm -rf $(VENV) build dist site *.egg-info aligntok/_C.* .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info aligntok/_C.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -71,8 +71,4 @@ $(TESTABLE): $(INSTALLED)
 
 $(DOCUMENTABLE): $(INSTALLED)
 	$(PIP) install -c constraints.txt 'aligntok[docs]'
-	@touch $@
-
-$(RUFF): constraints.txt | $(BIN)/python
-	$(PIP) install -c constraints.txt ruff
 	@touch $@

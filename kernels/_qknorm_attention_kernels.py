@@ -42,7 +42,7 @@ def _short_forward_kernel(
         k = _load(k_rows, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
         k = _prepare(k, i * BLOCK_K, N, (k_weight, eps, cos, sin, 1.0), D, ROPE)
         v = _load(v_rows, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
-        k_all, v_all = k_all + (k,), v_all + (v,)
+        k_all, v_all = k_all + (k,), v_all + (v,)  # type: ignore[assignment]  # unrolled: each time another tuple
     for start in range(0, N, BLOCK_Q):
         q = _load(q_rows, start, N, D, MAIN, TAIL, BLOCK_Q)
         q = _prepare(q, start, N, (q_weight, eps, cos, sin, factor), D, ROPE)
@@ -239,10 +239,10 @@ def _short_backward_kernel(
             D, MAIN, TAIL, ROPE, ALIGN, PRECISION, EVEN, BLOCK_Q=DQ_Q, BLOCK_K=DQ_K,
         )  # fmt: skip
     tl.debug_barrier()
-    inputs, outputs = (qkv, queries, lse, dout, delta), (dqkv, dk_weight)
+    k_inputs, k_outputs = (qkv, queries, lse, dout, delta), (dqkv, dk_weight)
     for start in range(0, N, DKV_K):
         block = program * tl.cdiv(N, DKV_K) + start // DKV_K
         _dkv_block(
-            start, block, head, inputs, strides, outputs, k_prologue, scale / factor,
+            start, block, head, k_inputs, strides, k_outputs, k_prologue, scale / factor,
             D, MAIN, TAIL, ROPE, ALIGN, PRECISION, BLOCK_Q=DKV_Q, BLOCK_K=DKV_K,
         )  # fmt: skip

@@ -82,10 +82,10 @@ def _prepared(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor 
     wide = torch.promote_types(dtype, torch.float32)
     if weight is not None:
         x = F.rms_norm(x.to(wide), (D,), weight.to(wide), eps)
-    if cos is not None:
-        cos, sin = (t if t.shape[-1] == D else t.repeat_interleave(2, dim=-1) for t in (cos, sin))
+    if cos is not None and sin is not None:
+        wide_cos, wide_sin = (t if t.shape[-1] == D else t.repeat_interleave(2, dim=-1) for t in (cos, sin))
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-        x = x * cos + torch.stack((-odd, even), dim=-1).flatten(-2) * sin
+        x = x * wide_cos + torch.stack((-odd, even), dim=-1).flatten(-2) * wide_sin
     return x.to(dtype)
 
 
@@ -160,8 +160,8 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def _dense(*tables: Tensor | None) -> tuple[Tensor | None, ...]:
-    return tuple(table if table is None else table.contiguous() for table in tables)
+def _dense(table: Tensor | None) -> Tensor | None:
+    return None if table is None else table.contiguous()
 
 
 def _common(qkv: Tensor, eps: float, cos: Tensor | None, sin: Tensor | None, *others: Tensor) -> dict[str, Any]:
@@ -211,7 +211,7 @@ def _forward(
     out = torch.empty((B, N, H * D), dtype=qkv.dtype, device=qkv.device)
     lse = torch.empty((B, H, N), dtype=torch.float32, device=qkv.device)
     weights = {"q_weight": q_weight, "k_weight": k_weight}
-    common = _common(qkv, eps, *_dense(cos, sin))
+    common = _common(qkv, eps, _dense(cos), _dense(sin))
     results = {"out": out, "lse": lse, "PRECISION": dot_precision(qkv.dtype)}
     if fits_on_chip(N, D, qkv.element_size()):
         config = _configured("short_forward", qkv)
@@ -223,9 +223,9 @@ def _forward(
     grid = (B * H * triton.cdiv(N, config["BLOCK"]), 1)
     launch(wrap_triton(_prepare_kernel), grid, prepared=keys, **common, **weights, **config)
     config = _configured("long_forward", qkv)
-    grid = (B * H * triton.cdiv(N, config["BLOCK_Q"]),)
+    programs = B * H * triton.cdiv(N, config["BLOCK_Q"])
     inputs = {"prepared": keys, "q_weight": q_weight, "EVEN": N % config["BLOCK_K"] == 0}
-    launch(wrap_triton(_long_forward_kernel), grid, **common, **inputs, **results, **config)
+    launch(wrap_triton(_long_forward_kernel), (programs,), **common, **inputs, **results, **config)
     return out, lse
 
 
@@ -247,7 +247,7 @@ def _backward(
     dqkv = torch.empty(qkv.shape, dtype=qkv.dtype, device=qkv.device)
     prepared = torch.empty((2, B, H, N, D), dtype=qkv.dtype, device=qkv.device)
     weights = {"q_weight": q_weight, "k_weight": k_weight}
-    common = _common(qkv, eps, *_dense(cos, sin), dout) | {"prepared": prepared}
+    common = _common(qkv, eps, _dense(cos), _dense(sin), dout) | {"prepared": prepared}
     dout_b, dout_n, _ = dout.stride()
     upstream = {"lse": lse, "dout": dout, "dout_b": dout_b, "dout_n": dout_n, "scale": D**-0.5}
     results = {"dqkv": dqkv, "delta": torch.empty_like(lse), "PRECISION": dot_precision(qkv.dtype)}
@@ -358,5 +358,5 @@ def _check(
             raise ValueError(
                 f"{name}: expected a table [{N}, {D // 2}] or [{N}, {D}] without gradient, got {list(table.shape)}"
             )
-    if cos is not None and cos.shape != sin.shape:
+    if cos is not None and sin is not None and cos.shape != sin.shape:
         raise ValueError(f"cos and sin: expected one shape, got {list(cos.shape)} and {list(sin.shape)}")

@@ -1,6 +1,7 @@
 """The guard: which layer it names, what a skipped step leaves untouched, spikes, and going back."""
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ from helpers import tiny_recipe, write_pictures
 from aligntok.config import SpikeConfig
 from aligntok.errors import UserError
 from aligntok.training import feed, loop
-from aligntok.training.recovery.guard import MAX_DUMPS
+from aligntok.training.recovery.guard import MAX_DUMPS, StopSignals
 from aligntok.training.recovery.spikes import SpikeDetector
 from aligntok.training.recovery.state import collect
 from aligntok.training.tokenizer_objective import TokenizerObjective
@@ -368,3 +369,11 @@ def test_a_spike_before_the_first_checkpoint_goes_back_to_the_start(pictures, tm
     positions = spiky(recipe, monkeypatch, {5})
     TokenizerTraining(recipe).run()
     assert positions == [*range(6), *range(6, 18)]
+
+
+def test_a_handler_from_outside_of_python_gives_way_to_the_default(monkeypatch):
+    handlers = []
+    monkeypatch.setattr(signal, "signal", lambda number, handler: handlers.append((number, handler)))  # None: not ours
+    with StopSignals():
+        handlers.clear()
+    assert handlers == [(signal.SIGINT, signal.SIG_DFL), (signal.SIGTERM, signal.SIG_DFL)]

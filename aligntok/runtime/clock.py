@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from aligntok.runtime.files import write_bytes
+from aligntok.runtime.files import read_document, write_bytes
 
 
 class Clock:
@@ -16,7 +16,7 @@ class Clock:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.seconds: dict[str, float] = json.loads(file.read_text()) if file.is_file() else {}
+        self.seconds: dict[str, float] = read_document(file)
 
     @contextmanager
     def part(self, name: str) -> Iterator[None]:

@@ -33,6 +33,23 @@ def write_bytes(path: str | Path, data: bytes) -> None:
         unfinished.write_bytes(data)
 
 
+def read_document(file: Path) -> dict[str, Any]:
+    """The object in a JSON file that a run keeps for itself; empty where there is none yet.
+
+    Raises:
+        UserError: something else lies there.
+    """
+    if not file.is_file():
+        return {}
+    try:
+        found = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read as JSON ({error}): remove it") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} holds a {type(found).__name__} in JSON, expected an object: remove it")
+    return found
+
+
 @contextmanager
 def unfinished_file(path: str | Path) -> Iterator[Path]:
     """A hidden name to write under, which takes the place of `path` when the block ends well; else it is removed.
@@ -109,7 +126,7 @@ def _check_format(file: Path, wanted: str | None) -> None:
 
 @contextmanager
 def unfinished_folder(folder: str | Path, replaces_any: bool = False) -> Iterator[Path]:
-    """A hidden folder to fill, which takes the place of `folder` when the block ends well.
+    """A hidden folder to fill, which takes the place of `folder`, or of what it links to, when the block ends well.
 
     Args:
         replaces_any: take the place of an older `folder` that holds files of other names, too.
@@ -118,7 +135,7 @@ def unfinished_folder(folder: str | Path, replaces_any: bool = False) -> Iterato
         UserError: the disk is full or not writable; `folder` is a file, or holds entries that the new one does not
             have. What was there is untouched.
     """
-    folder = Path(folder)
+    folder = Path(os.path.realpath(folder))  # a link to another disk stays one
     check_destination(folder)
     unfinished, retired = _beside(folder, "tmp"), _beside(folder, "old")
     try:

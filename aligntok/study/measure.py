@@ -2,8 +2,8 @@
 
 measures.json: "tokenizers" by stage ("final" for a row's own): reconstruction, probe, alignment to the pretrained
 encoder, cost, fingerprint of the latents; "generations" by point: (training steps, sampling steps, guidance);
-"perfect": what a perfect generator would have through the row's decoder; "protocols" by kind; "machine": what the
-last of them was measured on.
+"perfect": what a perfect generator would have through the row's decoder; "protocols" by kind; "guidance of the
+pictures"; "machine": what the last of them was measured on.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from aligntok.models.encoder import Encoder
 from aligntok.models.generator import Generator
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
 from aligntok.runtime.devices import Precision
-from aligntok.runtime.files import write_bytes
+from aligntok.runtime.files import read_document, write_bytes
 from aligntok.runtime.machine import processor
 from aligntok.study.rows import Row
 
@@ -86,7 +86,7 @@ class Measures:
     def __init__(self, row: Row) -> None:
         self.file = row.folder / "measures.json"
         empty: dict[str, Any] = {"tokenizers": {}, "generations": {}, "protocols": {}}
-        self.values: dict[str, Any] = json.loads(self.file.read_text()) if self.file.is_file() else empty
+        self.values: dict[str, Any] = empty | read_document(self.file)
 
     def save(self) -> None:
         """Write the file, with what the last numbers were taken on."""
@@ -251,13 +251,16 @@ class Bench:
         return (self._classify(features.double()) == labels).double().mean().item()
 
     def draw_classes(self, row: Row, folder: Path, guidance: float) -> None:
-        """One sample of every class, kept for the report."""
-        if "samples" in pictures_of(row):
+        """One sample of every class, kept for the report; another guidance draws them anew."""
+        measures, drawn_with = Measures(row), "guidance of the pictures"
+        if "samples" in pictures_of(row) and measures.values.get(drawn_with, guidance) == guidance:
             return
         generator, tokenizer = self._pair(row, folder)
         sampler = replace(generator.sampler, guidance=guidance)
         labels = torch.arange(len(generator.classes))
         keep_pictures(row, samples=draw(generator, tokenizer, labels, sampler, self.precision, seed=row.seed))
+        measures.values[drawn_with] = guidance
+        measures.save()
 
     def _pair(self, row: Row, folder: Path) -> tuple[Generator, StoredTokenizer]:
         return Generator(folder), load_tokenizer(row.folder / "tokenizer").to(self.precision.device)

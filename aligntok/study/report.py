@@ -11,6 +11,8 @@ from torch import Tensor
 from aligntok.config.options import StudyConfig
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import load_center_crops, open_images, told_before
+from aligntok.errors import UserError
+from aligntok.evaluation.checks import require_writable
 from aligntok.report.pictures import contact_sheet
 from aligntok.runtime.files import write_bytes
 from aligntok.study import plots
@@ -53,13 +55,26 @@ LEARNED_NOTE = (
 
 def write_report(options: StudyConfig) -> Path:
     """Write the Markdown file and, in a folder of its name, plots, pictures and results.json; returns the file."""
-    file = Path(options.report or Path(options.output) / "study.md")
+    file = report_file(options)
     results = Results(Path(options.output), options.guidance)
     folder = file.with_suffix("")
     kept = [name for name, data in _pictures(results).items() if _keep(folder / name, data)]
     text = "\n\n".join(_sections(results, folder.name, kept))
     write_bytes(folder / "results.json", json.dumps(results.as_document(), indent=1).encode())
     write_bytes(file, (text + "\n").encode())
+    return file
+
+
+def report_file(options: StudyConfig) -> Path:
+    """The Markdown file of a study; UserError where it, or the folder of its pictures, could not be written."""
+    file = Path(options.report or Path(options.output) / "study.md")
+    require_writable(report=options.report)
+    folder = file.with_suffix("")
+    if folder == file or folder.is_file():
+        raise UserError(
+            f"--report {file}: its pictures go to the folder {folder}, which would be a file; give a name that ends in "
+            ".md, and that no file has without it"
+        )
     return file
 
 
@@ -105,7 +120,8 @@ def _head(results: Results) -> str:
         f"{results.hours:.1f} hours by the clock of its processes. {pictures} at "
         f"{recipe.data.image_size} px, {recipe.data.held_out:.0%} held out. Every tokenizer has seen as many "
         "pictures as the others when its latents are fixed (`configs/study/`), and the same generator is trained on "
-        f"each for {recipe.generator.steps} steps. Values are means over {most} seeds ± their standard deviation."
+        f"each for {recipe.generator.steps} steps. Values are means over {most} seeds ± their standard deviation; "
+        "in brackets how many, where a number has fewer than its row."
     )
     if results.budget > 1:
         text += f" Tokenizers and generators were trained {results.budget} times as long as the recipes say."
@@ -120,9 +136,15 @@ def _table(results: Results, metrics: tuple[Metric, ...]) -> str:
     head = ["tokenizer", "d", *(_arrow(metric.name, metric.higher_is_better) for metric in metrics)]
     lines = [head, ["---"] * len(head)]
     for name in results.rows(NAMES):
-        values = [spread(results.all_of(name, metric), metric.digits) for metric in metrics]
+        values = [_told(results, name, results.all_of(name, metric), metric) for metric in metrics]
         lines.append([NAMES[name], str(results.channels(name)), *values])
     return markdown(lines)
+
+
+def _told(results: Results, name: str, values: list[float], metric: Metric) -> str:
+    """The values of a row's seeds as text; in brackets how many where they are fewer than the row's."""
+    fewer = 0 < len(values) < len(results.seeds(name))
+    return spread(values, metric.digits) + (f" ({len(values)})" if fewer else "")
 
 
 def _arrow(name: str, higher: bool) -> str:
@@ -134,7 +156,8 @@ def _stages(results: Results) -> str:
     head = ["AlignTok, d = 32", *(_arrow(metric.name, metric.higher_is_better) for metric in metrics)]
     lines = [head, ["---"] * len(head)]
     for stage, text in STAGE_NAMES.items():
-        values = [spread(results.all_of(STAGE_BY_STAGE, metric, stage), metric.digits) for metric in metrics]
+        found = [results.all_of(STAGE_BY_STAGE, metric, stage) for metric in metrics]
+        values = [_told(results, STAGE_BY_STAGE, *pair) for pair in zip(found, metrics, strict=True)]
         if any(values):
             lines.append([text, *values])
     same, looked = same_latents(results)
@@ -168,6 +191,8 @@ def _sampling(results: Results, metric: Metric) -> str:
 def _cost(results: Results) -> str:
     """What a tokenizer costs; a stage that a row has borrowed from another is not in its minutes."""
     rows = results.rows(COMPARED)
+    if not rows:
+        return "None of the rows that the paper compares was trained."
     columns = list(results.cost(rows[0]))
     head = ["tokenizer", *columns, "tokenizer [min]", "generator [min]"]
     lines = [head, ["---"] * len(head)]
@@ -184,11 +209,7 @@ def _grid(results: Results, points: list[Point], heads: list[str], metric: Metri
     """One line for each compared row; in brackets the seeds of a value that has fewer than its row."""
     lines = [["tokenizer", *heads], ["---"] * (1 + len(heads))]
     for name in results.rows(COMPARED):
-        cells = []
-        for point in points:
-            values = results.curve(name, point, metric)
-            fewer = 0 < len(values) < len(results.seeds(name))
-            cells.append(spread(values, metric.digits) + (f" ({len(values)})" if fewer else ""))
+        cells = [_told(results, name, results.curve(name, point, metric), metric) for point in points]
         lines.append([NAMES[name], *cells])
     return markdown(lines)
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
+import re
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aligntok.errors import UserError
+from aligntok.runtime.files import read_document
 from aligntok.study.measure import Point
 from aligntok.study.rows import NAMES, Row, known_budget
 
@@ -69,10 +70,10 @@ class Results:
         self._seconds: dict[tuple[str, int], dict[str, float]] = {}
         for name in NAMES:
             for folder in sorted((output / name).glob("seed-*")):
-                if (folder / "measures.json").is_file():
-                    seed = int(folder.name.removeprefix("seed-"))
-                    self._values[name, seed] = json.loads((folder / "measures.json").read_text())
-                    self._seconds[name, seed] = json.loads((folder / "times.json").read_text())
+                seed = re.fullmatch(r"seed-(-?\d+)", folder.name)  # not the copies that somebody keeps beside them
+                if seed is not None and (folder / "measures.json").is_file():
+                    self._values[name, int(seed[1])] = read_document(folder / "measures.json")
+                    self._seconds[name, int(seed[1])] = read_document(folder / "times.json")
         if not self._values:
             raise UserError(f"{output} holds no measured row of a study; run aligntok study --output {output} first")
         first = next(iter(self._values))

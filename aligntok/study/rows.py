@@ -13,7 +13,7 @@ from aligntok.config import Recipe
 from aligntok.config.from_dict import from_dict
 from aligntok.config.recipes import read_recipe, recipe_path
 from aligntok.errors import UserError
-from aligntok.runtime.files import unfinished_folder, write_bytes
+from aligntok.runtime.files import read_document, unfinished_folder, write_bytes
 from aligntok.training.train_tokenizer import STAGES
 
 COMPARED = {  # recipe: name in print
@@ -105,12 +105,13 @@ def known_budget(output: Path) -> int:
 
 
 def _known(output: Path) -> dict[str, int]:
-    file = output / STUDY
-    return json.loads(file.read_text()) if file.is_file() else {}
+    return read_document(output / STUDY)
 
 
 def choose(names: list[str] | None) -> list[str]:
-    """Names of the rows to run, in the order of the tables; None = all. UserError for an unknown one."""
+    """Names of the rows to run, in the order of the tables; None = all. UserError for an unknown one, or for none."""
+    if names is not None and not names:
+        raise UserError(f"--only names no row: leave it out for all, or name some of {', '.join(NAMES)}")
     unknown = [name for name in names or [] if name not in NAMES]
     if unknown:
         raise UserError(f"no row {', '.join(unknown)} in the study; its rows are {', '.join(NAMES)}")

@@ -6,18 +6,20 @@ output folder when they work on different seeds.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 from aligntok.config import Recipe
 from aligntok.config.from_dict import from_dict
 from aligntok.config.options import StudyConfig
+from aligntok.diffusion.sampler import check_sampler
 from aligntok.errors import UserError
 from aligntok.evaluation.generated import require_enough
 from aligntok.runtime.clock import Clock
 from aligntok.runtime.devices import choose_precision
 from aligntok.study.measure import Bench, Point, fingerprint
-from aligntok.study.report import write_report
+from aligntok.study.report import report_file, write_report
 from aligntok.study.rows import (
     COMPARED,
     STAGE_BY_STAGE,
@@ -37,6 +39,7 @@ from aligntok.zoo.train_rival import train_rival
 def study(options: StudyConfig) -> None:
     """`aligntok study`; the options are those of aligntok.config.options.StudyConfig."""
     telemetry = Telemetry(options.output, log_every=1)
+    report_file(options)
     if not options.report_only:
         run(options, telemetry)
     telemetry.say(f"study: {write_report(options)}")
@@ -46,9 +49,9 @@ def run(options: StudyConfig, telemetry: Telemetry) -> None:
     """Train and measure what is missing."""
     output = Path(options.output)
     rows = [Row(name, seed, output, options.budget) for seed in options.seeds for name in choose(options.only)]
-    _check(options, rows)
-    remember(output, options.budget, options.samples)
     base: Recipe = from_dict(Recipe, values_of("base"))
+    _check(options, rows, base)
+    remember(output, options.budget, options.samples)
     bench = Bench(base, choose_precision("auto"), options.samples)
     for part in (_tokenizer, _generator, _convergence, _sampling):
         for number, row in enumerate(rows):
@@ -56,7 +59,7 @@ def run(options: StudyConfig, telemetry: Telemetry) -> None:
             part(row, rows, bench, options)
 
 
-def _check(options: StudyConfig, rows: list[Row]) -> None:
+def _check(options: StudyConfig, rows: list[Row], base: Recipe) -> None:
     """Raise UserError now for what would end the study after hours."""
     if not rows or options.budget < 1 or min(options.sampling_steps, default=2) < 2:
         raise UserError(
@@ -64,6 +67,8 @@ def _check(options: StudyConfig, rows: list[Row]) -> None:
             "expected at least one seed, a budget of at least 1, and sampling steps of at least 2"
         )
     require_enough(options.samples, "samples (--samples)")
+    sampler = replace(base.generator.sampler, guidance=options.guidance)
+    check_sampler(sampler, base.tokenizer.model.adapter.latent_channels)
     if find_spec("peft") is None and any(row.recipe().tokenizer.model.encoder.lora_rank for row in rows):
         raise UserError(
             "the study's row lora needs peft: pip install 'aligntok[peft]', or name the other rows with --only"

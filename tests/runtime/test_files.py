@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from aligntok.errors import UserError
-from aligntok.runtime.files import unfinished_folder, write_folder
+from aligntok.runtime.clock import Clock
+from aligntok.runtime.files import read_document, unfinished_folder, write_folder
 
 MODEL = {"model": {"weight": torch.ones(2)}}
 
@@ -100,3 +101,26 @@ def test_who_asks_for_it_replaces_files_of_other_names(tmp_path):
         with unfinished_folder(place, replaces_any=True) as unfinished:
             (unfinished / name).write_text(name)
     assert contents(place) == {"new": b"new"} and [path.name for path in tmp_path.iterdir()] == ["step-1"]
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    """The folder may lie on a larger disk."""
+    disk, link = tmp_path / "disk" / "t", tmp_path / "t"
+    write_folder(disk, MODEL, manifest(version=1))
+    link.symlink_to(disk)
+    write_folder(link, MODEL, manifest(version=2))
+    assert link.is_symlink() and json.loads((disk / "config.json").read_text())["version"] == 2
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["disk", "t"]
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["t"]
+
+
+def test_a_document_that_is_not_there_is_empty_and_another_thing_is_refused(tmp_path):
+    file = tmp_path / "times.json"
+    assert read_document(file) == {}
+    file.write_text('{"a": 1}')
+    assert read_document(file) == {"a": 1}
+    for text, message in (("null", "holds a NoneType in JSON, expected an object"), ("{", "cannot be read as JSON")):
+        file.write_text(text)
+        with pytest.raises(UserError, match=message) as raised:
+            Clock(file)
+        assert "\n" not in str(raised.value) and str(file) in str(raised.value)

@@ -1,6 +1,7 @@
 """Verdicts: what counts as held, as reversed, and as noise; results are made up here, so the answers are known."""
 
 import json
+from shutil import copytree
 
 import pytest
 from scipy import stats
@@ -187,3 +188,27 @@ def test_a_report_without_the_control_says_so(tmp_path):
     text = write_report(options).read_text()
     assert "were not both trained" in text and f"{len(TOKENIZERS + GENERATION)} more findings are about rows" in text
     assert "No two of the rows that the paper compares were trained." in text
+
+
+def test_rows_that_the_paper_does_not_compare_have_a_report_too(tmp_path):
+    _write(tmp_path / "out", {("stage1_only", 0): _measures(0.3, 200, 150.0)})
+    text = write_report(StudyConfig(output=str(tmp_path / "out"), seeds=(0,))).read_text()
+    assert "## Cost\n\nNone of the rows that the paper compares was trained." in text
+
+
+def test_a_number_of_fewer_seeds_says_so(tmp_path):
+    """As in the report on a study that is not finished."""
+    rows = {("vae", seed): _measures(0.3, 200, 150.0) for seed in (0, 1, 2)}
+    rows["vae", 2] |= {"generations": {}}
+    _write(tmp_path / "out", rows)
+    text = write_report(StudyConfig(output=str(tmp_path / "out"), seeds=(0, 1, 2))).read_text()
+    assert "| VAE | 32 | 17.00 ± 0.00 | 0.500 ± 0.000 |" in text
+    assert "| VAE | 32 | 150 ± 0 (2) | 150 ± 0 (2) | 0.150 ± 0.000 (2) |" in text
+
+
+def test_what_somebody_keeps_beside_the_rows_is_not_read(tmp_path):
+    results = _write(tmp_path, {("vae", 0): _measures(0.3, 200, 150.0)})
+    (tmp_path / "vae" / "seed-0").joinpath("times.json").unlink()
+    copytree(tmp_path / "vae" / "seed-0", tmp_path / "vae" / "seed-0.old")
+    again = Results(tmp_path, guidance=2.0)
+    assert again.seeds("vae") == results.seeds("vae") == [0] and again.minutes("vae", "tokenizer") == []

@@ -20,6 +20,10 @@ def test_unknown_rows_are_refused(capsys, tmp_path):
         (["--samples", "1"], "1 samples (--samples): covariances"),
         (["--sampling_steps", "[10,0]"], "sampling steps of at least 2"),
         (["--budget", "0"], "a budget of at least 1"),
+        (["--only", "[]"], "--only names no row"),
+        (["--guidance", "-1"], "sampler.guidance is -1"),
+        (["--report", f"{__file__}/study.md"], f"cannot be made, for {__file__} is a file"),
+        (["--report", "study"], "its pictures go to the folder study, which would be a file"),
     ],
 )
 def test_what_would_fail_after_hours_fails_at_once(options, message, capsys, tmp_path):

@@ -151,3 +151,17 @@ def test_one_missing_number_alone_is_measured_again(study):
         assert aligned["CKNNA"] == pytest.approx(whole_alignment, abs=1e-3)
     assert again["generations"].pop("4/4/2") == pytest.approx(whole["generations"].pop("4/4/2"), rel=1e-3)
     assert again == whole
+
+
+def test_pictures_of_another_guidance_are_drawn_anew(study):
+    output, options = study
+    row = Row("vae", 1, output)
+    file = row.folder / "measures.json"
+    values = json.loads(file.read_text())
+    assert values["guidance of the pictures"] == 2.0
+    file.write_text(json.dumps(values | {"guidance of the pictures": 3.0}))
+    expected = pictures_of(row)["samples"]
+    measure.keep_pictures(row, samples=torch.zeros(2, 3, 32, 32))
+    assert main(["study", *options]) == 0
+    assert torch.equal(pictures_of(row)["samples"], expected)
+    assert json.loads(file.read_text())["guidance of the pictures"] == 2.0

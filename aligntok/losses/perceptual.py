@@ -23,6 +23,7 @@ from aligntok.kernels import lpips_distance
 from aligntok.losses import st_lpips
 from aligntok.runtime.autocast import without_autocast
 from aligntok.runtime.published import read_published
+from aligntok.runtime.weights import in_short
 
 # The published scaling of [-1, 1] images: the `lpips` package, ScalingLayer
 _SHIFT = (-0.030, -0.088, -0.188)
@@ -134,11 +135,15 @@ def _load_lpips(network: str, path: str | None) -> tuple[nn.Sequential, tuple[in
     state = _trunk_state(network, weights, path)
     with torch.device("meta"):  # the classifier of VGG16 is never built
         layers = constructor(weights=None).features
-    trunk = {key.removeprefix("features."): value for key, value in state.items() if key.startswith("features.")}
+    trunk = {
+        key.removeprefix("features."): value.float()  # a file may hold half precision, and images are float32
+        for key, value in state.items()
+        if key.startswith("features.")
+    }
     try:
         layers.load_state_dict(trunk, assign=True)
     except RuntimeError as error:
-        raise UserError(f"{path} does not hold torchvision's {constructor.__name__}: {error}") from error
+        raise UserError(f"{path} does not hold torchvision's {constructor.__name__}: {in_short(error)}") from error
     with resources.as_file(resources.files("lpips") / "weights" / "v0.1" / f"{network}.pth") as file:
         heads = torch.load(file, map_location="cpu", weights_only=True)
     return layers, taps, [heads[f"lin{index}.model.1.weight"].flatten() for index in range(len(taps))]
@@ -148,7 +153,7 @@ def _trunk_state(network: str, weights: torchvision.models.WeightsEnum, path: st
     try:
         if path is not None:
             return read_published(path)
-        return weights.get_state_dict(progress=False, check_hash=True)
+        return weights.get_state_dict(progress=False, check_hash=True, weights_only=True)
     except Exception as error:  # unpickling, zip, network: each raises its own
         raise UserError(
             f"the {network} trunk of LPIPS could not be {'read from ' + path if path else 'downloaded'} "

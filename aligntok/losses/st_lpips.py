@@ -45,14 +45,18 @@ class BlurPool(nn.Module):
 
 @cache
 def blur_matrix(size: int) -> Tensor:
-    """[ceil((size+2)/2), size]: reflect by 2, [1 2 1] / 4, stride 2, along one direction; exact in bfloat16."""
+    """[ceil((size+2)/2), size]: reflect by 2, [1 2 1] / 4, stride 2, along one direction; exact in bfloat16.
+
+    Kept, so made outside of inference mode: a first call there would leave a matrix that training cannot use.
+    """
     if size < 3:
         raise RuntimeError(f"a map of {size} values is too short to be reflected by two: at least 3 are needed")
     outputs = (size + 3) // 2
     cpu = torch.device("cpu")  # whatever the default is: the matrix is kept
-    places = (2 * torch.arange(outputs, device=cpu)[:, None] + torch.arange(3, device=cpu) - 2).abs()  # [outputs, 3]
-    places = torch.where(places < size, places, 2 * (size - 1) - places)
-    return torch.zeros(outputs, size, device=cpu).scatter_add_(1, places, ROW.expand(outputs, 3))
+    with torch.inference_mode(False):
+        places = (2 * torch.arange(outputs, device=cpu)[:, None] + torch.arange(3, device=cpu) - 2).abs()
+        places = torch.where(places < size, places, 2 * (size - 1) - places)  # [outputs, 3]
+        return torch.zeros(outputs, size, device=cpu).scatter_add_(1, places, ROW.expand(outputs, 3))
 
 
 def _conv(inputs: int, outputs: int, kernel: int, padding: int) -> nn.Conv2d:

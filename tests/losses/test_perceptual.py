@@ -224,3 +224,35 @@ def test_weights_of_another_network_are_refused(trunks):
 def test_shapes_must_agree(distances):
     with pytest.raises(UserError, match="equal shapes"):
         distances["st-lpips-alex"](images(1), images(2))
+
+
+def test_a_first_call_under_inference_mode_leaves_nothing_that_training_cannot_use():
+    st_lpips.blur_matrix.cache_clear()
+    blur = st_lpips.BlurPool(3)
+    maps = images(height=9, width=7).requires_grad_()
+    with torch.inference_mode():
+        expected = blur(maps)
+    found = blur(maps)
+    assert torch.equal(found, expected)
+    found.sum().backward()
+    assert maps.grad is not None and maps.grad.sum() > 0
+
+
+def test_a_trunk_in_half_precision_compares_float32_images(distances, trunks, tmp_path):
+    state = torch.load(trunks / "alex.pth", weights_only=True)
+    torch.save({name: value.half() for name, value in state.items()}, tmp_path / "half.pth")
+    found = build_perceptual(PerceptualConfig("lpips-alex", str(tmp_path / "half.pth")))(images(), images(seed=1))
+    torch.testing.assert_close(found, distances["lpips-alex"](images(), images(seed=1)), rtol=1e-2, atol=0)
+
+
+def test_a_downloaded_trunk_is_not_unpickled_freely(monkeypatch):
+    asked = {}
+
+    def load(url, **options):
+        asked.update(options)
+        raise OSError("seen")
+
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", load)
+    with pytest.raises(UserError, match="seen"):
+        build_perceptual(PerceptualConfig("lpips-alex"))
+    assert asked["weights_only"] is True and asked["check_hash"] is True

@@ -67,9 +67,9 @@ def cache_latents(
     Raises:
         UserError: no tokenizer or images, a size that does not fit, `output` has another cache, the disk refuses.
     """
-    for name, value in (("shard_size", shard_size), ("batch_size", batch_size)):
-        if value < 1:
-            raise UserError(f"{name} is {value}, expected at least 1")
+    for name, value, least in (("shard_size", shard_size, 1), ("batch_size", batch_size, 1), ("workers", workers, 0)):
+        if value < least:
+            raise UserError(f"{name} is {value}, expected at least {least}")
     with start(device, LONG_TIMEOUT) as world:
         chosen = choose_precision(device, precision)
         network = load_tokenizer(tokenizer).to(chosen.device).requires_grad_(False)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from aligntok.data.images import load_center_crops, open_images
 from aligntok.data.loading import report_skipped
 from aligntok.data.sources import MemorySource
 from aligntok.errors import UserError
+from aligntok.evaluation.checks import require_at_least, require_writable
 from aligntok.evaluation.generation import check_pair, describe, draw
 from aligntok.evaluation.tokenizer import decode_all, encode_all
 from aligntok.models.generator import Generator
@@ -44,6 +47,14 @@ def sample(
     device: str,
 ) -> None:
     """`aligntok sample`; the options are those of aligntok.config.options.SampleConfig."""
+    require_at_least(1, per_class=per_class)
+    require_writable(output=output)
+    folder = Path(output).with_suffix("")
+    if separate and (folder == Path(output) or folder.is_file()):
+        raise UserError(
+            f"--separate true writes single pictures into the folder {folder}, which is a file: give --output a name "
+            "that ends in .png, and that no file has without it"
+        )
     precision = choose_precision(device)
     network, tok = Generator(generator), load_tokenizer(tokenizer).to(precision.device)
     check_pair(network, tok)
@@ -56,10 +67,11 @@ def sample(
     rows = list(drawn.split(per_class))
     write_bytes(output, pictures.grid(rows, [network.classes[i] for i in wanted]))
     if separate:
-        folder = Path(output).with_suffix("")
+        written: Counter[str] = Counter()  # by class: one that is named twice has twice as many pictures
         for index, image in enumerate(drawn):
-            name = f"{network.classes[wanted[index // per_class]]}-{index % per_class:04d}.png"
-            write_bytes(folder / name, pictures.strip(image[None], gap=0))
+            name = network.classes[wanted[index // per_class]]
+            write_bytes(folder / f"{name}-{written[name]:04d}.png", pictures.strip(image[None], gap=0))
+            written[name] += 1
         telemetry.say(f"{len(drawn)} pictures in {folder}")
     telemetry.say(f"{output}: {len(drawn)} pictures; {describe(sampler)}, seed {seed}")
 
@@ -76,7 +88,7 @@ def class_numbers(labels: list[str | int] | int | str | None, classes: list[str]
     for label in map(str, labels if isinstance(labels, list) else [labels]):
         if label in classes:
             numbers.append(classes.index(label))
-        elif label.isdigit() and int(label) < len(classes):
+        elif label.isdecimal() and int(label) < len(classes):
             numbers.append(int(label))
         else:
             raise UserError(f"no class {label!r}: expected 0..{len(classes) - 1} or one of {', '.join(classes)}")
@@ -85,6 +97,8 @@ def class_numbers(labels: list[str | int] | int | str | None, classes: list[str]
 
 def reconstruct(tokenizer: str, images: str, output: str, image_size: int, count: int, device: str) -> None:
     """`aligntok reconstruct`; the options are those of aligntok.config.options.ReconstructConfig."""
+    require_at_least(1, count=count)
+    require_writable(output=output)
     precision = choose_precision(device)
     tok = load_tokenizer(tokenizer).to(precision.device)
     pixels, _ = _load(images, count, image_size, tok)
@@ -101,9 +115,12 @@ def reconstruct(tokenizer: str, images: str, output: str, image_size: int, count
 
 def statistics(tokenizer: str, images: str, image_size: int, count: int, device: str) -> None:
     """`aligntok statistics`; completes the tokenizer folder in place."""
+    require_at_least(1, count=count)
     precision = choose_precision(device)
     tok = load_tokenizer(tokenizer, require_statistics=False).to(precision.device)
     check_destination(tokenizer, FILES)
+    if not os.access(Path(tokenizer).resolve().parent, os.W_OK | os.X_OK):
+        raise UserError(f"{tokenizer} cannot be completed: the folder it lies in is not writable; copy it")
     pixels, labels = _load(images, count, image_size, tok)
     source = MemorySource(pixels, labels, min(STATISTICS_BATCH, len(pixels)), seed=0, flip=DataConfig().flip)
     tok.set_statistics(*latent_statistics(tok, source, len(pixels), precision))

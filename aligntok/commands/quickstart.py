@@ -21,8 +21,11 @@ from torch import Tensor
 from aligntok.config import PerceptualConfig, Recipe, SemanticConfig
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import load_center_crops, open_images, told_before
+from aligntok.diffusion.sampler import check_sampler
+from aligntok.errors import UserError
 from aligntok.evaluation.features import EfficientNetLite0
 from aligntok.evaluation.generation import Reference, draw, evaluate_generation
+from aligntok.evaluation.probe import FOLDS, can_be_probed
 from aligntok.evaluation.tokenizer import encode_all, encoder_probe, evaluate_probe, evaluate_reconstruction
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.generator import Generator
@@ -37,6 +40,7 @@ from aligntok.training.train_generator import train_generator
 from aligntok.training.train_tokenizer import STAGES, TokenizerTraining
 
 ABLATION = "stage2_w_sp_0"
+LEAST = 4  # pictures of a feature distance: its kernel distance is taken on halves, of two members or more
 SHOWN = 16  # held-out pictures on the page
 SAMPLES_PER_CLASS = 8
 
@@ -55,6 +59,7 @@ def quickstart(recipe: Recipe, command: str) -> Path:
     telemetry = Telemetry(output, recipe.tokenizer.training.log_every)
     clock = Clock(output / "times.json")
     training = TokenizerTraining(recipe, telemetry)
+    check_evaluation(recipe, training)
     stages = run_tokenizer(training, recipe, clock)
     generator_recipe = recipe if len(training.images.classes) > 1 else unconditional(recipe)
     with clock.part("generator"):
@@ -67,6 +72,20 @@ def quickstart(recipe: Recipe, command: str) -> Path:
     page = build_page(results.numbers, results.pictures, telemetry.records()).write(output / "report.html")
     telemetry.say(f"done in {sum(clock.seconds.values()) / 60:.1f} minutes: open {page}")
     return page
+
+
+def check_evaluation(recipe: Recipe, training: TokenizerTraining) -> None:
+    """Raise UserError now for what would end the evaluation, and with it the run, after all training."""
+    shown, samples = len(training.held_out) or len(training.images), recipe.evaluation.samples
+    if samples < LEAST:
+        raise UserError(f"evaluation.samples is {samples}, expected at least {LEAST}: a feature distance needs as many")
+    if shown < LEAST:
+        raise UserError(
+            f"data.held_out is {recipe.data.held_out:g} of {len(training.images) + len(training.held_out)} pictures, "
+            f"which gives {shown} to evaluate on, expected at least {LEAST}: hold out more or none (0), or add pictures"
+        )
+    sampler = replace(recipe.generator.sampler, guidance=recipe.evaluation.guidance)
+    check_sampler(sampler, recipe.tokenizer.model.adapter.latent_channels)
 
 
 def overview(results: Results, classes: list[str]) -> bytes:
@@ -113,7 +132,12 @@ def evaluate(
     """Held-out reconstructions and probes of every stage, samples with and without guidance, with their protocols."""
     size, precision, results = recipe.data.image_size, training.precision, Results()
     held_out, _ = load_center_crops(training.held_out if len(training.held_out) else training.images, size)
-    everything, labels = load_center_crops(open_images(recipe.data.path, recipe.data.max_images, say=told_before), size)
+    images = open_images(recipe.data.path, recipe.data.max_images, say=told_before)
+    everything, labels = load_center_crops(images, size)
+    training.images.skipped.update(images.skipped)  # a run that had finished its training before read none of them
+    probing = can_be_probed(labels)
+    if not probing and len(images.classes) > 1:
+        telemetry.say(f"no linear probe: it needs two classes of at least {FOLDS} pictures each")
     extractor = EfficientNetLite0().to(precision.device)
     perceptual = build_perceptual(PerceptualConfig(kind="st-lpips-alex")).to(precision.device)
     protocols: dict[str, str] = {}
@@ -125,14 +149,14 @@ def evaluate(
             reconstruction[name], protocols["reconstruction"] = measured.values, measured.protocol
             results.pictures[name] = measured.extra["reconstructions"][:SHOWN]
             results.pictures[f"latents_{name}"] = measured.extra["latents"][:SHOWN]
-            if tokenizer.fingerprint() not in probed:  # a refined decoder leaves the latents as they are
+            if probing and tokenizer.fingerprint() not in probed:  # a refined decoder leaves the latents as they are
                 probed[tokenizer.fingerprint()] = evaluate_probe(encode_all(tokenizer, everything, precision), labels)
-            probe = probed[tokenizer.fingerprint()]
+            probe = probed.get(tokenizer.fingerprint())
             if probe is not None:
                 probes[name], protocols["probe"] = probe.values, probe.protocol
             update(index + 1, len(stages))
     original = training.pretrained()
-    encoder = encoder_probe(original, everything, labels, precision)
+    encoder = encoder_probe(original, everything, labels, precision) if probing else None
     if encoder is not None:
         probes = {"encoder": encoder.values, **probes}
     with torch.no_grad():
@@ -169,7 +193,7 @@ def _generation(
     reference = Reference.of(images, labels, extractor)
     classes = torch.arange(len(generator.classes)).repeat_interleave(SAMPLES_PER_CLASS)
     scales = {"samples": 1.0, "samples_guided": recipe.evaluation.guidance}
-    if len(generator.classes) == 1:
+    if len(generator.classes) == 1 or recipe.evaluation.guidance == 1.0:  # which is none
         del scales["samples_guided"]
     for picture, guidance in scales.items():
         name = "no guidance" if guidance == 1.0 else f"guidance {guidance:g}"

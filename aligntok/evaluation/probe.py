@@ -20,6 +20,7 @@ from torch import Tensor
 
 from aligntok.errors import UserError
 
+FOLDS = 5
 _REGULARISATION = 1.0  # C above; scikit-learn's default, not tuned
 _ITERATIONS = 200  # of L-BFGS; well-conditioned standardised features need 30 to 100
 
@@ -49,7 +50,12 @@ class ProbeResult:
         return text + (f"; classes too small to split: {list(self.left_out)}" if self.left_out else "")
 
 
-def linear_probe(features: Tensor, labels: Tensor, folds: int = 5, seed: int = 0) -> ProbeResult:
+def can_be_probed(labels: Tensor, folds: int = FOLDS) -> bool:
+    """Whether `linear_probe` has two classes of labels [n] with a member for each fold."""
+    return int((labels.unique(return_counts=True)[1] >= folds).sum()) > 1
+
+
+def linear_probe(features: Tensor, labels: Tensor, folds: int = FOLDS, seed: int = 0) -> ProbeResult:
     """Cross-validated accuracy of a linear classifier on features [n, C] with integer labels [n].
 
     A class with fewer members than folds cannot be in every test fold: it is left out and named in the
@@ -58,7 +64,7 @@ def linear_probe(features: Tensor, labels: Tensor, folds: int = 5, seed: int = 0
     features, labels = _checked(features, labels, folds)
     values, counts = labels.unique(return_counts=True)
     kept = values[counts >= folds]
-    if len(kept) < 2:
+    if not can_be_probed(labels, folds):
         raise UserError(
             f"a linear probe with {folds} folds needs two classes of at least {folds} members each; "
             f"the classes have {counts.tolist()} members"
@@ -80,7 +86,9 @@ def linear_probe(features: Tensor, labels: Tensor, folds: int = 5, seed: int = 0
     )
 
 
-def probe_latents(latents: Tensor, labels: Tensor, folds: int = 5, seed: int = 0) -> tuple[ProbeResult, ProbeResult]:
+def probe_latents(
+    latents: Tensor, labels: Tensor, folds: int = FOLDS, seed: int = 0
+) -> tuple[ProbeResult, ProbeResult]:
     """(pooled, flattened) probes of latents [n, d, h, w], which should be normalised as `encode` returns
     them."""
     if latents.ndim != 4:

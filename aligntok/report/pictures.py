@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -18,6 +18,7 @@ from torch import Tensor
 from aligntok.errors import UserError
 
 INK, PAPER, MUTED = (27, 29, 33), (255, 255, 255), (93, 99, 110)  # the light colours of page.css
+SHEET_SIDES = (128, 96, 64, 48, 32)  # px of the longer side of a contact sheet's pictures, tried in this order
 ROBUST_RANGE = (
     0.02,
     0.98,
@@ -235,12 +236,32 @@ def contact_sheet(
 
     `reconstructions` holds label -> images [n, 3, H, W], `samples` is class by class. Returned is the first
     of these that stays within `limit` bytes: true colours, then 256 dithered colours, at twice the size of
-    the pictures; the same at their own size. Raises UserError if none does.
+    the pictures; the same at their own size; the same again of smaller ones. Raises UserError if none does.
     """
-    rows, labels = [preview(images[:columns]) for images in reconstructions.values()], list(reconstructions)
-    headings = {}
+    first = min(SHEET_SIDES[0], *(max(images.shape[-2:]) for images in reconstructions.values()))
+    for side in (first, *(side for side in SHEET_SIDES if side < first)):
+        small = None if samples is None else preview(samples, side)
+        rows = {label: preview(images[:columns], side) for label, images in reconstructions.items()}
+        for image in _sheets(rows, small, classes, columns, sample_rows):
+            dithered = image.quantize(palette=image.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
+            for version in (image, dithered):
+                data = png(version)
+                if len(data) <= limit:
+                    return data
+    raise UserError(f"contact sheet: {len(data):,} bytes even in 256 colours, above the limit of {limit:,}; show less")
+
+
+def _sheets(
+    reconstructions: Mapping[str, Tensor],
+    samples: Tensor | None,
+    classes: Sequence[str],
+    columns: int,
+    sample_rows: int,
+) -> Iterator[Image.Image]:
+    """The contact sheet at twice the size of its pictures, then at their own."""
+    rows, labels, headings = list(reconstructions.values()), list(reconstructions), {}
     if samples is not None:
-        shown = torch.stack(by_class(preview(samples), classes), dim=1)  # [k, classes, 3, H, W]
+        shown = torch.stack(by_class(samples, classes), dim=1)  # [k, classes, 3, H, W]
         if len(classes) == 1:
             shown = torch.stack(shown.flatten(0, 1).split(columns)[: max(1, len(shown) // columns)])
         else:
@@ -248,10 +269,4 @@ def contact_sheet(
         rows += list(shown[:sample_rows, :columns])
         labels += ["Samples"] + [""] * (min(sample_rows, len(shown)) - 1)
     for scale in (2, 1):
-        image = sheet(rows, labels, scale, headings)
-        dithered = image.quantize(palette=image.quantize(256), dither=Image.Dither.FLOYDSTEINBERG)
-        for version in (image, dithered):
-            data = png(version)
-            if len(data) <= limit:
-                return data
-    raise UserError(f"contact sheet: {len(data):,} bytes even in 256 colours, above the limit of {limit:,}; show less")
+        yield sheet(rows, labels, scale, headings)

@@ -184,6 +184,7 @@ def test_shards_of_another_cache_are_not_taken_for_its_own(cache, tokenizer, pic
         ({"precision": "bf16"}, r"with precision fp32 \(given bf16\)"),
         ({"image_size": 40}, "image_size is 40, expected a multiple of the tokenizer's downsampling 16"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
+        ({"workers": -1}, "workers is -1, expected at least 0"),
     ],
 )
 def test_what_does_not_belong_into_the_folder_is_refused(cache, tokenizer, pictures, tmp_path, change, message):

@@ -66,6 +66,8 @@ def test_a_second_call_trains_nothing_again(run, pictures, capsys):
     recipe = tiny_recipe(run, pictures)
     recipe.evaluation.ablation = True
     quickstart(recipe, "again")
+    skipped = json.loads((run / "results.json").read_text())["skipped_images"]
+    assert [name.split(":")[0] for name in skipped] == ["disc/broken.png"]
     assert (run / "metrics.jsonl").read_bytes() == before
     assert "already finished" in capsys.readouterr().err
 
@@ -114,12 +116,30 @@ def test_statistics_complete_a_tokenizer_in_place(run, pictures, tmp_path):
         (["--labels", "[2]"], "expected 0..1"),
         (["--steps", "0"], "at least 1"),
         (["--guidance_channels", "9", "--guidance", "2"], "expected 1..8"),
+        (["--labels", "[\u00b2]"], "no class '\u00b2'"),
+        (["--per_class", "0"], "--per_class is 0, expected at least 1"),
+        (["--output", f"{__file__}/x.png"], f"cannot be made, for {__file__} is a file"),
+        (["--separate", "true", "--output", "pictures"], "the folder pictures, which is a file"),
     ],
 )
 def test_sample_refuses(run, options, message, capsys, tmp_path):
     parts = ["--tokenizer", str(run / "tokenizer"), "--generator", str(run / "generator")]
     assert main(["sample", *parts, "--output", str(tmp_path / "x.png"), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_class_that_is_named_twice_has_all_of_its_pictures(run, tmp_path):
+    parts = ["--tokenizer", str(run / "tokenizer"), "--generator", str(run / "generator")]
+    options = ["--labels", "[disc,square,disc]", "--per_class", "2", "--separate", "true"]
+    assert main(["sample", *parts, *options, "--output", str(tmp_path / "x.png")]) == 0
+    names = [f"disc-{n:04d}.png" for n in range(4)] + [f"square-{n:04d}.png" for n in range(2)]
+    assert sorted(file.name for file in (tmp_path / "x").iterdir()) == names
+
+
+@pytest.mark.parametrize("command", ["reconstruct", "statistics"])
+def test_a_count_of_none_is_called_as_it_is_given(command, run, pictures, capsys):
+    assert main([command, "--tokenizer", str(run / "tokenizer"), "--images", str(pictures), "--count", "0"]) == 2
+    assert "--count is 0, expected at least 1" in capsys.readouterr().err
 
 
 def test_a_generator_of_another_tokenizer_is_refused(run):
@@ -152,3 +172,29 @@ def test_more_classes_than_the_model_has_are_refused(tmp_path, run, pictures):
     recipe.generator.model.classes = 1
     with pytest.raises(UserError, match=r"2 classes, but generator\.model\.classes is 1"):
         train_generator(recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda recipe: setattr(recipe.data, "held_out", 0.1), "data.held_out is 0.1 of 20 pictures, which gives 2"),
+        (lambda recipe: setattr(recipe.evaluation, "samples", 3), "evaluation.samples is 3, expected at least 4"),
+        (lambda recipe: setattr(recipe.evaluation, "guidance", -1.0), "sampler.guidance is -1"),
+    ],
+    ids=["held out", "samples", "guidance"],
+)
+def test_what_would_end_the_evaluation_is_said_before_training(change, message, tmp_path):
+    recipe = tiny_recipe(tmp_path / "run", write_pictures(tmp_path / "pictures", 20))
+    change(recipe)
+    with pytest.raises(UserError, match=message):
+        quickstart(recipe, "aligntok quickstart")
+    assert not list((tmp_path / "run").rglob("stage1"))
+
+
+def test_classes_too_small_for_a_probe_and_guidance_that_is_none(tmp_path, capsys):
+    folder = write_pictures(tmp_path / "pictures", 16, classes=("a", "b", "c", "d"))
+    recipe = tiny_recipe(tmp_path / "run", folder)
+    recipe.data.held_out, recipe.evaluation.guidance = 0.25, 1.0
+    results = json.loads((quickstart(recipe, "aligntok quickstart").parent / "results.json").read_text())
+    assert results["probe"] == {} and set(results["generation"]) == {"no guidance"}
+    assert "no linear probe: it needs two classes of at least 5 pictures each" in capsys.readouterr().err

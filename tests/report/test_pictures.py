@@ -172,6 +172,14 @@ def test_contact_sheet_keeps_its_limit_and_its_order():
         pictures.contact_sheet(rows, limit=1_000)
 
 
+def test_pictures_of_a_contact_sheet_shrink_until_it_keeps_its_limit():
+    noise = random_images(4, 64, 64)
+    data = pictures.contact_sheet({"Original": noise}, noise, ["cat", "dog"], limit=40_000)
+    assert len(data) <= 40_000
+    with pytest.raises(UserError, match="above the limit of 1,000"):
+        pictures.contact_sheet({"Original": noise}, noise, ["cat", "dog"], limit=1_000)
+
+
 def test_contact_sheet_without_classes_and_with_fewer_samples_than_columns():
     images = random_images(5)
     sheet = decode(pictures.contact_sheet({"Original": images}, images))

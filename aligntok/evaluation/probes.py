@@ -12,7 +12,7 @@ from aligntok.errors import UserError
 from aligntok.evaluation.alignment import NEIGHBOURS, cknna
 from aligntok.evaluation.crops import crops_with_bar
 from aligntok.evaluation.tokenizer import Measured, encode_all, encoder_probe, evaluate_probe, pooled_tokens
-from aligntok.evaluation.trained_probe import LatentTable, train_probe
+from aligntok.evaluation.trained_probe import LatentTable, check_training_labels, train_probe
 from aligntok.models.encoder import Encoder
 from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.runtime.devices import Precision
@@ -77,6 +77,7 @@ def trained_probes(
     if train.classes != val.classes:
         odd = sorted(set(train.classes) ^ set(val.classes))[:3]
         raise UserError(f"--train and --val must have the same classes (sub-folders); not in both: {', '.join(odd)}")
+    check_training_labels(train.labels)
     with LatentTable(len(train)) as fitted, LatentTable(len(val)) as judged:
         for images, table in ((train, fitted), (val, judged)):
             title = "latents, training" if images is train else "latents, validation"

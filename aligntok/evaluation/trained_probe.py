@@ -97,8 +97,7 @@ def train_probe(
     classes = int(labels.max()) + 1
     if val[0].shape[1] != features.shape[1] or int(val[1].max()) >= classes:
         raise UserError("the validation features or labels do not fit the training ones: give sets of the same classes")
-    if len(labels.unique()) < 2 or len(labels) < 2 * _HELD_OUT:
-        raise UserError(f"a linear probe needs two classes and {2 * _HELD_OUT} training images, got {len(labels)}")
+    check_training_labels(labels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         heads = _Heads(features.shape[1], classes).to(device)
@@ -127,6 +126,16 @@ def check_recipe(epochs: int, batch_size: int) -> None:
     """UserError unless there is an epoch to train for, and a batch has the two images that BatchNorm needs."""
     require_at_least(1, epochs=epochs)
     require_at_least(2, batch_size=batch_size)
+
+
+def check_training_labels(labels: Tensor) -> None:
+    """UserError unless labels [n] are of two classes and many enough to choose the rate on a tenth of them."""
+    classes = len(labels.unique())
+    if classes < 2 or len(labels) < 2 * _HELD_OUT:
+        raise UserError(
+            f"a linear probe needs two classes and {2 * _HELD_OUT} training images, got {classes} and {len(labels)}: "
+            "give --train a folder with a sub-folder for each class"
+        )
 
 
 def _checked(features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,9 +214,12 @@ class LatentTable:
         """Take in normalised latents [B, d, h, w] (or [B, d, n]) and labels [B]."""
         if self._whole is None:
             self._whole = self._open(prod(latents.shape[1:]))
+        whole = latents.flatten(1).half()
+        if not whole.isfinite().all():
+            raise UserError("the latents are not finite, or too large for float16: this tokenizer cannot be probed")
         self._pooled.append(latents.float().flatten(2).mean(2))
         self._labels.append(labels)
-        self._whole[self.count : self.count + len(latents)] = latents.flatten(1).half()
+        self._whole[self.count : self.count + len(latents)] = whole
         self.count += len(latents)
 
     def _open(self, dimension: int) -> Tensor:

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from helpers import write_pictures
 
 from aligntok.errors import UserError
 from aligntok.evaluation import trained_probe
 from aligntok.evaluation.probe import fit_logistic
+from aligntok.evaluation.probes import Alignment, trained_probes
 from aligntok.evaluation.trained_probe import LatentTable, train_probe
+from aligntok.runtime.devices import choose_precision
+from aligntok.training.monitoring.telemetry import Telemetry
 
 
 def clusters(n: int, d: int, classes: int, separation: float, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -70,7 +74,7 @@ def test_refusals(monkeypatch):
         ((x, y), (x[:, :3], y), "do not fit"),
         ((x, y), (x, y + 1), "do not fit"),
         ((x, y * 0), (x, y * 0), "two classes"),
-        ((x[:10], y[:10]), (x, y), "20 training images, got 10"),
+        ((x[:10], y[:10]), (x, y), "20 training images, got 2 and 10: give --train"),
     ):
         with pytest.raises(UserError, match=message):
             train_probe(train, val)
@@ -84,3 +88,17 @@ def test_refusals(monkeypatch):
     monkeypatch.setattr(trained_probe, "disk_usage", lambda folder: type("Usage", (), {"free": 100}))
     with LatentTable(1000) as table, pytest.raises(UserError, match="TMPDIR"):
         table.add(torch.zeros(1, 4, 2, 2), torch.zeros(1, dtype=torch.long))
+
+
+@pytest.mark.parametrize(("classes", "count"), [(("disc",), 24), (("disc", "square"), 10)])
+def test_a_set_that_cannot_be_probed_is_refused_before_it_is_encoded(classes, count, tmp_path):
+    folder, precision = str(write_pictures(tmp_path / "p", count, classes)), choose_precision("cpu", "fp32")
+    alignment = Alignment(None, None, "random", 0, precision)
+    with pytest.raises(UserError, match=f"20 training images, got {len(classes)} and {count}"):
+        trained_probes(None, (folder, folder), 32, (1, 2, 0), alignment, precision, Telemetry(tmp_path, log_every=1))
+
+
+@pytest.mark.parametrize("value", [float("nan"), 1e6])
+def test_latents_that_float16_cannot_hold_are_refused(value):
+    with LatentTable(2) as table, pytest.raises(UserError, match="not finite, or too large for float16"):
+        table.add(torch.full((2, 4, 2, 2), value), torch.zeros(2, dtype=torch.long))

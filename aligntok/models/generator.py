@@ -66,6 +66,8 @@ class Generator:
         self.tokenizer_fingerprint: str = manifest.value("tokenizer", str)
         self.sampler: SamplerConfig = manifest.value("sampler", SamplerConfig)
         config = manifest.value("config", LightningDiTConfig)
+        if config.classes is None:
+            raise UserError(f"{manifest.file}: config.classes is null, expected the number of classes that it knows")
         self.model = manifest.build(lambda: generator_class(config)(config, self.latent_shape[0], (height, width)))
         load_strictly(self.model, read_tensors(weights), weights)
         self.model.eval().requires_grad_(False)

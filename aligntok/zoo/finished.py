@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,9 @@ def check_finished(folder: Path, config: RivalConfig) -> None:
     if config.kind == "repa-e" and config.repa_e.tokenizer is not None:
         return  # its configuration is that of the tokenizer that it went on with
     # As config.json has it: what load_tokenizer builds has forgotten the encoder's weights
-    stored, asked = as_stored(manifest.value("config", kind.config_class)), as_stored(settings)
-    if stored not in (asked, as_stored(kind.offline(copy.deepcopy(settings)))):
+    configurations = manifest.value("config", kind.config_class), settings, kind.offline(copy.deepcopy(settings))
+    stored, asked, offline = (_located(as_stored(each)) for each in configurations)
+    if stored not in (asked, offline):
         told = difference(stored, asked)
         raise UserError(f"{folder} is a finished {config.kind} of other settings: {told}; {advice}")
 
@@ -56,6 +58,14 @@ def check_finished(folder: Path, config: RivalConfig) -> None:
 def as_stored(settings: Any) -> dict[str, Any]:
     """A configuration as it is read from JSON."""
     return json.loads(json.dumps(dataclasses.asdict(settings)))
+
+
+def _located(settings: dict[str, Any]) -> dict[str, Any]:
+    """`settings` with files of weights by where they are: the same one may be given as w.pth and as /data/w.pth."""
+    found = {key: _located(value) if isinstance(value, dict) else value for key, value in settings.items()}
+    if isinstance(path := found.get("weights"), str) and Path(path).exists():
+        found["weights"] = os.path.realpath(path)
+    return found
 
 
 def difference(stored: dict[str, Any], asked: dict[str, Any], where: str = "") -> str:

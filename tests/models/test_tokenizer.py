@@ -6,7 +6,10 @@ import pytest
 import torch
 from helpers import tiny_tokenizer
 
+from aligntok.config import LightningDiTConfig, SamplerConfig
 from aligntok.errors import UserError
+from aligntok.models.generator import Generator, save_generator
+from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import load_tokenizer
 
 
@@ -159,3 +162,15 @@ def test_a_generators_folder_does_not_become_a_tokenizer(tokenizer, tmp_path):
 def test_a_folder_without_tokenizer_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"config\.json is missing"):
         load_tokenizer(tmp_path)
+
+
+def test_a_generator_that_does_not_say_how_many_classes_it_knows_is_refused(tmp_path):
+    config = LightningDiTConfig(size="custom", depth=1, width=32, heads=2, classes=2)
+    model = LightningDiT(config, 8, (2, 2))
+    save_generator(tmp_path, model, model.state_dict(), SamplerConfig(), ["a", "b"], "0")
+    file = tmp_path / "config.json"
+    manifest = json.loads(file.read_text())
+    manifest["config"]["classes"] = None
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=r"config\.json: config\.classes is null, expected the number of classes"):
+        Generator(tmp_path)

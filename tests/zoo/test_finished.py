@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from zoo_rivals import tiny_maetok, tiny_rae, tiny_vae
 
 from aligntok.config import RepaEConfig, RivalConfig
@@ -36,6 +37,21 @@ def test_the_weights_that_the_encoder_started_with_count(tmp_path):
         check_finished(tmp_path / "t", asked)
     asked.rae.encoder.weights = "pretrained"
     check_finished(tmp_path / "t", asked)
+
+
+def test_one_file_of_weights_may_be_written_in_two_ways(tmp_path, monkeypatch):
+    made = build_rival(rival("rae"))
+    save_file(made.encoder.backbone.state_dict(), tmp_path / "w.safetensors")
+    made.config.encoder.weights = str(tmp_path / "w.safetensors")
+    made.save(tmp_path / "t")
+    monkeypatch.chdir(tmp_path)
+    asked = rival("rae")
+    asked.rae.encoder.weights = "w.safetensors"
+    check_finished(tmp_path / "t", asked)
+    (tmp_path / "other.safetensors").write_bytes(b"")
+    asked.rae.encoder.weights = "other.safetensors"
+    with pytest.raises(UserError, match=r"encoder\.weights is '.*w\.safetensors' there, '.*other\.safetensors' was"):
+        check_finished(tmp_path / "t", asked)
 
 
 def test_a_tokenizer_that_was_read_and_saved_again_is_still_the_same(tmp_path):

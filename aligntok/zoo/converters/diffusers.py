@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,11 @@ def read_config(file: Path) -> tuple[VAEConfig, float, float]:
         raise UserError(f"{file} is missing: diffusers writes it beside the weights, and the latents' scale is in it")
     try:
         found: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not JSON ({error})") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} is not JSON that can be read ({error})") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file} is a {type(found).__name__} in JSON, expected the settings of a {WHAT}")
+    _check_types(found, file)
     for key, wanted in _FIXED.items():
         if found.get(key, wanted) != wanted:
             raise UserError(f"{file}: {key} is {found[key]!r}, this converter knows only {wanted!r}")
@@ -85,6 +89,22 @@ def read_config(file: Path) -> tuple[VAEConfig, float, float]:
     config = VAEConfig(latent_channels=found.get("latent_channels", 4), networks=network, quant_convs=quant)
     scale = found.get("scaling_factor", SCALE)  # older files of Stable Diffusion's VAE leave it out
     return config, scale, found.get("shift_factor") or 0.0
+
+
+def _check_types(found: dict[str, Any], file: Path) -> None:
+    """UserError for a setting that is no number, or not of the numbers that it can be; those that are absent pass."""
+    for key in ("layers_per_block", "norm_num_groups", "latent_channels"):
+        if key in found and not (type(found[key]) is int and found[key] > 0):
+            raise UserError(f"{file}: {key} is {found[key]!r}, expected a whole number of at least 1")
+    widths = found.get("block_out_channels", [])
+    if not isinstance(widths, list) or not all(type(width) is int and width > 0 for width in widths):
+        raise UserError(f"{file}: block_out_channels is {widths!r}, expected a list of channels, each at least 1")
+    scale, shift = found.get("scaling_factor", SCALE), found.get("shift_factor") or 0.0
+    if not (isinstance(scale, (int, float)) and 0 < scale < inf and isinstance(shift, (int, float))):
+        raise UserError(
+            f"{file}: scaling_factor is {scale!r} and shift_factor {shift!r}, expected a scale above 0, and a number "
+            "or null"
+        )
 
 
 def _as_published_now(key: str, value: Tensor) -> tuple[str, Tensor]:

@@ -76,5 +76,6 @@ def channel_statistics(path: Path, channels: int) -> tuple[Tensor, Tensor]:
     held = read_published(path)
     found = [require(held, name, path, "file of latent statistics").flatten().float() for name in ("mean", "std")]
     if any(value.shape != torch.Size([channels]) for value in found):
-        raise UserError(f"{path} holds statistics of {len(found[0])} channels, expected {channels}")
+        held_of = " and ".join(str(len(value)) for value in found)
+        raise UserError(f"{path} holds a mean and std of {held_of} channels, expected {channels}")
     return found[0], found[1]

@@ -217,6 +217,12 @@ def test_files_that_are_not_weights(tmp_path):
         ({"use_quant_conv": False}, "both or none"),
         ({"norm_num_groups": 5}, "multiples of"),
         ({"latent_channels": 16}, "of the published layout"),
+        ({"latent_channels": None}, "latent_channels is None, expected a whole number"),
+        ({"layers_per_block": "1"}, "layers_per_block is '1', expected a whole number"),
+        ({"block_out_channels": 8}, "block_out_channels is 8, expected a list"),
+        ({"block_out_channels": [0, 0]}, r"block_out_channels is \[0, 0\], expected a list"),
+        ({"scaling_factor": None}, "scaling_factor is None and shift_factor 0.0, expected a scale above 0"),
+        ({"scaling_factor": 0}, "scaling_factor is 0 and"),
     ],
 )
 def test_other_architectures_are_refused(tmp_path, change, message):
@@ -241,9 +247,10 @@ def test_a_pipeline_is_converted_from_its_vae_folder_also_in_half_precision(tmp_
 def test_a_missing_or_broken_config_is_named(tmp_path):
     peer((8, 16), 4, 4).save_pretrained(tmp_path)
     state = load_file(tmp_path / "diffusion_pytorch_model.safetensors")
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(UserError, match="is not JSON"):
-        convert_diffusers.convert(tmp_path, tmp_path / "t")
+    for text, message in (("{", "is not JSON"), ("null", "is a NoneType in JSON, expected the settings of a")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(UserError, match=message):
+            convert_diffusers.convert(tmp_path, tmp_path / "t")
     (tmp_path / "lone").mkdir()
     save_file(state, tmp_path / "lone" / "vae.safetensors")
     with pytest.raises(UserError, match="the latents' scale is in it"):

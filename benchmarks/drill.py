@@ -109,17 +109,28 @@ def anonymous(trial: Trial, folder: Path) -> Trial:
     return Trial(trial.faults, [told(text) for text in trial.lost], told(trial.seen))
 
 
+def _count(text: str) -> int:
+    if (value := int(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{value}, expected at least 1")
+    return value
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run the drills, print and write the table; exit status 1 if anything was lost."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, default=1, help="how often each drill is done, each time elsewhere")
+    parser.add_argument("--rounds", type=_count, default=1, help="how often each drill is done, each time elsewhere")
     parser.add_argument(
         "--only", nargs="+", choices=DRILLS, default=list(DRILLS), metavar="NAME", help=f"{', '.join(DRILLS)}"
     )
-    parser.add_argument("--jobs", type=int, default=2, help="drills at a time, each with one processor")
+    parser.add_argument("--jobs", type=_count, default=2, help="drills at a time, each with one processor")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for drill.md and drill.json")
     options = parser.parse_args(arguments)
+    options.only = list(dict.fromkeys(options.only))  # of one that is given twice, one table row would hide the other
+    try:
+        options.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"--output {options.output} cannot be made ({error.strerror}): give a folder that can be written")
     machine = machine_line()
     print(machine)
     with tempfile.TemporaryDirectory(prefix="drill-", ignore_cleanup_errors=True) as folder:

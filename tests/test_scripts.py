@@ -56,6 +56,21 @@ def test_no_gpu_is_said():
     assert done.returncode == 2 and "GPUS=N" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("visible", "count"), [(None, 2), ("0", 1), ("4,6,7", 3), ("GPU-a,GPU-b", 2)], ids=["all", "one", "three", "names"]
+)
+def test_a_process_for_each_gpu_that_is_visible(visible, count, tmp_path):
+    """nvidia-smi lists all of the machine's, and a line for each of their MIG parts."""
+    smi = tmp_path / "nvidia-smi"
+    lines = ["GPU 0: H100 (UUID: GPU-a)", "  MIG 1g.10gb", "GPU 1: H100 (UUID: GPU-b)"]
+    smi.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    smi.chmod(0o755)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    given = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    done = _run(NODE, *TRAIN, PATH=path, GPUS="", DRY_RUN="1", **given)
+    assert f"--nproc-per-node={count} " in done.stdout, done.stderr
+
+
 def _slurm_stand_ins(folder: Path, step: str) -> dict[str, str]:
     """A PATH on which srun runs `step` and scontrol writes down what it was asked."""
     scripts = {

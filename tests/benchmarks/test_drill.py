@@ -117,6 +117,20 @@ def test_unknown_drills_are_refused(capsys):
     assert "kill-tokenizer" in capsys.readouterr().err
 
 
+def test_options_that_try_nothing_or_hide_a_loss(monkeypatch, tmp_path, capsys):
+    for option in ("--rounds", "--jobs"):
+        with pytest.raises(SystemExit, match="2"):
+            drill.main([option, "0", "--output", str(tmp_path)])
+        assert "0, expected at least 1" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="2"):
+        drill.main(["--output", str(tmp_path / "file")])
+    assert "cannot be made" in capsys.readouterr().err
+    losses = iter([["lost"], []])
+    monkeypatch.setitem(drill.DRILLS, "clock", ("twice", lambda place, chance: [Trial(1, next(losses))]))
+    assert drill.main(["--only", "clock", "clock", "--jobs", "1", "--output", str(tmp_path)]) == 1
+
+
 def test_two_drills_lose_nothing(tmp_path):
     """A checkpoint cut off, and SIGTERM: the first trials of their drills, side by side."""
     here = Place(tmp_path)

@@ -1,9 +1,9 @@
 """The command line: fast, typed, and one line for every mistake."""
 
 import os
+import resource
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -18,9 +18,10 @@ def test_help_needs_neither_torch_nor_half_a_second():
     code = "import sys, aligntok.cli as c; c.main(['--help']); assert not {'torch', 'numpy'} & set(sys.modules)"
     times = []
     for _ in range(3):
-        began = time.monotonic()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-        times.append(time.monotonic() - began)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)  # others may be busy, too
     assert done.stdout == OVERVIEW
     assert min(times) < 0.5
 

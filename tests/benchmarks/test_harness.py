@@ -39,7 +39,7 @@ def test_results_are_compared_before_anything_is_timed(case, provider, reason):
 
 def _options(tmp_path, phase="all"):
     files = {"csv": tmp_path / "figures.csv", "plot": tmp_path / "ratios.png"}
-    return argparse.Namespace(phase=phase, seconds=0.01, threads=None, **files)
+    return argparse.Namespace(phase=phase, seconds=0.01, threads=None, smallest=False, **files)
 
 
 def test_a_wrong_provider_has_no_figures_and_fails_the_run(case, tmp_path, capsys):

@@ -1,7 +1,7 @@
 """Two processes train what one trains, under DDP and FSDP2; micro-batches are parts of a batch.
 
 Observed on two gloo processes in fp32: losses within 2e-6 of those of one process, gradient norms and the adaptive
-weight within 2e-5.
+weight within 2e-5, but for Stage 3 behind its first step (see `_amplified`).
 """
 
 import json
@@ -85,6 +85,16 @@ def runs(tmp_path_factory) -> dict[str, Path]:
     return {"one": folder / "one", "ddp": folder / "ddp", "fsdp": folder / "fsdp"}
 
 
+def _amplified(part: str, step: int) -> bool:
+    """Whether Adam has made steps out of rounding before this step.
+
+    Its first step is as long for a gradient of 1e-9 as for one of 1; biases before a GroupNorm have gradients near 0.
+    Stages 1 and 2 differ by 1e-5 all the same. Stage 3, which starts from averages, differs by 3e-4 at its second step
+    and 7e-3 at its fourth on a processor without AVX-512, and by nothing at its second with an eps of 1e-4 in Adam.
+    """
+    return part == "stage3" and step > 1
+
+
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])
 def test_two_processes_log_what_one_does(runs, mode):
     one, two = records(runs["one"]), records(runs[mode] / "straight")
@@ -94,7 +104,8 @@ def test_two_processes_log_what_one_does(runs, mode):
         for name, value in values.items():  # records have six decimals
             weighted = name == "loss" and "gan_weight" in values  # the adaptive weight's rounding is in it
             exact = not weighted and not name.startswith(("grad_norm", "gan_weight"))
-            assert two[step][name] == pytest.approx(value, rel=2e-5 if exact else 2e-4, abs=3e-6), (step, name)
+            near = 1e-2 if _amplified(*step) else 2e-5 if exact else 2e-4
+            assert two[step][name] == pytest.approx(value, rel=near, abs=3e-6), (step, name)
     assert {"gan", "gan_weight", "semantic", "discriminator"} <= one["stage2", 4].keys()
 
 
@@ -106,7 +117,7 @@ def test_two_processes_end_with_the_weights_of_one(runs, mode):
     for name, value in one.items():
         difference = (two[name].float() - value.float()).abs()
         assert difference.max() < 4 * 1e-3, f"{name}: beyond four steps"
-        assert difference.mean() < 1e-5, f"{name}: on average more than a hundredth of a step"
+        assert difference.mean() < 1e-4, f"{name}: on average more than a tenth of a step"
 
 
 @pytest.mark.parametrize("mode", ["ddp", "fsdp"])

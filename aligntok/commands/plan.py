@@ -37,6 +37,7 @@ from aligntok.config import (
     StagesConfig,
     TrainingConfig,
 )
+from aligntok.config.ranges import check_ranges
 from aligntok.data.geometry import check_size
 from aligntok.errors import UserError
 from aligntok.models.tokenizer import AlignTok, StoredTokenizer
@@ -44,7 +45,7 @@ from aligntok.runtime.files import write_bytes
 from aligntok.runtime.world import World
 from aligntok.training.monitoring import cost
 from aligntok.training.monitoring.cost import Cost
-from aligntok.training.train_tokenizer import STAGES
+from aligntok.training.train_tokenizer import STAGES, check_stage
 from aligntok.zoo.building import latent_shape as rival_shape
 from aligntok.zoo.building import rival_cost
 from aligntok.zoo.finished import network_of
@@ -125,6 +126,9 @@ def _modes(recipe: Recipe, part: str, every: bool) -> list[str]:
 
 
 def _check(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...]) -> None:
+    check_ranges(recipe)
+    for name in set(parts) & set(STAGES):
+        check_stage(name, getattr(recipe.tokenizer.stages, name), recipe.tokenizer.losses)
     if recipe.rival != RivalConfig() and any(part in STAGES for part in parts):
         raise UserError(
             f"the recipe trains a rival ({recipe.rival.kind}) in the place of AlignTok's stages: plan the parts "

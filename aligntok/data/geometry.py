@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, near_multiples
 
 
 def check_size(size: int, factor: int, name: str = "data.image_size") -> None:
@@ -24,7 +24,7 @@ def check_size(size: int, factor: int, name: str = "data.image_size") -> None:
     if size < factor or size % factor:
         raise UserError(
             f"{name} is {size}, expected a multiple of the tokenizer's downsampling {factor}: "
-            f"use {max(1, size // factor) * factor} or {(size // factor + 1) * factor}"
+            f"use {near_multiples(size, factor)}"
         )
 
 

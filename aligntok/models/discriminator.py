@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from aligntok.config import DiscriminatorConfig
+from aligntok.errors import UserError
 
 MAX_MULTIPLIER = 8  # channel widths stop growing at 8 x base (pix2pix)
 INIT_STD = 0.02  # of convolutions and of BatchNorm's scale around 1 (DCGAN)
@@ -34,10 +35,17 @@ class PatchDiscriminator(nn.Module):
             ]
         layers.append(nn.Conv2d(widths[-1], 1, 4, stride=1, padding=1))
         self.layers = nn.Sequential(*layers)
+        # px: what the last two kernels of 4 need after the strides
+        self.smallest = 3 * 2**config.layers if config.layers else 4
         self.apply(_initialise)
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
+        if min(images.shape[-2:]) < self.smallest:
+            raise UserError(
+                f"losses.discriminator.layers needs images of at least {self.smallest} px, these have "
+                f"{' x '.join(map(str, images.shape[-2:]))}: use fewer layers"
+            )
         return self.layers(images.contiguous(memory_format=torch.channels_last))
 
 

@@ -30,7 +30,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from aligntok.config import EncoderConfig
-from aligntok.errors import UserError
+from aligntok.errors import UserError, near_multiples
 from aligntok.models.attention import written_out
 from aligntok.models.encoder_weights import EMBEDDED_NAME, Backbone, load_state, read_weights
 
@@ -84,8 +84,7 @@ class Encoder(nn.Module):
         f = self.downsample
         for side, pixels in (("height", height), ("width", width)):
             if pixels < f or pixels % f:
-                lower, upper = pixels // f * f, -(-pixels // f) * f
-                near = f"{lower} or {upper}" if lower else f"{upper}"
+                near = near_multiples(pixels, f)
                 raise UserError(
                     f"image {side} {pixels} is not a multiple of the downsampling {f}; the nearest is {near}"
                 )

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from aligntok.errors import UserError
+from aligntok.errors import UserError, near_multiples
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,10 +38,10 @@ class World:
         Raises:
             UserError: the batch cannot be divided evenly.
         """
-        if batch_size % self.size:
+        if batch_size < 1 or batch_size % self.size:
+            wanted = f"a multiple of the {self.size} processes" if self.size > 1 else "at least 1 image"
             raise UserError(
-                f"training.batch_size is {batch_size}, expected a multiple of the {self.size} processes: "
-                f"use {max(1, batch_size // self.size) * self.size} or {(batch_size // self.size + 1) * self.size}"
+                f"training.batch_size is {batch_size}, expected {wanted}: use {near_multiples(batch_size, self.size)}"
             )
         own = batch_size // self.size
         return range(self.rank * own, (self.rank + 1) * own)

@@ -24,6 +24,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from aligntok.config import TrainingConfig
 from aligntok.data.sources import Batch
 from aligntok.errors import UserError
 from aligntok.runtime import collectives
@@ -157,6 +158,29 @@ def gradients(phase: Phase, batch: Batch) -> tuple[Tensor, Values]:
     return collectives.mean(torch.stack(losses).mean()), sums
 
 
+def check_batches(training: TrainingConfig) -> None:
+    """Raise UserError unless a batch can be divided over the processes and into micro-batches; before anything is read.
+
+    Each process has to call it.
+    """
+    check_accumulate(training.accumulate, len(current().rows(training.batch_size)))
+
+
+def check_accumulate(parts: int, count: int) -> None:
+    """Raise UserError unless the `count` rows that a process has of a batch are divided evenly."""
+    if parts < 1 or count % parts:
+        raise UserError(
+            f"training.accumulate is {parts}, expected a divisor of the {count} rows that each process has of a batch: "
+            f"use {' or '.join(map(str, near_divisors(parts, count)))}"
+        )
+
+
+def near_divisors(number: int, count: int) -> list[int]:
+    """The divisors of `count` on both sides of a number that is none, without those that are not there."""
+    divisors = [divisor for divisor in range(1, count + 1) if count % divisor == 0]
+    return [d for d in divisors if d < number][-1:] + [d for d in divisors if d > number][:1]
+
+
 def split(batch: Batch, parts: int) -> list[Batch]:
     """A batch in `parts` equal runs of rows.
 
@@ -164,10 +188,7 @@ def split(batch: Batch, parts: int) -> list[Batch]:
         UserError: the rows cannot be divided evenly.
     """
     count = len(batch["labels"])
-    if parts < 1 or count % parts:
-        raise UserError(
-            f"training.accumulate is {parts}, expected a divisor of the {count} rows that each process has of a batch"
-        )
+    check_accumulate(parts, count)
     pieces = {key: value.split(count // parts) for key, value in batch.items()}
     return [{key: piece[index] for key, piece in pieces.items()} for index in range(parts)]
 

@@ -16,7 +16,6 @@ from torch import nn
 
 from aligntok.config import TrainingConfig
 from aligntok.data.sources import Batch, Source
-from aligntok.errors import UserError
 from aligntok.runtime import collectives
 from aligntok.training.distributed import complete, gradients
 from aligntok.training.feed import Feed
@@ -42,7 +41,6 @@ def train(
         Interrupted: SIGINT or SIGTERM arrived; a checkpoint was written.
         UserError: too many non-finite steps, a checkpoint of another run, or one that could not be written.
     """
-    check_intervals(config)
     guard = Guard(part, config, objective, source, telemetry.folder)
     with StopSignals() as signals, checkpoints, Feed(source, device, objective.steps) as feed:
         start, counters = checkpoints.restore(objective)
@@ -68,15 +66,6 @@ def train(
                 guard.rewind(spike, start, counters)
                 telemetry.say(f"{part}: {spike}; back to step {start}, leaving out the batches since")
                 checkpoints.save(start, objective, guard.state(), regular=False)
-
-
-def check_intervals(config: TrainingConfig) -> None:
-    """Raise UserError for intervals that are not at least one step."""
-    for name in ("checkpoint_every", "log_every"):
-        if getattr(config, name) < 1:
-            raise UserError(f"training.{name} is {getattr(config, name)}, expected at least 1 step")
-    if config.spike is not None and config.spike.window < 2:
-        raise UserError(f"training.spike.window is {config.spike.window}, expected at least 2 losses")
 
 
 def take_step(

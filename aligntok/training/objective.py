@@ -98,6 +98,11 @@ def parameter_group(parameters: Iterable[nn.Parameter], learning_rate: float) ->
     return {"params": [p for p in parameters if p.requires_grad], "lr": learning_rate, "base_lr": learning_rate}
 
 
+def apex_can_run(device: torch.device, training: TrainingConfig) -> bool:
+    """Whether apex's FusedAdam, which knows neither CPUs nor shares of weights, can train so."""
+    return device.type == "cuda" and training.parallel != "fsdp"
+
+
 def build_optimizer(
     groups: list[dict[str, Any]], betas: tuple[float, float], training: TrainingConfig, device: torch.device
 ) -> Optimizer:
@@ -110,7 +115,7 @@ def build_optimizer(
         return AdamW(groups, betas=betas, weight_decay=0.0, fused=optimizer_is_fused(device))
     if training.optimizer != "apex":
         raise UserError(f"training.optimizer is {training.optimizer!r}, expected adamw or apex")
-    if device.type != "cuda" or training.parallel == "fsdp":
+    if not apex_can_run(device, training):
         raise UserError(
             f"training.optimizer is apex, which runs on CUDA and not under fsdp; this run is on {device.type} "
             f"with training.parallel={training.parallel}: use adamw"

@@ -15,12 +15,14 @@ from pathlib import Path
 import torch
 
 from aligntok.config import LightningDiTConfig, Recipe
+from aligntok.config.ranges import check_ranges
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, latents_in_batch, tabulate
 from aligntok.data.images import open_images
 from aligntok.data.latent_cache import CachedLatentSource, LatentCache
 from aligntok.data.latent_format import make_command
 from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource, Source
+from aligntok.diffusion.sampler import check_sampler
 from aligntok.errors import UserError
 from aligntok.models.generator import generator_class, save_generator
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
@@ -54,7 +56,9 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
 
 
 def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
+    check_ranges(recipe)
     config, output = recipe.generator, Path(recipe.output)
+    distributed.check_batches(config.training)
     training, folder = config.training, output / PART
     on_main(lambda: remove_unfinished(output, PART.__eq__))
     if on_main(lambda: (folder / "config.json").is_file()):
@@ -63,6 +67,7 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
         return folder
     precision = choose_precision(training.device, training.precision)
     tokenizer = load_tokenizer(config.tokenizer or output / "tokenizer").to(precision.device).requires_grad_(False)
+    check_sampler(config.sampler, tokenizer.latent_channels)  # training does not need it, and would be in vain
     inputs = _inputs(recipe, tokenizer, precision, telemetry)
     check_classes(config.model, inputs.classes)
     size = recipe.data.image_size

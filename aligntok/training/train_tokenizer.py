@@ -20,7 +20,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from aligntok.config import PerceptualConfig, Recipe, StageConfig
+from aligntok.config import LossConfig, PerceptualConfig, Recipe, StageConfig
+from aligntok.config.ranges import check_ranges
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, FrozenTable, latents_in_batch, tabulate
 from aligntok.data.geometry import check_size
 from aligntok.data.images import ImageSet, open_images, told_before
@@ -63,7 +64,11 @@ class TokenizerTraining:
         self.config, self.data = recipe.tokenizer, recipe.data
         self.output = Path(recipe.output)
         training = self.config.training
+        check_ranges(recipe)
         check_size(self.data.image_size, self.config.model.encoder.downsample)
+        distributed.check_batches(training)
+        for name in STAGES:
+            check_stage(name, getattr(self.config.stages, name), self.config.losses)
         self.precision = choose_precision(training.device, training.precision)
         self.telemetry = telemetry or Telemetry(self.output, training.log_every)
         with self.telemetry.bar("image index") as update:
@@ -308,6 +313,18 @@ class TokenizerTraining:
         write_folder(folder / "discriminator", {"model": discriminator.state_dict()}, {})
         tokenizer.save(folder / "tokenizer")  # last: its presence means that the stage is finished
         checkpoints.remove()
+
+
+def check_stage(name: str, stage: StageConfig, losses: LossConfig) -> None:
+    """Raise UserError for a stage that trains nothing, a part twice, or without what its adversarial loss needs."""
+    key, trains = f"tokenizer.stages.{name}.trains", list(stage.trains)
+    if stage.steps and (not trains or len(set(trains)) < len(trains)):
+        raise UserError(f"{key} is {trains}, expected some of encoder, adapter and decoder, each once")
+    if "decoder" not in trains and stage.gan_start < stage.steps and losses.gan_weight > 0:
+        raise UserError(
+            f"{key} is {trains}, but the adversarial loss is weighed by gradients at the decoder's last layer: "
+            f"add decoder, or set tokenizer.stages.{name}.gan_start to {stage.steps} for none"
+        )
 
 
 def training_perceptual(config: PerceptualConfig, device: torch.device) -> nn.Module | None:

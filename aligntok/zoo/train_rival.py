@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from aligntok.config import Recipe
+from aligntok.config.ranges import check_ranges
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, tabulate
 from aligntok.data.images import ImageSet, open_images
 from aligntok.data.loading import build_source
@@ -71,7 +72,9 @@ def train_rival(recipe: Recipe, telemetry: Telemetry | None = None) -> StoredTok
 
 
 def _train(recipe: Recipe, telemetry: Telemetry) -> StoredTokenizer:
+    check_ranges(recipe)
     config, output = recipe.rival, Path(recipe.output)
+    distributed.check_batches(config.training)
     training, folder = config.training, output / "tokenizer"
     if distributed.is_sharded(training.parallel):
         raise UserError("rivals train with all weights in every process: set rival.training.parallel to ddp")

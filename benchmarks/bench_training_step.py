@@ -1,12 +1,13 @@
 """One training step of a LightningDiT with the fused operators and with the PyTorch references, in one run.
 
-    python -m benchmarks.bench_training_step [--size S] [--tokens 256] [--batch 16] [--rounds 7] [--profile]
+    python -m benchmarks.bench_training_step [--size S] [--tokens 256] [--batch 16] [--rounds 7] [--precision auto]
 
-A step is forward, flow-matching loss, backward and fused AdamW under bf16 autocast, on random latents of 32 channels.
-Both paths start from the same weights and see the same batches; their first losses must agree before anything is timed.
-Steps alternate between the paths. FLOPs are counted by PyTorch's counter on the reference path; the share is against
-the rate of one large bf16 matrix product measured in the same run. The step's matrix products are also timed alone, on
-operands of the same shapes, strides and types with nothing in between: a step that keeps them cannot be faster.
+A step is forward, flow-matching loss, backward and fused AdamW in a run's precision (bf16 autocast where the device has
+it), on random latents of 32 channels. Both paths start from the same weights and see the same batches; their first
+losses must agree before anything is timed. Steps alternate between the paths. FLOPs are counted by PyTorch's counter on
+the reference path; the share is against the rate of one large matrix product of that type measured in the same run. The
+step's matrix products are also timed alone, on operands of the same shapes, strides and types with nothing in between:
+a step that keeps them cannot be faster.
 """
 
 import argparse
@@ -27,20 +28,22 @@ from aligntok.config import FlowConfig, LightningDiTConfig
 from aligntok.diffusion.flow import training_loss
 from aligntok.kernels import use_implementation
 from aligntok.models.lightning_dit import LightningDiT
+from aligntok.runtime.devices import PRECISIONS, Precision, choose_precision
 from benchmarks.machine import DEVICE, machine_line, matmul_rate, seconds_of
 
 CHANNELS = 32
 CLASSES = 1000
 PATHS = {"reference": "reference", "fused": "auto"}
-# Two bf16 paths round differently; after one step the losses have been seen to agree to about 1e-3
+# Two paths in bf16 round differently; after one step the losses have been seen to agree to about 1e-3
 LOSS_TOLERANCE = 1e-2
 
 
 class Path:
     """A model with its optimizer, stepped under one choice of implementations."""
 
-    def __init__(self, model: LightningDiT, implementation: str) -> None:
+    def __init__(self, model: LightningDiT, implementation: str, precision: Precision) -> None:
         self.model = copy.deepcopy(model)
+        self.precision = precision
         self.implementation = implementation
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, betas=(0.9, 0.95), fused=True)
         self.samples: list[float] = []
@@ -48,7 +51,7 @@ class Path:
     def loss(self, seed: int, data: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss of one batch, with times and noise from a seed."""
         torch.manual_seed(seed)
-        with use_implementation(self.implementation), torch.autocast(DEVICE, torch.bfloat16):
+        with use_implementation(self.implementation), self.precision.autocast():
             return training_loss(self.model, data, labels, FlowConfig())[0]
 
     def step(self, seed: int, data: torch.Tensor, labels: torch.Tensor) -> float:
@@ -122,6 +125,7 @@ def main() -> int:
     parser.add_argument("--tokens", type=int, default=256, help="a square number")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each path")
+    parser.add_argument("--precision", default="auto", choices=PRECISIONS)
     parser.add_argument("--qk-norm", action="store_true", help="with QK-norm")
     parser.add_argument("--profile", action="store_true", help="print where the fused step spends its time")
     options = parser.parse_args()
@@ -130,7 +134,8 @@ def main() -> int:
     torch.manual_seed(0)
     model = perturb(LightningDiT(config, CHANNELS, (side, side)).to(DEVICE))
     inputs = batch(options.batch, side)
-    paths = {name: Path(model, implementation) for name, implementation in PATHS.items()}
+    precision = choose_precision(DEVICE, options.precision)
+    paths = {name: Path(model, implementation, precision) for name, implementation in PATHS.items()}
     with FlopCounterMode(display=False) as counter, Products() as products:
         paths["reference"].loss(0, *inputs).backward()
     paths["reference"].optimizer.zero_grad()
@@ -146,11 +151,12 @@ def main() -> int:
     for seed in range(options.rounds):
         for path in paths.values():
             path.timed_step(seed, *inputs)
-    flops, rate = counter.get_total_flops(), matmul_rate(torch.bfloat16)
+    dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
+    flops, rate = counter.get_total_flops(), matmul_rate(dtype)
     print(
         f"LightningDiT-{options.size}/1, {options.tokens} tokens, batch {options.batch}: {flops / 1e9:.0f} GFLOP a step"
     )
-    print(f"measured bf16 matmul rate: {rate / 1e9:.0f} GFLOP/s")
+    print(f"{precision}; measured matmul rate: {rate / 1e9:.0f} GFLOP/s")
     medians = {name: statistics.median(path.samples) for name, path in paths.items()}
     for name, seconds in medians.items():
         spread = f"{min(paths[name].samples):.3f} .. {max(paths[name].samples):.3f}"

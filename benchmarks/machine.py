@@ -12,12 +12,12 @@ from pathlib import Path
 import torch
 
 from aligntok.runtime.machine import processor
+from aligntok.training.monitoring import throughput
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 # Larger than any cache: 1 GiB on a GPU (H100: 50 MB of L2), 256 MiB on a CPU
 _COPIED_BYTES = 2**30 if CUDA else 2**28
-_MATMUL_SIDE = 8192 if CUDA else 2048
 _REPEATS = 7
 
 
@@ -72,8 +72,6 @@ def bandwidth() -> float:
     return 2 * _COPIED_BYTES / _median_seconds(lambda: target.copy_(source))
 
 
-@cache
 def matmul_rate(dtype: torch.dtype) -> float:
     """FLOPs per second of one large square matrix product."""
-    a, b = (torch.randn(_MATMUL_SIDE, _MATMUL_SIDE, device=DEVICE).to(dtype) for _ in range(2))
-    return 2 * _MATMUL_SIDE**3 / _median_seconds(lambda: a @ b)
+    return throughput.matmul_rate(torch.device(DEVICE), dtype)

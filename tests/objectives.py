@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from aligntok.config import DataConfig, TrainingConfig
+from aligntok.runtime.devices import choose_precision
 from aligntok.training.ema import build_ema
 from aligntok.training.recovery.checkpoint import Checkpoints, course
 
@@ -49,7 +50,12 @@ class Small:
 
 def mark(seed: int = 0, workers: int = 8, learning_rate: float = 1e-3) -> dict:
     """The course of a run."""
-    return course(TrainingConfig(seed=seed), DataConfig(workers=workers), stage={"learning_rate": learning_rate})
+    return course(
+        TrainingConfig(seed=seed),
+        choose_precision("cpu"),
+        DataConfig(workers=workers),
+        stage={"learning_rate": learning_rate},
+    )
 
 
 def checkpoints(folder: Path, course: dict | None = None, **training) -> Checkpoints:

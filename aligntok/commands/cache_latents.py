@@ -75,7 +75,7 @@ def cache_latents(
         network = load_tokenizer(tokenizer).to(chosen.device).requires_grad_(False)
         telemetry = Telemetry(output, log_every=1)
         found = open_images(images, say=telemetry.say)
-        origin = describe(network, found, image_size, flip, precision, shard_size)
+        origin = describe(network, found, image_size, flip, chosen.name, shard_size)
         writer = Writer(Path(output), origin, network, found, chosen, batch_size, workers, telemetry.say)
         writer.claim()
         if world.main:

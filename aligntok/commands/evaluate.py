@@ -70,7 +70,7 @@ def evaluate_reconstruction(
     with crops_with_bar(originals, image_size, "reconstructing", telemetry) as batches:
         measured = stream_reconstruction(tok, (pixels for pixels, _ in batches), precision, distance, extractors)
     share = f"held-out share {held_out:g} of {images}" if len(kept) else f"all of {images}"
-    measured.protocol += f"; centre crops of {share}; {precision.name} autocast"
+    measured.protocol += f"; centre crops of {share}; {precision}"
     return _report({"reconstruction": measured}, output)
 
 

@@ -153,13 +153,18 @@ def _part(recipe: Recipe, part: str, mode: str, options: PlanConfig) -> tuple[di
             row |= {"checkpointing": mode, "micro_batch": micro[gpus], "accumulate": accumulate}
             row |= memory(here, gpus, parallel)
             row["fits"] = row["total"] <= USABLE * GPUS[options.gpu].memory
-            rate = gpus * options.mfu * GPUS[options.gpu].peak[training.precision] / (here.flops / here.micro_batch)
+            rate = gpus * options.mfu * GPUS[options.gpu].peak[_precision(training)] / (here.flops / here.micro_batch)
             row |= {"images_per_second": rate, "hours": steps * training.batch_size / rate / 3600}
             rows.append(row)
     counted = ends[0]
-    summary: dict[str, Any] = {"steps": steps, "batch_size": training.batch_size, "precision": training.precision}
+    summary: dict[str, Any] = {"steps": steps, "batch_size": training.batch_size, "precision": _precision(training)}
     summary |= {"parameters": counted.parameters, "step_flops_per_image": counted.flops / counted.micro_batch}
     return summary, rows
+
+
+def _precision(training: TrainingConfig) -> str:
+    """Every GPU here computes in bf16."""
+    return "bf16" if training.precision == "auto" else training.precision
 
 
 def _counter(recipe: Recipe, part: str, mode: str) -> tuple[TrainingConfig, int, Callable[[int], Cost]]:

@@ -68,7 +68,7 @@ class DrawnSamples:
         self.size = _square(height, width, generator)
         self.protocol = (
             f"{describe(self.sampler)}; {labels} labels of {len(self.network.classes)} classes, seed {seed}; "
-            f"{precision.name} autocast, saved as 8-bit"
+            f"{precision}, saved as 8-bit"
         )
 
     def batches(self, title: str) -> Iterator[Tensor]:

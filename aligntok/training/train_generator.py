@@ -89,6 +89,7 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     decisive = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
     mark = course(
         training,
+        precision,
         recipe.data,
         images=inputs.count,
         image_set=inputs.identity,

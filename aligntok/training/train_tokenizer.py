@@ -122,6 +122,7 @@ class TokenizerTraining:
             self.config.training,
             course(
                 self.config.training,
+                self.precision,
                 self.data,
                 images=source.order.count,
                 image_set=self.identity,

@@ -134,7 +134,7 @@ class _Run:
             decisive["repa_e"] |= {"tokenizer": start if given else None}  # wherever it lies
             generator = dataclasses.asdict(self.recipe.generator)
             marks["generator"] = {key: generator[key] for key in OF_THE_GENERATOR}
-        return course(config.training, self.recipe.data, **marks)
+        return course(config.training, self.precision, self.recipe.data, **marks)
 
     def objective(self, tokenizer: StoredTokenizer) -> RivalObjective:
         """The objective of the recipe's kind, with its discriminator and frozen networks."""

@@ -1,10 +1,13 @@
 """Which device a run uses; with two pretended GPUs, since one that is not the first needs care."""
 
+import platform
+
 import pytest
 import torch
 
 from aligntok.errors import UserError
-from aligntok.runtime.devices import choose_precision
+from aligntok.runtime import devices
+from aligntok.runtime.devices import choose_precision, computes_bf16
 
 
 @pytest.fixture
@@ -12,6 +15,7 @@ def chosen(monkeypatch) -> list[int]:
     """Numbers of the GPUs that were made the current one."""
     found: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.append(torch.device(device).index))
     return found
@@ -34,3 +38,37 @@ def test_refusals_without_one(device, told, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match=told):
         choose_precision(device)
+
+
+@pytest.mark.parametrize(
+    ("precision", "able", "said"),
+    [
+        ("auto", True, "bf16 autocast"),
+        ("auto", False, "fp32 (this processor has no instructions for bf16)"),
+        ("bf16", True, "bf16 autocast"),
+        ("bf16", False, "bf16 autocast (this processor has no instructions for it: fp32 is faster)"),
+        ("fp32", True, "fp32"),
+        ("fp32", False, "fp32"),
+    ],
+)
+def test_auto_is_bf16_where_the_device_computes_it(precision, able, said, monkeypatch):
+    monkeypatch.setattr(devices, "computes_bf16", lambda device: able)
+    assert str(choose_precision("cpu", precision)) == said
+
+
+def test_an_unknown_precision_is_refused():
+    with pytest.raises(UserError, match="'fp16', expected auto, bf16 or fp32"):
+        choose_precision("cpu", "fp16")
+
+
+@pytest.mark.parametrize(("avx512", "amx"), [(False, False), (True, False), (False, True)])
+def test_an_x86_processor_computes_bf16_with_either_of_two_extensions(avx512, amx, monkeypatch):
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert computes_bf16(torch.device("cpu")) is (avx512 or amx)
+
+
+def test_a_gpu_that_only_emulates_bf16_gets_fp32(chosen, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: including_emulation)
+    assert str(choose_precision("cuda")) == "fp32 (this GPU has no instructions for bf16)"

@@ -32,7 +32,7 @@ def machine_line(precision: Precision, world: World) -> str:
     processes = "1 process" if world.size == 1 else f"{world.size} processes"
     return (
         f"aligntok {_own_version()}, torch {torch.__version__}{cuda}; {processes} on {device_line(precision.device)}; "
-        f"{precision.name}{' autocast' if precision.name == 'bf16' else ''}"
+        f"{precision}"
     )
 
 

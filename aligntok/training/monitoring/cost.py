@@ -81,7 +81,7 @@ class Cost:
 
 
 class MetaPrecision(Precision):
-    """The meta device."""
+    """The meta device, where "auto" is bf16, as on a GPU."""
 
     def __init__(self, name: str) -> None:
         super().__init__(torch.device("meta"), name)

@@ -27,6 +27,7 @@ from torch import distributed
 
 from aligntok.config import DataConfig, TrainingConfig
 from aligntok.errors import UserError
+from aligntok.runtime.devices import Precision
 from aligntok.runtime.files import digest, remove_unfinished, unfinished_folder
 from aligntok.runtime.world import current
 from aligntok.training.objective import Objective, Values
@@ -48,14 +49,16 @@ FRESH = "new"  # what begins with this stands for networks that a part has not g
 INDIFFERENT = ("path", "workers", "loader", "stall_timeout")
 
 
-def course(training: TrainingConfig, data: DataConfig, **others: Any) -> dict[str, Any]:
+def course(training: TrainingConfig, precision: Precision, data: DataConfig, **others: Any) -> dict[str, Any]:
     """Everything that decides the course of a run, as {dotted name: value}; a checkpoint goes on only with the same.
 
-    The images are known by what they are, ImageSet.identity() as `image_set`, wherever they lie.
+    The precision is what is computed in, where the recipe says "auto" too. The images are known by what they are,
+    ImageSet.identity() as `image_set`, wherever they lie.
     """
     values = {
         "data": {key: value for key, value in dataclasses.asdict(data).items() if key not in INDIFFERENT},
-        "training": {key: getattr(training, key) for key in ("batch_size", "precision", "seed", "optimizer")},
+        "training": {key: getattr(training, key) for key in ("batch_size", "seed", "optimizer")}
+        | {"precision": precision.name},
         **others,
     }
     return json.loads(json.dumps(dict(_flat(values))))

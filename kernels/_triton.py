@@ -9,7 +9,7 @@ and take block sizes from `configuration`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.library import custom_op, triton_op
 
 try:
@@ -90,14 +91,26 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> 
     operator's body: torch finds the kernels of an operator by that name). A kernel of many arguments gets them all by
     name, so that none can take another's place.
 
+    The tensors' GPU is the one that it runs on, whichever is current: Triton itself would launch on the current one.
     Meta and fake tensors are not computed on; inside `record_launches` the launch is written down.
     """
-    if any(isinstance(a, Tensor) and (a.is_meta or isinstance(a, FakeTensor)) for a in (*arguments, *meta.values())):
+    tensors = [a for a in (*arguments, *meta.values()) if isinstance(a, Tensor)]
+    if any(a.is_meta or isinstance(a, FakeTensor) for a in tensors):
         recorder = _recorder.get()
         if recorder is not None:
             recorder[1].append(_described(kernel, grid, arguments, meta))
         return
-    kernel[grid](*arguments, **meta)
+    with _current(tensors):
+        kernel[grid](*arguments, **meta)
+
+
+def _current(tensors: Sequence[Tensor]) -> AbstractContextManager:
+    """Inside, the GPU of the tensors is the current one. Nothing while the compiler traces: its code does the same."""
+    device = next((tensor.device for tensor in tensors), torch.device("cpu"))
+    traced = any(isinstance(tensor, FunctionalTensor) for tensor in tensors)
+    if device.type != "cuda" or traced or device.index == torch.cuda.current_device():
+        return nullcontext()
+    return torch.cuda.device(device)
 
 
 def _described(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], meta: dict[str, Any]) -> Launch:

@@ -8,7 +8,16 @@ doctor` prints the decisions with their reasons.
 import warnings
 
 from . import _extension
-from ._dispatch import Selection, assume_device, device_type, explain, operators, transformed, use_implementation
+from ._dispatch import (
+    Selection,
+    assume_device,
+    device_type,
+    explain,
+    operators,
+    select,
+    transformed,
+    use_implementation,
+)
 from ._philox import flow_noise, noise_key
 from .adaln import adaln
 from .adapter_projection import adapter_projection
@@ -43,6 +52,7 @@ __all__ = [
     "operators",
     "qknorm_attention",
     "qknorm_rope",
+    "select",
     "swiglu",
     "transformed",
     "use_implementation",

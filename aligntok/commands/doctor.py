@@ -164,12 +164,14 @@ def _operators() -> Iterator[Row]:
 def _attention() -> Iterator[Row]:
     import torch
 
-    from aligntok.models.attention import BACKENDS, choose, refusal
+    from aligntok.models.attention import BACKENDS, FUSED_TOKENS, choose, refusal
 
     section = "Attention"
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         case = device, torch.bfloat16, 64  # a typical head
-        yield Row(section, f"auto on {device}", choose("auto", *case), "model.attention chooses another")
+        for tokens in (FUSED_TOKENS, 4 * FUSED_TOKENS):
+            chosen = choose("auto", *case, tokens)
+            yield Row(section, f"auto on {device}, {tokens} tokens", chosen, "model.attention chooses another")
         for backend in BACKENDS[1:]:
             reason = refusal(backend, *case)
             yield Row(section, f"{backend} on {device}", "unavailable" if reason else "available", reason or "")

@@ -110,7 +110,7 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
         f"{inputs.count:,} pictures of {inputs.name}",
         inputs.source,
         {"LightningDiT": model, "tokenizer": tokenizer},
-        generator_kernels(config.model, precision),
+        generator_kernels(config.model, model.positions.shape[1], precision),
         checkpoints.fingerprint,
         output,
     )

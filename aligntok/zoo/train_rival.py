@@ -180,7 +180,8 @@ class _Run:
         kernels = rival_kernels(config.losses, config.stage, decoder, precision.device, adaptive=not joint)
         if isinstance(objective, RepaEObjective):
             networks["generator"] = objective.generator
-            kernels += f"; the generator's {generator_kernels(self.recipe.generator.model, precision)}"
+            tokens = objective.generator.model.positions.shape[1]
+            kernels += f"; the generator's {generator_kernels(self.recipe.generator.model, tokens, precision)}"
         facts = PartFacts(
             f"{PART} {config.kind}",
             objective.steps,

@@ -95,11 +95,11 @@ def _of_losses(losses: LossConfig, stage: StageConfig | RivalStageConfig, adapti
     return operators
 
 
-def generator_kernels(model: LightningDiTConfig, precision: Precision) -> str:
-    """The operators that the generator uses in training, and its attention backend."""
+def generator_kernels(model: LightningDiTConfig, tokens: int, precision: Precision) -> str:
+    """The operators that the generator uses in training over so many tokens, and its attention backend."""
     _, width, heads = dimensions(model)
     dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
-    backend = choose(model.attention, precision.device.type, dtype, width // heads)
+    backend = choose(model.attention, precision.device.type, dtype, width // heads, tokens)
     of_attention = "qknorm_attention" if backend == "fused" else "qknorm_rope"
     operators = ["adaln", "swiglu", of_attention, "flow_interpolate", "flow_loss"]
     return f"kernels: {_chosen(operators, precision.device)}; attention: {backend}"

@@ -44,8 +44,8 @@ except (ImportError, OSError) as error:  # OSError: a shared library of torch do
 
 DEPENDENCIES = [
     runtime_torch_requirement(),
-    "torchvision>=0.21",
-    "triton; sys_platform == 'linux'",
+    "torchvision>=0.23",
+    "triton>=3.4; sys_platform == 'linux'",
     "timm>=1.0.15",
     "lpips>=0.1.4",
     "safetensors>=0.4.5",

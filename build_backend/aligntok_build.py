@@ -21,8 +21,8 @@ from typing import Any
 
 from setuptools import build_meta
 
-# The oldest release with every API that csrc/ and kernels/ use.
-TORCH_MINIMUM = (2, 6)
+# The oldest release that `make matrix` tries: it comes with Triton 3.4, before which kernels had no tuples to hand on.
+TORCH_MINIMUM = (2, 8)
 TORCH_REQUIREMENT = "torch>=" + ".".join(map(str, TORCH_MINIMUM))
 
 # Runs in a fresh interpreter without the isolation's variables, hence sees what the user's own `python` sees.

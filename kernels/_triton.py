@@ -2,12 +2,13 @@
 
 Triton is absent on some platforms (macOS), interpreted in tests (TRITON_INTERPRET=1), and used without any device
 when the hardware report compiles every kernel ahead of time. The kernels' files need not know: they say
-`from ._triton import configuration, launch, operator, tl, triton`, launch with `launch(wrap_triton(kernel), ...)`,
-and take block sizes from `configuration`.
+`from ._triton import configuration, launch, operator, tl, triton, wrap_triton`, launch with
+`launch(wrap_triton(kernel), ...)`, and take block sizes from `configuration`.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
@@ -16,13 +17,28 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.library
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.library import custom_op, triton_op
 
+OLDEST_TRITON = (3, 4)  # that of torch 2.8: the first with tuples that kernels can hand on, and with triton.knobs
+
+
+def version_refusal(version: str) -> str | None:
+    """Why a release of Triton such as "3.3.1" cannot be used, or None."""
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) >= OLDEST_TRITON:
+        return None
+    return f"it is version {version}, the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer (torch 2.8)"
+
+
 try:
     import triton
+
+    _refused = version_refusal(triton.__version__)
+    if _refused:
+        raise ImportError(_refused)
     import triton.language as tl
 
     ABSENT: str | None = None
@@ -47,7 +63,7 @@ except ImportError as error:
             return 1 << (n - 1).bit_length()
 
     triton = tl = _Absent()
-    ABSENT = f"Triton cannot be imported ({error}); it exists for Linux: pip install triton"
+    ABSENT = f"Triton cannot be used ({error}); it exists for Linux: pip install triton"
     INTERPRETED = False
 
 ARCHITECTURES = (80, 90)  # A100, H100: those with pinned configurations
@@ -86,10 +102,17 @@ def operator(name: str, mutates_args: Sequence[str] = ()) -> Callable[[Callable]
     return register
 
 
+def wrap_triton(kernel: Any) -> Any:
+    """torch's `wrap_triton`, which before torch 2.14 refuses interpreted kernels: those need no wrapping.
+
+    torch finds the kernels of an operator by this very name in the operator's body, so it must be written there.
+    """
+    return kernel if INTERPRETED else torch.library.wrap_triton(kernel)
+
+
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **meta: Any) -> None:
-    """kernel[grid](*arguments, **meta), where `kernel` comes out of `wrap_triton` (which must be written in the
-    operator's body: torch finds the kernels of an operator by that name). A kernel of many arguments gets them all by
-    name, so that none can take another's place.
+    """kernel[grid](*arguments, **meta), where `kernel` comes out of `wrap_triton`. A kernel of many arguments gets them
+    all by name, so that none can take another's place.
 
     The tensors' GPU is the one that it runs on, whichever is current: Triton itself would launch on the current one.
     Meta and fake tensors are not computed on; inside `record_launches` the launch is written down.

@@ -22,12 +22,11 @@ from typing import Any, TypeVar
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _extension, _triton
 from ._dispatch import Unfit, first_derivative_only, register, select
 from ._dtypes import DTYPES, check_dtype
-from ._triton import Configuration, configuration, launch, operator, tl, triton
+from ._triton import Configuration, configuration, launch, operator, tl, triton, wrap_triton
 
 # BLOCK_D -> block sizes. A thread holds 8 neighbouring columns (one 16-byte load in bf16, two in fp32), so that a row
 # takes BLOCK_D / 256 warps. Forward: ROWS rows at once keep enough loads in flight and share one read of the

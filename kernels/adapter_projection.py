@@ -20,12 +20,11 @@ from typing import overload
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _triton
 from ._dispatch import Unfit, first_derivative_only, register, select
 from ._dtypes import check_dtype
-from ._triton import configuration, dot_precision, launch, operator, tl, triton
+from ._triton import configuration, dot_precision, launch, operator, tl, triton, wrap_triton
 
 ACTIVATIONS = ("gelu", "none")
 LARGEST_D = 128  # dz's tile and dW's accumulator hold all d channels; wider ones would not stay in registers

@@ -11,14 +11,13 @@ again from the same key.
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _latents, _triton
 from ._dispatch import register, select
 from ._dtypes import DTYPES
 from ._latents import planes, strides, tiling
 from ._philox import check_key, flow_noise, noise_tile
-from ._triton import configuration, launch, operator, tl, triton
+from ._triton import configuration, launch, operator, tl, triton, wrap_triton
 
 # 2048 numbers a program: 16 a thread, which leaves room for Philox and fills the device at a batch of 64.
 CONFIGURATIONS = _latents.configurations(2048)

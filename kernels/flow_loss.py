@@ -17,13 +17,12 @@ gradient of the loss. Partial sums are written per program and added in a fixed 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _latents, _triton
 from ._dispatch import first_derivative_only, register, select
 from ._latents import planes, strides, tiling
 from ._philox import check_key, flow_noise, noise_tile
-from ._triton import configuration, launch, operator, tl, triton
+from ._triton import configuration, launch, operator, tl, triton, wrap_triton
 
 EPSILON = 1e-8  # default of F.cosine_similarity
 # 2048 numbers a program: 16 a thread for v and for the target, both alive until the cosine is known.

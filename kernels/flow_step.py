@@ -14,12 +14,11 @@ only where it counts), and reads and writes z once.
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _latents, _triton
 from ._dispatch import register, select
 from ._latents import planes, strides, tiling
-from ._triton import configuration, launch, operator, tl, triton
+from ._triton import configuration, launch, operator, tl, triton, wrap_triton
 
 # 2048 numbers a program: 16 a thread of z and of each half.
 CONFIGURATIONS = _latents.configurations(2048)

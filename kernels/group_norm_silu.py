@@ -24,7 +24,6 @@ intermediate result than sums per strip of pixels, added up in fixed order.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _extension, _triton
 from ._dispatch import first_derivative_only, register, select, transformed
@@ -39,7 +38,7 @@ from ._group_norm_silu_kernels import (
     whole_backward_kernel,
     whole_kernel,
 )
-from ._triton import configuration, launch, operator, triton
+from ._triton import configuration, launch, operator, triton, wrap_triton
 
 # A program holds a group of up to LARGEST values, here 16 channels of 32x32 pixels; four times as many exceed the
 # register file. WARP values per warp are 16 a thread; backward, with x and dy to hold, spills with 32 warps: 16.

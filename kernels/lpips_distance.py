@@ -14,12 +14,11 @@ implementation does so on GPUs, the C++ one on CPUs.
 
 import torch
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _extension, _triton
 from ._dispatch import first_derivative_only, register, select
 from ._dtypes import DTYPES, short
-from ._triton import configuration, launch, operator, tl, triton
+from ._triton import configuration, launch, operator, tl, triton, wrap_triton
 
 EPSILON = 1e-10  # added to the norm, as in the `lpips` package (normalize_tensor)
 # Whole pixels per program, TILE values of each map: 32 a thread, four 16-byte loads from each map in bf16. One pixel

@@ -28,7 +28,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _triton
@@ -42,7 +41,7 @@ from ._qknorm_attention_kernels import (
     _short_backward_kernel,
     _short_forward_kernel,
 )
-from ._triton import Configuration, configuration, dot_precision, launch, operator, triton
+from ._triton import Configuration, configuration, dot_precision, launch, operator, triton, wrap_triton
 
 HEAD_WIDTHS = (32, 48, 64, 72, 96, 128)  # of the kernels; any even width works in the reference
 SHORT = 256  # tokens up to which a program owns a whole (batch, head)

@@ -23,12 +23,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _extension, _triton
 from ._dispatch import Unfit, first_derivative_only, register, select
 from ._dtypes import DTYPES, check_dtype
-from ._triton import Configuration, configuration, launch, operator, tl, triton
+from ._triton import Configuration, configuration, launch, operator, tl, triton, wrap_triton
 
 # A program holds a tile of TILE values (tokens x heads x columns, powers of two) of each of q, k and v: at 8 warps one
 # 16-byte load a thread in bf16. It keeps the tables and the weights in registers and goes through IMAGES images, so
@@ -104,22 +103,28 @@ def _prepared(
 
 
 @triton.jit
+def _turned_back(x, cos, sin, T: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr):
+    """Even and odd columns of the tile x [T, HEADS, 2P], through the transposed rotation."""
+    even, odd = _pairs(x, T, HEADS, P)
+    if cos is not None:
+        even, odd = even * cos[0] + odd * sin[1], odd * cos[1] - even * sin[0]
+    return even, odd
+
+
+@triton.jit
 def _adjoint(
-    upstream, x, weight, total, cos, sin, eps, NORM: tl.constexpr, D: tl.constexpr,
+    upstream, x, weight, total, cos, sin, eps, D: tl.constexpr,
     T: tl.constexpr, HEADS: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the tile x, and `total`, the sums for the weight's even and odd entries, with this tile added."""
-    even, odd = _pairs(upstream, T, HEADS, P)
-    if cos is not None:
-        even, odd = even * cos[0] + odd * sin[1], odd * cos[1] - even * sin[0]
-    if NORM:
-        n_even, n_odd = _pairs(x, T, HEADS, P)
-        r = tl.rsqrt(tl.sum(n_even * n_even + n_odd * n_odd, axis=2, keep_dims=True) / D + eps)
-        n_even, n_odd = n_even * r, n_odd * r
-        total = (total[0] + even * n_even, total[1] + odd * n_odd)
-        even, odd = even * weight[0], odd * weight[1]
-        mean = tl.sum(even * n_even + odd * n_odd, axis=2, keep_dims=True) / D
-        even, odd = r * (even - n_even * mean), r * (odd - n_odd * mean)
+    even, odd = _turned_back(upstream, cos, sin, T, HEADS, P)
+    n_even, n_odd = _pairs(x, T, HEADS, P)
+    r = tl.rsqrt(tl.sum(n_even * n_even + n_odd * n_odd, axis=2, keep_dims=True) / D + eps)
+    n_even, n_odd = n_even * r, n_odd * r
+    total = (total[0] + even * n_even, total[1] + odd * n_odd)
+    even, odd = even * weight[0], odd * weight[1]
+    mean = tl.sum(even * n_even + odd * n_odd, axis=2, keep_dims=True) / D
+    even, odd = r * (even - n_even * mean), r * (odd - n_odd * mean)
     return _joined(even, odd, T, HEADS, P), total
 
 
@@ -180,7 +185,6 @@ def _backward_kernel(
     column = tl.arange(0, 2 * P)[None, None, :]
     inside = (token < N) & (head < H) & (column < D)
     q_scale, k_scale, cos_pair, sin_pair = None, None, None, None
-    q_sums, k_sums = None, None
     if NORM:
         q_scale, k_scale = _weight(q_weight, D, P), _weight(k_weight, D, P)
         zeros = tl.zeros([T, HEADS, P], tl.float32)
@@ -195,7 +199,6 @@ def _backward_kernel(
         k_upstream = tl.load(dk + address, mask=inside, other=0.0)
         address = (image * dv_batch + token * dv_token + head * dv_head) * UNIT + column
         v_upstream = tl.load(dv + address, mask=inside, other=0.0)
-        queries, keys = q_upstream, k_upstream  # not used without a norm
         if NORM:
             row = image * qkv_batch + token * qkv_token + head * qkv_head
             queries = tl.load(qkv + row * UNIT + column, mask=inside, other=0.0)
@@ -203,12 +206,16 @@ def _backward_kernel(
             keys = tl.load(qkv + row * UNIT + column, mask=inside, other=0.0)
         target = dqkv + ((image * N + token) * 3 * H + head) * D + column
         tl.store(target + 2 * H * D, v_upstream, mask=inside)
-        q_gradient, q_sums = _adjoint(
-            q_upstream, queries, q_scale, q_sums, cos_pair, sin_pair, eps, NORM, D, T, HEADS, P
-        )
-        tl.store(target, q_gradient, mask=inside)
-        k_gradient, k_sums = _adjoint(k_upstream, keys, k_scale, k_sums, cos_pair, sin_pair, eps, NORM, D, T, HEADS, P)
-        tl.store(target + H * D, k_gradient, mask=inside)
+        if NORM:
+            q_gradient, q_sums = _adjoint(q_upstream, queries, q_scale, q_sums, cos_pair, sin_pair, eps, D, T, HEADS, P)
+            tl.store(target, q_gradient, mask=inside)
+            k_gradient, k_sums = _adjoint(k_upstream, keys, k_scale, k_sums, cos_pair, sin_pair, eps, D, T, HEADS, P)
+            tl.store(target + H * D, k_gradient, mask=inside)
+        else:
+            even, odd = _turned_back(q_upstream, cos_pair, sin_pair, T, HEADS, P)
+            tl.store(target, _joined(even, odd, T, HEADS, P), mask=inside)
+            even, odd = _turned_back(k_upstream, cos_pair, sin_pair, T, HEADS, P)
+            tl.store(target + H * D, _joined(even, odd, T, HEADS, P), mask=inside)
     if NORM:
         partial = partials + program.to(tl.int64) * 2 * D
         _store_sums(partial, q_sums, D, P)

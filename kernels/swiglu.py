@@ -14,12 +14,11 @@ else is saved, and no half is copied out.
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.library import wrap_triton
 
 from . import _extension, _triton
 from ._dispatch import first_derivative_only, register, select
 from ._dtypes import check_dtype
-from ._triton import configuration, launch, operator, tl, triton
+from ._triton import configuration, launch, operator, tl, triton, wrap_triton
 
 # One row's block of columns per program: 1024 values are 8 a thread at 4 warps, one 16-byte load each in bf16.
 CONFIGURATIONS = {arch: {"BLOCK": 1024, "num_warps": 4, "num_stages": 1} for arch in _triton.ARCHITECTURES}

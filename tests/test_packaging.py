@@ -60,9 +60,9 @@ def test_the_build_sees_the_targets_torch_behind_its_own_packages(backend, monke
     ("version", "requirement"),
     [
         ("2.13.0+cpu", "torch==2.13.0"),
-        ("2.6.0", "torch==2.6.0"),
-        ("2.5.1", "torch>=2.6"),
-        ("1.13.0", "torch>=2.6"),
+        ("2.8.0", "torch==2.8.0"),
+        ("2.7.1", "torch>=2.8"),
+        ("1.13.0", "torch>=2.8"),
     ],
 )
 def test_the_package_requires_the_torch_it_was_built_with(backend, monkeypatch, version, requirement):

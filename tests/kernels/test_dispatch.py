@@ -1,5 +1,7 @@
 """Selection of implementations: order, requests, refusals, and the reasons that are given."""
 
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from aligntok import kernels
 from aligntok.kernels import _dispatch as dispatch
 from aligntok.kernels import _extension as extension
+from aligntok.kernels import _triton
 
 OP = "made_up_op"
 
@@ -124,3 +127,31 @@ def test_a_library_that_does_not_load_is_a_reason_too(monkeypatch):
 
     monkeypatch.setattr(extension.importlib, "import_module", broken)
     assert "cannot be loaded (undefined symbol: _ZN3c10)" in extension.unavailable.__wrapped__()
+
+
+@pytest.mark.parametrize("version", ["3.3.1", "2.1.0", "3.2.0+git1234"])
+def test_a_triton_that_is_too_old_has_a_reason(version):
+    assert "need 3.4 or newer" in (_triton.version_refusal(version) or "")
+
+
+@pytest.mark.parametrize("version", ["3.4.0", "3.10.0", "4.0.0", "3.9.0+gitabcdef"])
+def test_newer_tritons_are_taken(version):
+    assert _triton.version_refusal(version) is None
+
+
+OLD_TRITON = """
+import torch._dynamo, triton
+triton.__version__ = "3.3.1"
+del triton.knobs
+from aligntok.kernels import explain
+print(explain("swiglu", "cuda").rejected["triton"])
+"""
+
+
+def test_the_package_imports_beside_a_triton_that_is_too_old():
+    """torch 2.6 and 2.7 come with one that has no triton.knobs: the references run, and the reason is given."""
+    answer = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", OLD_TRITON], capture_output=True, text=True, check=False
+    )
+    assert answer.returncode == 0, answer.stderr
+    assert "version 3.3.1" in answer.stdout and "need 3.4 or newer" in answer.stdout

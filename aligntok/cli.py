@@ -83,9 +83,11 @@ DRY_RUN_HELP = (
     "no data is read, no weights are downloaded, nothing is written."
 )
 PLAN_HELP = (
-    "Beside the recipe: --gpus 1 8 (numbers of GPUs), --gpu a100-80gb or h100-sxm, --mfu 0.4 (assumed share of the "
-    "GPU's peak), --parts stage1 stage2 stage3 generator rival (some of them), --json FILE. Everything printed is a "
-    "prediction; nothing is downloaded or run."
+    "Beside the recipe: --gpus 1 8 (numbers of GPUs), --gpu a100-80gb, h100-sxm, h200 or l40s, --mfu 0.4 (assumed "
+    "share of the GPU's peak), --parts stage1 stage2 stage3 generator rival (some of them), --json FILE. --step gives "
+    "the ledger of one training step instead: every operator, what bounds it, the sums for eager, compiled, CUDA "
+    "graphs and fp8, and what each lever is worth; --all prints every line, --measured gpu_check_DEVICE.json puts "
+    "measured numbers in the place of assumed ones. Everything printed is a prediction; nothing is downloaded or run."
 )
 
 
@@ -194,8 +196,10 @@ def _plan(arguments: list[str]) -> None:
     options, arguments = take_plan_options(arguments)
     recipe = parse_recipe("plan", arguments, epilog=PLAN_HELP)
     from aligntok.commands.plan import PlanConfig, print_plan
+    from aligntok.commands.plan_step import print_step_plan
 
-    print_plan(recipe, PlanConfig(**options))
+    given = PlanConfig(**options)
+    (print_step_plan if given.step else print_plan)(recipe, given)
 
 
 def take_plan_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
@@ -208,10 +212,13 @@ def take_plan_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 
     parser = Parser(add_help=False, allow_abbrev=False, argument_default=SUPPRESS)
     parser.add_argument("--gpus", nargs="+", type=int)
-    parser.add_argument("--gpu", choices=("a100-80gb", "h100-sxm"))
+    parser.add_argument("--gpu", choices=("a100-80gb", "h100-sxm", "h200", "l40s"))
     parser.add_argument("--mfu", type=float)
     parser.add_argument("--json")
     parser.add_argument("--parts", nargs="+", choices=("stage1", "stage2", "stage3", "generator", "rival"))
+    parser.add_argument("--step", action="store_true")
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--measured")
     options, rest = parser.parse_known_args(arguments)
     return at_home(vars(options)), rest
 

@@ -35,6 +35,7 @@ from aligntok.config import (
     RivalStageConfig,
     StageConfig,
     StagesConfig,
+    TokenizerTrainingConfig,
     TrainingConfig,
 )
 from aligntok.config.ranges import check_ranges
@@ -45,6 +46,7 @@ from aligntok.runtime.files import write_bytes
 from aligntok.runtime.world import World
 from aligntok.training.monitoring import cost
 from aligntok.training.monitoring.cost import Cost
+from aligntok.training.monitoring.ledger.assumptions import GPUS
 from aligntok.training.train_tokenizer import STAGES, check_stage
 from aligntok.zoo.building import latent_shape as rival_shape
 from aligntok.zoo.building import rival_cost
@@ -55,16 +57,6 @@ PARTS = (*STAGES, "generator", "rival")
 Update = Callable[[int, int, str], None]
 
 
-@dataclasses.dataclass(frozen=True)
-class Gpu:
-    memory: float  # bytes
-    peak: dict[str, float]  # FLOP/s by training.precision, dense, from NVIDIA's data sheets
-
-
-GPUS = {
-    "a100-80gb": Gpu(80e9, {"bf16": 312e12, "fp32": 19.5e12}),
-    "h100-sxm": Gpu(80e9, {"bf16": 989e12, "fp32": 67e12}),
-}
 USABLE = 0.9  # of the memory: the rest is for the CUDA context, workspaces of cuDNN and cuBLAS, fragmentation
 UNKNOWN_CLASSES = 1000  # where the recipe leaves the number to the images: a row of one table each
 
@@ -74,10 +66,13 @@ class PlanConfig:
     """Options of `aligntok plan` beside the recipe's."""
 
     gpus: list[int] = dataclasses.field(default_factory=lambda: [1, 8])
-    gpu: Literal["a100-80gb", "h100-sxm"] = "h100-sxm"
+    gpu: Literal["a100-80gb", "h100-sxm", "h200", "l40s"] = "h100-sxm"
     mfu: float = 0.4
     json: str | None = None
     parts: list[str] | None = None  # None = all that the recipe has
+    step: bool = False  # the ledger of a step instead (aligntok.commands.plan_step)
+    all: bool = False  # every line of it
+    measured: str | None = None  # gpu_check_<device>.json, whose numbers replace assumptions
 
 
 def plan(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...], update: Update | None = None) -> dict[str, Any]:
@@ -92,8 +87,8 @@ def plan(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...], update: Up
     Raises:
         UserError: networks that do not fit together, a batch that cannot be divided, an option out of range.
     """
-    _check(recipe, options, parts)
-    jobs = [(part, mode) for part in parts for mode in _modes(recipe, part, every=len(options.gpus) > 1)]
+    check(recipe, options, parts)
+    jobs = [(part, mode) for part in parts for mode in modes(recipe, part, every=len(options.gpus) > 1)]
     found: dict[str, Any] = {"prediction": True, "gpu": options.gpu, "mfu": options.mfu, "parts": {}, "rows": []}
     for done, (part, mode) in enumerate(jobs):
         if update is not None:
@@ -114,7 +109,7 @@ def parts_of(recipe: Recipe) -> tuple[str, ...]:
     return ("rival",) if recipe.rival.kind == "repa-e" else ("rival", "generator")
 
 
-def _modes(recipe: Recipe, part: str, every: bool) -> list[str]:
+def modes(recipe: Recipe, part: str, every: bool) -> list[str]:
     """Ways of checkpointing to plan a part with: its own and, of the generator and if asked for, every one; [] for a
     stage without steps."""
     if part == "generator":
@@ -125,7 +120,8 @@ def _modes(recipe: Recipe, part: str, every: bool) -> list[str]:
     return [recipe.tokenizer.training.checkpointing if "encoder" in stage.trains else "none"] if stage.steps else []
 
 
-def _check(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...]) -> None:
+def check(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...]) -> None:
+    """Raise UserError for a recipe or options that cannot be planned."""
     check_ranges(recipe)
     for name in set(parts) & set(STAGES):
         check_stage(name, getattr(recipe.tokenizer.stages, name), recipe.tokenizer.losses)
@@ -143,7 +139,7 @@ def _check(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...]) -> None:
 def _part(recipe: Recipe, part: str, mode: str, options: PlanConfig) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     training, steps, count = _counter(recipe, part, mode)
     accumulate = training.accumulate
-    micro = {gpus: _micro_batch(training, gpus, accumulate) for gpus in options.gpus}
+    micro = {gpus: rows_at_once(training, gpus) for gpus in options.gpus}
     ends = [count(size) for size in sorted({min(micro.values()), max(micro.values())})]
     rows = []
     for gpus in options.gpus:
@@ -153,41 +149,49 @@ def _part(recipe: Recipe, part: str, mode: str, options: PlanConfig) -> tuple[di
             row |= {"checkpointing": mode, "micro_batch": micro[gpus], "accumulate": accumulate}
             row |= memory(here, gpus, parallel)
             row["fits"] = row["total"] <= USABLE * GPUS[options.gpu].memory
-            rate = gpus * options.mfu * GPUS[options.gpu].peak[_precision(training)] / (here.flops / here.micro_batch)
+            rate = gpus * options.mfu * GPUS[options.gpu].peak[precision_of(training)] / (here.flops / here.micro_batch)
             row |= {"images_per_second": rate, "hours": steps * training.batch_size / rate / 3600}
             rows.append(row)
     counted = ends[0]
-    summary: dict[str, Any] = {"steps": steps, "batch_size": training.batch_size, "precision": _precision(training)}
+    summary: dict[str, Any] = {"steps": steps, "batch_size": training.batch_size, "precision": precision_of(training)}
     summary |= {"parameters": counted.parameters, "step_flops_per_image": counted.flops / counted.micro_batch}
     return summary, rows
 
 
-def _precision(training: TrainingConfig) -> str:
+def precision_of(training: TrainingConfig) -> str:
     """Every GPU here computes in bf16."""
     return "bf16" if training.precision == "auto" else training.precision
 
 
 def _counter(recipe: Recipe, part: str, mode: str) -> tuple[TrainingConfig, int, Callable[[int], Cost]]:
     """(training options, steps, cost for a micro-batch) of a part."""
-    size = recipe.data.image_size
     if part == "generator":
-        generator, shape = recipe.generator, latent_shape(recipe)
-        of_generator = GeneratorTrainingConfig(
-            model=labelled(generator.model), training=TrainingConfig(precision=generator.training.precision)
-        )
-        count = partial(cost.once, cost.generator_cost, of_generator, shape)
+        generator = recipe.generator
+        count = partial(cost.once, cost.generator_cost, generator_alone(recipe), latent_shape(recipe))
         return generator.training, generator.steps, lambda n: count(n, mode)
     if part == "rival":
         count = partial(cost.once, rival_cost, _decisive_rival(recipe))
         return recipe.rival.training, recipe.rival.stage.steps, lambda n: count(n, mode)
-    config, stage = recipe.tokenizer, getattr(recipe.tokenizer.stages, part)
-    training = TrainingConfig(precision=config.training.precision)
-    decisive = dataclasses.replace(config, stages=StagesConfig(), training=training)
-    count = partial(cost.once, cost.tokenizer_cost, decisive, _decisive(stage), size)
-    return config.training, stage.steps, lambda n: count(n, mode)
+    count = partial(cost.once, cost.tokenizer_cost, *stage_alone(recipe, part), recipe.data.image_size)
+    stage = getattr(recipe.tokenizer.stages, part)
+    return recipe.tokenizer.training, stage.steps, lambda n: count(n, mode)
 
 
-def _decisive(stage: StageConfig) -> StageConfig:
+def generator_alone(recipe: Recipe) -> GeneratorTrainingConfig:
+    """The generator's configuration without what changes no cost of a step."""
+    generator = recipe.generator
+    training = TrainingConfig(precision=generator.training.precision)
+    return GeneratorTrainingConfig(model=labelled(generator.model), training=training)
+
+
+def stage_alone(recipe: Recipe, part: str) -> tuple[TokenizerTrainingConfig, StageConfig]:
+    """The configuration of one stage without what changes no cost of a step, and the stage as `decisive` has it."""
+    training = TrainingConfig(precision=recipe.tokenizer.training.precision)
+    config = dataclasses.replace(recipe.tokenizer, stages=StagesConfig(), training=training)
+    return config, decisive(getattr(recipe.tokenizer.stages, part))
+
+
+def decisive(stage: StageConfig) -> StageConfig:
     """A stage of one step that costs the same: with its adversarial loss, and no number that changes no shape."""
     semantic = dataclasses.replace(stage.semantic, weight=float(stage.semantic.weight > 0))
     averages = None if stage.ema_decay is None else 0.5
@@ -224,8 +228,9 @@ def latent_shape(recipe: Recipe) -> tuple[int, int, int]:
     return config.adapter.latent_channels, side, side
 
 
-def _micro_batch(training: TrainingConfig, gpus: int, accumulate: int) -> int:
-    rows = len(World(0, gpus).rows(training.batch_size))
+def rows_at_once(training: TrainingConfig, gpus: int) -> int:
+    """The images of a micro-batch on one of several GPUs; UserError if a step's cannot be divided so."""
+    rows, accumulate = len(World(0, gpus).rows(training.batch_size)), training.accumulate
     if rows % accumulate:
         raise UserError(
             f"training.accumulate is {accumulate}, which does not divide the {rows} images of a step on each of "

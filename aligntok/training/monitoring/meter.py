@@ -51,6 +51,11 @@ _FORMULAS: dict[Any, Callable[..., int]] = {
 }
 
 
+def formula_of(func: Any) -> Callable[..., int] | None:
+    """FLOPs of an operator from its arguments, where PyTorch's formula is not taken: ours, and attention."""
+    return _FORMULAS.get(func.overloadpacket)
+
+
 class Flops(TorchDispatchMode):
     """Counts the FLOPs of all operators inside: `flops`."""
 
@@ -61,7 +66,7 @@ class Flops(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        formula = _FORMULAS.get(func.overloadpacket)
+        formula = formula_of(func)
         if formula is not None:
             self.flops += formula(*args, **kwargs)
         elif func.overloadpacket in flop_registry:

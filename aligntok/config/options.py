@@ -232,7 +232,7 @@ class CacheLatentsConfig:
         shard_size: images per file; what an interruption costs at most.
         batch_size: images encoded at once, by each of the processes that torchrun starts.
         workers: processes that decode images, per process that encodes.
-        precision: of the encoder: bf16, fp32, or auto = bf16 where the device has it. Latents are stored as bf16.
+        precision: of the encoder: bf16, tf32, fp32, or auto = bf16 where the device has it. Latents are stored as bf16.
         device: auto, cpu, cuda or cuda:N.
     """
 
@@ -244,7 +244,7 @@ class CacheLatentsConfig:
     shard_size: int = 4096
     batch_size: int = 64
     workers: int = 8
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
     device: str = "auto"
 
 

@@ -39,7 +39,7 @@ class TrainingConfig:
     """What the loop and its services need, whatever the objective."""
 
     batch_size: int = 256  # per step over all processes; VA-VAE's author recommends 256-512
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # autocast; auto: bf16 where the device has instructions for it
+    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"  # auto: bf16 where the device has it
     seed: int = 0
     device: str = "auto"
     checkpoint_every: int = 5_000  # steps

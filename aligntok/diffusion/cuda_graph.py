@@ -1,18 +1,22 @@
 """A network's calls recorded once per shape as a CUDA graph and replayed, which spares the host the launches.
 
 A graph reads its inputs where they lay when it was recorded and writes its output to one place: inputs are copied
-there, and an output holds until the next call with the same shapes.
+there, and an output holds until the next call with the same shapes. `graphed` keeps a network's recordings from one
+call of a sampler to the next, with the memory of their activations, as long as the network lives.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from itertools import chain
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary, proxy
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aligntok.kernels import transformed
+from aligntok.runtime.autocast import autocast_dtype
 
 WARM_UPS = 3  # calls before a recording: libraries allocate and Triton compiles in the first ones (PyTorch's advice)
 
@@ -23,6 +27,7 @@ class Recording(NamedTuple):
     inputs: tuple[Tensor, ...]
     output: Tensor
     replay: Callable[[], None]
+    alive: tuple[Any, ...] = ()  # what the graph reads beside weights: tables of positions that a network keeps
 
 
 class GraphedCalls:
@@ -34,12 +39,13 @@ class GraphedCalls:
 
     def __init__(self, network: Callable[..., Tensor]) -> None:
         self.network = network
-        self.recordings: dict[tuple[tuple[torch.Size, torch.dtype], ...], Recording] = {}
+        self.recordings: dict[tuple[Any, ...], Recording] = {}  # by shapes, dtypes and autocast's dtype
+        self.places: tuple[int, ...] = ()  # of the weights, where `graphed` looks after them
 
     def __call__(self, *inputs: Tensor) -> Tensor:
         if transformed():
             return self.network(*inputs)
-        key = tuple((x.shape, x.dtype) for x in inputs)
+        key = (autocast_dtype(inputs[0].device.type), *((x.shape, x.dtype) for x in inputs))
         if key not in self.recordings:
             self.recordings[key] = self.record(tuple(x.clone() for x in inputs))
         recording = self.recordings[key]
@@ -70,4 +76,20 @@ class GraphedCalls:
                 output = self.network(*inputs)
         finally:
             torch.set_autocast_cache_enabled(cached)
-        return Recording(inputs, output, graph.replay)
+        alive = tuple(vars(self.network).values()) if isinstance(self.network, nn.Module) else ()
+        return Recording(inputs, output, graph.replay, alive)
+
+
+_kept: WeakKeyDictionary[nn.Module, GraphedCalls] = WeakKeyDictionary()
+
+
+def graphed(network: Callable[..., Tensor]) -> GraphedCalls:
+    """The recordings of a network: those of the last call, if its weights still lie where they lay then."""
+    if not isinstance(network, nn.Module):
+        return GraphedCalls(network)
+    places = tuple(tensor.data_ptr() for tensor in chain(network.parameters(), network.buffers()))
+    kept = _kept.get(network)
+    if kept is None or kept.places != places:
+        kept = _kept[network] = GraphedCalls(proxy(network))
+        kept.places = places
+    return kept

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from aligntok.config import SamplerConfig
-from aligntok.diffusion.cuda_graph import GraphedCalls
+from aligntok.diffusion.cuda_graph import graphed
 from aligntok.diffusion.flow import shift_time
 from aligntok.errors import UserError
 from aligntok.kernels import flow_step
@@ -69,7 +69,7 @@ def integrate(
     check_sampler(config, noise.shape[1])
     _check_labels(labels, null_class)
     if config.cuda_graph and noise.is_cuda:
-        model = GraphedCalls(model)
+        model = graphed(model)
     solver_steps = config.steps if config.solver == "euler" else config.steps // 2
     grid = time_grid(solver_steps, config.time_shift).tolist()
     z = noise.to(torch.float32, memory_format=torch.contiguous_format, copy=True)

@@ -3,13 +3,15 @@
 Without a device the recording itself is replaced by one that runs the network again at each replay.
 """
 
+import gc
+
 import pytest
 import torch
 from torch.autograd import forward_ad
 
 from aligntok.config import SamplerConfig
-from aligntok.diffusion import sampler
-from aligntok.diffusion.cuda_graph import GraphedCalls, Recording
+from aligntok.diffusion import cuda_graph, sampler
+from aligntok.diffusion.cuda_graph import GraphedCalls, Recording, graphed
 
 
 class Imitated(GraphedCalls):
@@ -60,9 +62,37 @@ def test_derivatives_go_around_recordings():
 
 
 def test_a_cpu_runs_plain_calls(monkeypatch):
-    monkeypatch.setattr(sampler, "GraphedCalls", lambda model: pytest.fail("recorded on a CPU"))
+    monkeypatch.setattr(sampler, "graphed", lambda model: pytest.fail("recorded on a CPU"))
     noise, labels = torch.randn(2, 4, 2, 2), torch.tensor([0, 1])
     sampler.integrate(network, noise, labels, 3, SamplerConfig(steps=2, cuda_graph=True))
+
+
+def test_recordings_are_kept_while_the_weights_stay_where_they_are(monkeypatch):
+    monkeypatch.setattr(GraphedCalls, "record", Imitated.record)
+    model = torch.nn.Conv2d(4, 4, 1)
+    x = torch.randn(2, 4, 2, 2)
+    calls = graphed(model)
+    with torch.no_grad():
+        calls(x)
+        model.weight.mul_(2)
+        assert graphed(model) is calls and torch.equal(calls(x), model(x)), "new values in the old places"
+        with torch.autocast("cpu", torch.bfloat16):
+            assert calls(x).dtype == torch.bfloat16, "autocast is another recording"
+        assert len(calls.recordings) == 2
+        model.weight = torch.nn.Parameter(torch.ones(4, 4, 1, 1))
+        assert graphed(model) is not calls and torch.equal(graphed(model)(x), model(x))
+    assert graphed(network) is not graphed(network), "of a function nothing is known"
+
+
+def test_recordings_end_with_their_network(monkeypatch):
+    monkeypatch.setattr(GraphedCalls, "record", Imitated.record)
+    model, before = torch.nn.Conv2d(4, 4, 1), len(cuda_graph._kept)
+    with torch.no_grad():
+        graphed(model)(torch.randn(2, 4, 2, 2))
+    assert len(cuda_graph._kept) == before + 1
+    del model
+    gc.collect()
+    assert len(cuda_graph._kept) == before
 
 
 @pytest.mark.cuda

@@ -87,7 +87,7 @@ class MetaPrecision(Precision):
         super().__init__(torch.device("meta"), name)
 
     def autocast(self) -> MetaAutocast:
-        return MetaAutocast(None if self.name == "fp32" else torch.bfloat16)
+        return MetaAutocast(None if self.name in ("tf32", "fp32") else torch.bfloat16)
 
 
 @contextmanager

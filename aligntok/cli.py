@@ -54,6 +54,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   aligntok train-tokenizer --config imagenet256_f16d32 --print_config     every value, with your overrides
   aligntok train-tokenizer --config ablations/w_sp_0 --dry-run            full size, every shape, no memory, no data
   aligntok plan --config imagenet256_f16d32 --gpus 1 8 --gpu a100-80gb
+  aligntok plan --config imagenet256_f16d32 --step --parts generator --gpus 8    where the time of a step goes
 
 Recipes are YAML files (configs/); --config takes a path or the name of one that ships. Any value can be overridden with
 its dotted name. Training that is interrupted (Ctrl-C: status 130, SIGTERM: 143) or killed is resumed by giving the same

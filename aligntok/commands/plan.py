@@ -320,6 +320,9 @@ def _memory_table(found: dict[str, Any]) -> Table:
 
 def print_plan(recipe: Recipe, options: PlanConfig) -> None:
     """`aligntok plan`: count, print, and write JSON where asked to."""
+    if options.all or options.measured is not None:
+        given = "--all" if options.all else f"--measured {options.measured}"
+        raise UserError(f"{given} belongs to the ledger of a step: give --step too")
     console = Console()
     with console.status("counting") as status:
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from aligntok.training.monitoring.ledger.kinds import Kind
 
@@ -50,7 +51,7 @@ class Call:
     tensors: int = 0
     sync: bool = False
 
-    @property
+    @cached_property
     def bytes(self) -> int:
         """What has to pass through the GPU's memory if each tensor passes once."""
         return sum(touch.bytes for touch in (*self.reads, *self.writes))

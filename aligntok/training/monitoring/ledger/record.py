@@ -166,7 +166,9 @@ class Recorder(Flops):
 
     def _look_into(self, func: Any, body: Any, args: tuple, kwargs: dict, scope: Scope, phase: str) -> Any:
         """Write down the launches of one of our operators, and what it does in PyTorch beside them."""
-        own, before = _Own(func, _tensors((args, kwargs)), scope, self._count), self.flops
+        inputs, before = _tensors((args, kwargs)), self.flops
+        self._touches(inputs)  # those that no operator has seen are numbered before what is made inside
+        own = _Own(func, inputs, scope, self._count)
         formula = formula_of(func)
         counted = 0 if formula is None else formula(*args, **kwargs)
         self._own.append(own)

@@ -19,7 +19,6 @@ from aligntok.data.geometry import check_size
 from aligntok.data.images import open_images
 from aligntok.errors import UserError
 from aligntok.evaluation.adm import refuse_as_originals
-from aligntok.evaluation.alignment import check_neighbours
 from aligntok.evaluation.checks import require_writable
 from aligntok.evaluation.crops import crops_with_bar
 from aligntok.evaluation.features import EfficientNetLite0, FeatureExtractor
@@ -170,13 +169,11 @@ def evaluate_probe(
     if (train is None) != (val is None):
         raise UserError("the minibatch probe needs both --train and --val; a small set is given by --images")
     check_recipe(epochs, batch_size)
-    if alignment_images:
-        check_neighbours(neighbours, alignment_images)
     require_writable(output=output)
     precision, telemetry = choose_precision(device), Telemetry(".", log_every=1)
     tok = load_tokenizer(tokenizer).to(precision.device)
     check_size(image_size, tok.downsample, "image_size")
-    alignment = Alignment(tok, encoder, encoder_weights, alignment_images, precision)
+    alignment = Alignment(tok, encoder, encoder_weights, alignment_images, neighbours, precision)
     if train is not None and val is not None:
         telemetry.say("probe: BatchNorm and a linear layer trained by minibatches on --train, judged on --val")
         found = trained_probes(
@@ -185,7 +182,7 @@ def evaluate_probe(
     else:
         telemetry.say("probe: cross-validated logistic regression, for small sets; --train and --val for large ones")
         found = cross_validated_probes(tok, images, image_size, seed, alignment, precision, telemetry)
-    aligned = alignment.measure(neighbours)
+    aligned = alignment.measure()
     if aligned is None and alignment_images:
         telemetry.say("no CKNNA: this tokenizer has no pretrained encoder to compare with; name one with --encoder")
     return _report(found | ({} if aligned is None else {"alignment": aligned}), output)

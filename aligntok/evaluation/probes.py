@@ -9,7 +9,7 @@ from aligntok.config import EncoderConfig
 from aligntok.data.images import load_center_crops, open_images
 from aligntok.data.loading import report_skipped
 from aligntok.errors import UserError
-from aligntok.evaluation.alignment import NEIGHBOURS, cknna
+from aligntok.evaluation.alignment import NEIGHBOURS, check_neighbours, cknna
 from aligntok.evaluation.crops import crops_with_bar
 from aligntok.evaluation.tokenizer import Measured, encode_all, encoder_probe, evaluate_probe, pooled_tokens
 from aligntok.evaluation.trained_probe import LatentTable, check_training_labels, train_probe
@@ -25,9 +25,9 @@ class Alignment:
     """Pooled latents and pooled features of an encoder for the first so many images."""
 
     def __init__(
-        self, tokenizer: StoredTokenizer, name: str | None, weights: str, limit: int, precision: Precision
+        self, tokenizer: StoredTokenizer, name: str | None, weights: str, limit: int, k: int, precision: Precision
     ) -> None:
-        self.limit, self.precision = limit, precision
+        self.limit, self.k, self.precision = limit, k, precision
         self._latents: list[Tensor] = []
         self._tokens: list[Tensor] = []
         self._count = 0
@@ -40,6 +40,11 @@ class Alignment:
             self.encoder = own if limit and isinstance(own, Encoder) else None
             self.of = "the tokenizer's own encoder, as it is now"
 
+    def expect(self, images: int) -> None:
+        """UserError unless a set of so many images is enough; before any is encoded."""
+        if self.encoder is not None:
+            check_neighbours(self.k, min(self.limit, images))
+
     def add(self, images: Tensor, latents: Tensor) -> None:
         """Take in uint8 images [B, 3, H, W] and their latents [B, d, h, w], as long as there is room."""
         room = self.limit - self._count
@@ -49,10 +54,10 @@ class Alignment:
         self._latents.append(latents[:room].float().flatten(2).mean(2))
         self._count += len(self._tokens[-1])
 
-    def measure(self, k: int) -> Measured | None:
+    def measure(self) -> Measured | None:
         if not self._count:
             return None
-        return measure_alignment(torch.cat(self._latents), torch.cat(self._tokens), self.of, k)
+        return measure_alignment(torch.cat(self._latents), torch.cat(self._tokens), self.of, self.k)
 
 
 def measure_alignment(latents: Tensor, tokens: Tensor, of: str, k: int = NEIGHBOURS) -> Measured:
@@ -78,6 +83,7 @@ def trained_probes(
         odd = sorted(set(train.classes) ^ set(val.classes))[:3]
         raise UserError(f"--train and --val must have the same classes (sub-folders); not in both: {', '.join(odd)}")
     check_training_labels(train.labels)
+    alignment.expect(len(val))
     with LatentTable(len(train)) as fitted, LatentTable(len(val)) as judged:
         for images, table in ((train, fitted), (val, judged)):
             title = "latents, training" if images is train else "latents, validation"
@@ -106,6 +112,7 @@ def cross_validated_probes(
     telemetry: Telemetry,
 ) -> dict[str, Measured]:
     images = open_images(path, say=telemetry.say)
+    alignment.expect(len(images))
     if len(images) > SMALL:
         raise UserError(
             f"{path} has {len(images)} images, and the cross-validated probe keeps all of them in memory (up to "

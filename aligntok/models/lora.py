@@ -6,6 +6,8 @@ weights; `merge` puts W + B A back in their place. What is saved is a plain enco
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
 from typing import Protocol, TypeGuard
 
 from torch import nn
@@ -21,18 +23,23 @@ def add(encoder: Encoder, rank: int) -> None:
     Raises:
         UserError: peft is missing, or the rank is not positive.
     """
+    peft = require_peft(rank)
+    linears = [name for name, module in encoder.blocks.named_modules() if isinstance(module, nn.Linear)]
+    config = peft.LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=linears)
+    peft.inject_adapter_in_model(config, encoder.blocks)
+
+
+def require_peft(rank: int) -> ModuleType:
+    """peft, or UserError: it is missing, or the rank is not positive."""
     if rank < 1:
         raise UserError(f"encoder.lora_rank is {rank}, expected a positive number, e.g. 16, or null for no LoRA")
     try:
         with without_our_kernels():
-            from peft import LoraConfig, inject_adapter_in_model
+            return import_module("peft")
     except ImportError as error:
         raise UserError(
             f"encoder.lora_rank is {rank}, but peft cannot be imported ({error}): pip install 'aligntok[peft]'"
         ) from error
-    linears = [name for name, module in encoder.blocks.named_modules() if isinstance(module, nn.Linear)]
-    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, bias="none", target_modules=linears)
-    inject_adapter_in_model(config, encoder.blocks)
 
 
 def train_only_lora(encoder: nn.Module) -> None:

@@ -223,6 +223,19 @@ def tokenizer_class(name: str, source: Path) -> type[StoredTokenizer]:
     return getattr(import_module(module), attribute)
 
 
+def tokenizer_without_weights(folder: str | Path) -> StoredTokenizer:
+    """A tokenizer of a folder's configuration with new weights: for the meta device, where nothing can be read into.
+
+    Raises:
+        UserError: as `load_tokenizer`, but for the weights.
+    """
+    manifest = Manifest(folder, "tokenizer")
+    kind = tokenizer_class(manifest.format, manifest.file)
+    manifest.check_version()
+    config = kind.offline(manifest.value("config", kind.config_class))
+    return manifest.build(lambda: kind(config))
+
+
 def load_tokenizer(folder: str | Path, require_statistics: bool = True) -> StoredTokenizer:
     """Read a tokenizer folder, of AlignTok or of a rival in aligntok.zoo, in eval mode on the CPU.
 
@@ -230,11 +243,8 @@ def load_tokenizer(folder: str | Path, require_statistics: bool = True) -> Store
         UserError: no such folder, a damaged one, an unknown format or version, weights that do not fit the
             configuration, or no latent statistics (unless `require_statistics` is False).
     """
-    manifest, weights = Manifest(folder, "tokenizer"), Path(folder) / "model.safetensors"
-    kind = tokenizer_class(manifest.format, manifest.file)
-    manifest.check_version()
-    config = kind.offline(manifest.value("config", kind.config_class))
-    tokenizer = manifest.build(lambda: kind(config))
+    weights = Path(folder) / "model.safetensors"
+    tokenizer = tokenizer_without_weights(folder)
     load_strictly(tokenizer, read_tensors(weights), weights)
     if require_statistics:
         tokenizer._require_statistics()

@@ -68,7 +68,10 @@ class TokenizerTraining:
         check_size(self.data.image_size, self.config.model.encoder.downsample)
         distributed.check_batches(training)
         for name in STAGES:
-            check_stage(name, getattr(self.config.stages, name), self.config.losses)
+            stage = getattr(self.config.stages, name)
+            check_stage(name, stage, self.config.losses)
+            if stage.steps and (rank := self._lora_rank(stage)) is not None:
+                lora.require_peft(rank)
         self.precision = choose_precision(training.device, training.precision)
         self.telemetry = telemetry or Telemetry(self.output, training.log_every)
         with self.telemetry.bar("image index") as update:
@@ -76,6 +79,10 @@ class TokenizerTraining:
         self.images, self.held_out = everything.split(self.data.held_out)
         self._source: Source | None = None
         self._features: FrozenTable | None = None
+
+    def _lora_rank(self, stage: StageConfig) -> int | None:
+        """Of the LoRA that a stage trains in the encoder's place."""
+        return self.config.model.encoder.lora_rank if "encoder" in stage.trains else None
 
     def run(self) -> AlignTok:
         """All stages that are not finished yet; returns the tokenizer of the last one, on the training device."""
@@ -103,8 +110,8 @@ class TokenizerTraining:
         discriminator = self._discriminator(folder)
         source, frozen, cache = self._inputs(name, stage, tokenizer, pretrained=start is None)
         before = tokenizer.fingerprint()
-        if "encoder" in stage.trains and self.config.model.encoder.lora_rank is not None:
-            lora.add(tokenizer.encoder, self.config.model.encoder.lora_rank)
+        if (rank := self._lora_rank(stage)) is not None:
+            lora.add(tokenizer.encoder, rank)
         sharded = distributed.is_sharded(self.config.training.parallel)
         objective = TokenizerObjective(
             copy.deepcopy(tokenizer) if sharded else tokenizer,

@@ -16,7 +16,7 @@ from aligntok.errors import UserError
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.encoder import Encoder
 from aligntok.models.generator import generator_class
-from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
+from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer, tokenizer_without_weights
 from aligntok.runtime.collectives import main_first
 from aligntok.runtime.devices import Precision
 from aligntok.training.monitoring import cost
@@ -35,11 +35,13 @@ from aligntok.zoo.vae import VAE
 def build_rival(config: RivalConfig) -> StoredTokenizer:
     """A new, seeded rival: its encoder is random (VAE, VA-VAE, MAETok) or pretrained (RAE), its decoder random.
 
-    REPA-E goes on with the tokenizer that `rival.repa_e.tokenizer` names, where it names one.
+    REPA-E goes on with the tokenizer that `rival.repa_e.tokenizer` names, where it names one; on the meta device with
+    its shapes.
     """
     torch.manual_seed(config.training.seed)
     if config.kind == "repa-e" and config.repa_e.tokenizer is not None:
-        return load_tokenizer(config.repa_e.tokenizer)
+        read = tokenizer_without_weights if torch.get_default_device().type == "meta" else load_tokenizer
+        return read(config.repa_e.tokenizer)
     kind, settings = network_of(config)
     return kind(settings)
 

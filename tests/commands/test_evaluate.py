@@ -15,6 +15,7 @@ from aligntok.commands import evaluate as job
 from aligntok.config import LightningDiTConfig, SamplerConfig
 from aligntok.errors import UserError
 from aligntok.evaluation import generation as generation_module
+from aligntok.evaluation import probes
 from aligntok.evaluation.adm import sample_shape
 from aligntok.evaluation.generation import choose_labels
 from aligntok.evaluation.tokenizer import Measured
@@ -225,6 +226,14 @@ def test_probe_of_a_small_set(run, tmp_path, capsys):
     assert -1 < found["alignment"]["values"]["CKNNA"] < 1
     assert "k=4" in found["alignment"]["protocol"] and "own encoder" in found["alignment"]["protocol"]
     assert "cross-validated logistic regression" in capsys.readouterr().err
+
+
+def test_a_probe_that_cannot_be_aligned_is_refused_before_anything_is_encoded(run, monkeypatch, capsys):
+    """By the pictures that there are: 12 to validate on."""
+    monkeypatch.setattr(probes, "encode_all", lambda *arguments: pytest.fail("encoded"))
+    sets = ("--train", run / "train", "--val", run / "val", "--image_size", 32, "--neighbours", 12)
+    assert evaluate("probe", "--tokenizer", run / "tokenizer", *sets) == 2
+    assert "13 images, got 12" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_probe_of_a_large_set_against_another_encoder(run, tmp_path, capsys):

@@ -93,7 +93,7 @@ def test_refusals(monkeypatch):
 @pytest.mark.parametrize(("classes", "count"), [(("disc",), 24), (("disc", "square"), 10)])
 def test_a_set_that_cannot_be_probed_is_refused_before_it_is_encoded(classes, count, tmp_path):
     folder, precision = str(write_pictures(tmp_path / "p", count, classes)), choose_precision("cpu", "fp32")
-    alignment = Alignment(None, None, "random", 0, precision)
+    alignment = Alignment(None, None, "random", 0, 10, precision)
     with pytest.raises(UserError, match=f"20 training images, got {len(classes)} and {count}"):
         trained_probes(None, (folder, folder), 32, (1, 2, 0), alignment, precision, Telemetry(tmp_path, log_every=1))
 

@@ -1,5 +1,7 @@
 """LoRA on the encoder: nothing changes at first, little trains, and what is saved is a plain tokenizer."""
 
+import sys
+
 import pytest
 import torch
 from helpers import tiny_recipe, tiny_tokenizer, write_pictures
@@ -49,7 +51,7 @@ def test_training_saves_a_tokenizer_that_loads_without_peft(tmp_path, monkeypatc
     recipe = tiny_recipe(tmp_path / "run", write_pictures(tmp_path / "images"))
     recipe.tokenizer.model.encoder.lora_rank = 2
     trained = train_tokenizer(recipe)
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     loaded = load_tokenizer(tmp_path / "run" / "stage2" / "tokenizer")
     first = load_tokenizer(tmp_path / "run" / "stage1" / "tokenizer").encoder.backbone
     block, start = loaded.encoder.backbone.blocks[0], first.blocks[0]
@@ -61,6 +63,18 @@ def test_training_saves_a_tokenizer_that_loads_without_peft(tmp_path, monkeypatc
 
 @pytest.mark.parametrize(("rank", "message"), [(0, "expected a positive number"), (4, "peft cannot be imported")])
 def test_mistakes_say_what_to_do(rank, message, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(UserError, match=message):
         lora.add(tiny_tokenizer().encoder, rank)
+
+
+def test_a_missing_peft_is_said_before_a_picture_is_opened(tmp_path, monkeypatch):
+    """And not when Stage 2 begins."""
+    recipe = tiny_recipe(tmp_path / "run", tmp_path / "no pictures")
+    recipe.tokenizer.model.encoder.lora_rank = 2
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(UserError, match=r"pip install 'aligntok\[peft\]'"):
+        train_tokenizer(recipe)
+    recipe.tokenizer.stages.stage2.steps = 0  # nothing trains the encoder
+    with pytest.raises(UserError, match="no pictures"):
+        train_tokenizer(recipe)

@@ -3,6 +3,7 @@
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,6 +19,14 @@ def test_the_most_valuable_parts_come_first_and_tests_last():
     assert {f"bench_{op}" for op in operators()} == {name for name in names if name.startswith("bench_")}
 
 
+@pytest.mark.parametrize(("gigabytes", "sizes"), [(80, ["XL", "B"]), (48, ["B", "S"]), (24, ["B", "S"])])
+def test_training_steps_fit_the_gpu(gigabytes, sizes, monkeypatch):
+    monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
+    device = SimpleNamespace(total_memory=gigabytes * 1e9)
+    monkeypatch.setattr(gpu_check.torch.cuda, "get_device_properties", lambda: device)
+    assert [part.name for part in parts()][2:4] == [f"training step {size}/1" for size in sizes]
+
+
 def test_what_must_be_there_fits_into_the_time():
     """Even where every part takes all that it may: the environment, the smoke run and the training steps."""
     assert sum(part.limit for part in parts()[:4]) <= gpu_check.LIMIT_S
@@ -26,6 +35,7 @@ def test_what_must_be_there_fits_into_the_time():
 def test_a_rehearsal_of_the_whole_program(tmp_path, monkeypatch, capsys):
     """The driver believes in a GPU, and every command that it would be given runs here at its smallest."""
     monkeypatch.setattr(gpu_check.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu_check, "steps", lambda: gpu_check.STEPS)
     monkeypatch.setattr(gpu_check, "device_name", lambda: "NVIDIA Pretended 9000")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)

@@ -2,13 +2,14 @@
 
     python -m benchmarks.bench_training_step [--size S] [--tokens 256] [--batch 16] [--rounds 7] [--paths NAME ...]
 
-A step is forward, flow-matching loss, backward and fused AdamW in a run's precision (bf16 autocast where the device has
-it), on random latents of 32 channels. "reference" is PyTorch with scaled_dot_product_attention; compiled, block by block
-as in training, it is what one would otherwise use, and on a GPU the baseline of the ratios. All paths start from the
-same weights and see the same batches; their first losses must agree before anything is timed. Steps alternate between
-the paths. FLOPs are counted by PyTorch's counter on the reference path; the share is against the rate of one
-large matrix product of that type measured in the same run. The step's matrix products are also timed alone, on operands
-of the same shapes, strides and types with nothing in between: a step that keeps them cannot be faster.
+A step is forward, flow-matching loss, backward and fused AdamW in a run's precision (bf16 autocast where the device
+has it), on random latents of 32 channels. "reference" is PyTorch with scaled_dot_product_attention; compiled, block
+by block as in training, it is what one would otherwise use, and on a GPU the baseline of the ratios. All paths start
+from the same weights and see the same batches; their first losses must agree before anything is timed. Steps
+alternate between the paths. FLOPs are counted by PyTorch's counter on the reference path; the share is against the
+rate of one large matrix product of that type measured in the same run. The step's matrix products are also timed
+alone, on operands of the same shapes, strides and types with nothing in between: a step that keeps them cannot be
+faster.
 """
 
 import argparse

@@ -109,7 +109,7 @@ def _ledger(recipe: Recipe, part: str, mode: str, setting: Setting) -> dict[str,
     data["parallel"] = "-" if setting.gpus == 1 else "fsdp" if setting.sharded else "ddp"
     data["variants"] = [_variant(one, images, flops / one.seconds / peak) for one in found]
     listed = levers(found, fused, setting)
-    data["levers"] = [{"lever": x.name, "ms_saved": _ms(x.saved), "taken": x.taken} for x in listed]
+    data["levers"] = [{"lever": x.name, "ms_saved": _ms(x.saved), "taken": x.taken, "rounds": x.rounds} for x in listed]
     return data
 
 
@@ -183,9 +183,10 @@ def _show_ledger(ledger: dict[str, Any], gpu: str, console: Console, every: bool
     levers_table = Table(title=f"levers, {MARK} ms saved of {by_name[FUSED]['step_ms']:.1f} ms, each alone")
     levers_table.add_column("ms saved", justify="right")
     levers_table.add_column("lever")
+    levers_table.add_column("remark")
     for lever in ledger["levers"]:
-        taken = " (what a GPU runs already)" if lever["taken"] else ""
-        levers_table.add_row(f"{lever['ms_saved']:.1f}", lever["lever"] + taken)
+        remark = "what a GPU runs already" if lever["taken"] else "rounds otherwise" if lever["rounds"] else ""
+        levers_table.add_row(f"{lever['ms_saved']:.1f}", lever["lever"], remark)
     console.print(levers_table)
 
 

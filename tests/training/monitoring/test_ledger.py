@@ -353,6 +353,8 @@ def test_each_lever_changes_what_it_names(steps):
     assert 0 < saved("residual stream in bf16") < bytes_of(kinds.ADALN, "forward") + bytes_of(kinds.ADALN, "backward")
     packed = 2 * 8 * 256 * 2 * int(2 / 3 * 4 * 128)  # [8, 256, 2H] in bf16
     assert saved("SwiGLU in the epilogue of its product") == 2 * packed
+    after = [sum(call.bytes for call in change(now)) for change in levers.CHANGES.values()]
+    assert sum(call.bytes for call in levers._together(now)) < min(after)
 
 
 def test_sums_are_those_of_the_calls(steps):

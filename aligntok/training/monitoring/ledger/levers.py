@@ -1,6 +1,6 @@
 """What single changes would save in a step with our operators, run eagerly: each alone, priced on the same calls.
 
-They do not add up: two that remove the same bytes remove them once.
+They do not add up: two that remove the same bytes remove them once. One line has all changes of bytes together.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ class Lever:
     name: str
     saved: float
     taken: bool = False  # it is what runs on a GPU already
+    rounds: bool = False  # results are rounded otherwise: whether training bears it has to be seen
 
 
 def levers(found: Sequence[Variant], fused: Step, setting: Setting) -> list[Lever]:
@@ -55,10 +56,12 @@ def levers(found: Sequence[Variant], fused: Step, setting: Setting) -> list[Leve
     ]
     if setting.gpu.has_fp8:
         in_half = in_fp8(fused, setting.machine())
-        listed.append(Lever("fp8 products of linear layers", now - priced("", in_half, setting, EAGER).seconds))
-    for name, change in CHANGES.items():
+        saved = now - priced("", in_half, setting, EAGER).seconds
+        listed.append(Lever("fp8 products of linear layers", saved, rounds=True))
+    for name, change in {**CHANGES, TOGETHER: _together}.items():
         changed = replace(fused, calls=tuple(change(fused.calls)))
-        listed.append(Lever(name, now - priced("", changed, setting, EAGER).seconds))
+        saved = now - priced("", changed, setting, EAGER).seconds
+        listed.append(Lever(name, saved, rounds=name in ROUNDING))
     for name, better in better_shares(setting).items():
         listed.append(Lever(name, now - priced("", fused, better, EAGER).seconds))
     return sorted((lever for lever in listed if lever.saved > WORTH), key=lambda lever: -lever.saved)
@@ -138,11 +141,24 @@ def _swiglu_in_product(calls: Iterable[Call]) -> list[Call]:
     ]
 
 
+def _together(calls: Iterable[Call]) -> list[Call]:
+    """All changes of what is read and written, one after the other."""
+    found = list(calls)
+    for change in CHANGES.values():
+        found = change(found)
+    return found
+
+
+STREAM, GRADIENTS = "residual stream in bf16", "gradients kept in bf16"
 CHANGES: dict[str, Callable[[Iterable[Call]], list[Call]]] = {
     "bias gradients in the pass that makes their input": _without(lambda call: call.group != kinds.BIASES),
     "bf16 copies of the weights, written by Adam": _weights_in_bf16,
-    "gradients kept in bf16": _gradients_in_bf16,
+    GRADIENTS: _gradients_in_bf16,
     "clip and moving average inside Adam's pass": _one_update,
-    "residual stream in bf16": _stream_in_bf16,
+    STREAM: _stream_in_bf16,
     "SwiGLU in the epilogue of its product": _swiglu_in_product,
 }
+TOGETHER = "the changes of bytes together: " + ", ".join(
+    ("bias gradients", "bf16 weights", "bf16 gradients", "one update", "bf16 stream", "SwiGLU in its product")
+)
+ROUNDING = (STREAM, GRADIENTS, TOGETHER)

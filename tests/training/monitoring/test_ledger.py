@@ -231,6 +231,39 @@ def test_the_backward_pass_computes_again_what_is_cheaper_so():
     assert kept.writes == (Touch(1, 0, 256),) == reader.reads  # 256 bytes are written and read, not 8192 read again
 
 
+# Forward and backward MB that Inductor's scheduler counts, from benchmarks/results/hardware_report.md (2026)
+INDUCTOR = {
+    "adaln": ({"B": 256, "N": 256, "D": 768}, (608, 1419)),
+    "swiglu": ({"M": 65536, "H": 2048}, (805, 1342)),
+    "group_norm_silu": ({"B": 8, "C": 512, "side": 64, "groups": 32}, (101, 370)),
+}
+
+
+@pytest.mark.parametrize("op", INDUCTOR)
+def test_the_rule_moves_the_bytes_that_inductor_counts(op):
+    shape, counted = INDUCTOR[op]
+    workload = importlib.import_module(f"benchmarks.bench_{op}").WORKLOADS[0]
+    with record_launches(90) as launches:
+        recorder = Recorder([], launches)
+        inputs = workload.make("meta", torch.bfloat16, **shape)
+        with recorder:
+            outputs = workload.reference(*inputs)
+            outputs = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)
+            wanted = [x for x in inputs if isinstance(x, torch.Tensor) and x.requires_grad]
+            results = [y for y in outputs if y.requires_grad]
+            gradients = torch.autograd.grad(results, wanted, [torch.empty_like(y) for y in results])
+        fused = _fused(recorder.calls, {recorder.number(x) for x in (*outputs, *gradients)})
+    found = (sum(call.bytes for call in fused if call.phase == name) / 1e6 for name in ("forward", "backward"))
+    assert list(found) == [pytest.approx(megabytes, rel=0.1) for megabytes in counted]
+
+
+def test_norms_of_two_passes_are_two_calls():
+    x, weight = _empty(2, 8, 4, 4), _empty(8)
+    sums_, applied = _calls(lambda: F.group_norm(x, 2, weight, weight))
+    assert (sums_.kind, applied.kind) == (Kind.COLUMN, Kind.POINTWISE)
+    assert applied.bytes - sums_.bytes == 2 * 2 * 8 * 16  # and the result
+
+
 def test_fusing_leaves_products_and_updates_alone(steps):
     for step in steps:
         fused = fusion.fuse(step)

@@ -6,11 +6,14 @@ one kernel. Barriers are products, convolutions, attention, our operators, and w
     reads    what comes from outside of it, once
     writes   what is used outside of it
 
-Sums over other dimensions stay kernels of their own. A tensor that only such sums ask for, or only fused kernels of the
-backward pass, is not written: they compute it again from what its own kernel has read, unless writing and reading it
-moves less. Views cost nothing, and the updates of weights stay as they are. Not modelled: fusion into products, memory
-that a cache serves. The whole of the forward and the backward pass is fused, where `training.compile` compiles the
-transformer blocks.
+Sums over other dimensions stay kernels of their own; those of one large tensor between two barriers are one. What only
+such sums ask for, only fused kernels of the backward pass, or only fused kernels where it is made from a single tensor
+(a cast), is not written: they compute it again from what its own kernel has read, unless writing and reading it moves
+less. Views cost nothing, and the updates of weights stay as they are. Not modelled: fusion into products, memory that a
+cache serves. The whole forward and backward pass is fused, where `training.compile` compiles transformer blocks.
+
+The rule gives the bytes that Inductor counts for the references of adaLN, SwiGLU and GroupNorm, within a tenth (a test
+has them). Of RoPE and the LPIPS distance Inductor's code for CPUs moves more, or less, by a factor of three.
 """
 
 from __future__ import annotations
@@ -57,9 +60,10 @@ class _Fusion:
     def calls(self) -> Iterator[Call]:
         """The step's calls, every kernel in the place of its last operator."""
         fused = {kernel[-1]: self._fused(kernel) for kernel in self._kernels}
+        sums = {members[-1]: self._summed(members) for members in self._sums()}
         for index, call in enumerate(self._calls):
             if call.kind is Kind.COLUMN:
-                yield replace(call, reads=_once(t for touch in call.reads for t in self._origin(touch)))
+                yield from [sums[index]] if index in sums else []
             elif index not in self._owner:
                 yield call
             elif (kernel := fused.get(index)) is not None:
@@ -85,6 +89,27 @@ class _Fusion:
         self._origins |= {storage: list(found) for storage, found in sources.items() if storage not in written}
         return self._call(kernel, _once(reads), tuple(written.values())) if written else None
 
+    def _sums(self) -> Iterable[Kernel]:
+        """Sums over other dimensions, those together that read the same large tensor between two barriers."""
+        found: dict[tuple[int, tuple[Touch, ...]], Kernel] = defaultdict(list)
+        barriers = 0
+        for index, call in enumerate(self._calls):
+            barriers += call.kind not in (*FUSIBLE, Kind.COLUMN)
+            if call.kind is Kind.COLUMN:
+                reads = self._reads(call)
+                largest = max((touch.bytes for touch in reads), default=0)
+                found[barriers, tuple(touch for touch in reads if touch.bytes == largest)[:1]].append(index)
+        return found.values()
+
+    def _summed(self, members: Kernel) -> Call:
+        calls = [self._calls[index] for index in members]
+        reads = _once(touch for call in calls for touch in self._reads(call))
+        return replace(calls[0], reads=reads, writes=_once(touch for call in calls for touch in call.writes))
+
+    def _reads(self, call: Call) -> tuple[Touch, ...]:
+        """What a sum reads, with what is not written replaced by what it is computed from."""
+        return _once(origin for touch in call.reads for origin in self._origin(touch))
+
     def _origin(self, touch: Touch) -> list[Touch]:
         return self._origins.get(touch.storage, [touch])
 
@@ -97,8 +122,8 @@ class _Fusion:
             return False
         forward = self._calls[kernel[0]].phase == FORWARD
         for call in (self._calls[i] for i in outside):
-            again = call.kind is Kind.COLUMN or (forward and call.phase == BACKWARD and call.kind in FUSIBLE)
-            if not again:
+            fused = call.kind in FUSIBLE and (len(sources) == 1 or (forward and call.phase == BACKWARD))
+            if not (fused or call.kind is Kind.COLUMN):
                 return True
         return 2 * touch.bytes < sum(source.bytes for source in sources)
 

@@ -82,13 +82,17 @@ _REDUCTIONS = {
     *(_aten.var, _aten.std, _aten.var_mean, _aten.prod, _aten.all, _aten.any, _aten.argmax),
 }
 _ROWS = {_aten.native_layer_norm, _aten._softmax, _aten._log_softmax, _aten._softmax_backward_data}
+# Operators of two passes, each with the outputs that it writes: PyTorch runs them as such, and a compiler fuses each
+_PASSES = {
+    _aten.native_layer_norm_backward: ((Kind.ROW, (0,)), (Kind.COLUMN, (1, 2))),
+    _aten.native_group_norm: ((Kind.COLUMN, (1, 2)), (Kind.POINTWISE, (0,))),
+    _aten.native_group_norm_backward: ((Kind.COLUMN, (1, 2)), (Kind.POINTWISE, (0,))),
+    _aten.native_batch_norm: ((Kind.COLUMN, (1, 2)), (Kind.POINTWISE, (0,))),
+    _aten.native_batch_norm_backward: ((Kind.COLUMN, (1, 2)), (Kind.POINTWISE, (0,))),
+}
+LONGEST_ROW = 8_192  # numbers that a kernel reduces and goes on with; longer ones it would read twice
 # Kernels that an operator launches, where it is not one: read in PyTorch's sources, not measured
 _LAUNCHES = {
-    _aten.native_layer_norm_backward: 2,
-    _aten.native_group_norm: 2,
-    _aten.native_group_norm_backward: 4,
-    _aten.native_batch_norm: 2,
-    _aten.native_batch_norm_backward: 2,
     _aten._scaled_dot_product_flash_attention_backward: 3,
     _aten.embedding_dense_backward: 5,
     _aten.index_put: 3,
@@ -96,8 +100,7 @@ _LAUNCHES = {
     _aten._local_scalar_dense: 1,
 }
 _ALONE = {  # neither pointwise nor a reduction
-    *(_aten.native_layer_norm_backward, _aten.native_group_norm, _aten.native_group_norm_backward),
-    *(_aten.native_batch_norm, _aten.native_batch_norm_backward, _aten.embedding, _aten.embedding_dense_backward),
+    *(_aten.embedding, _aten.embedding_dense_backward),
     *(_aten.index, _aten.index_put, _aten.index_select, _aten.gather, _aten.scatter_add, _aten.sort),
     *(_aten.max_pool2d_with_indices, _aten.max_pool2d_with_indices_backward, _aten._local_scalar_dense),
     *(_aten.upsample_bilinear2d, _aten.upsample_bicubic2d, _aten.upsample_bilinear2d_backward),
@@ -110,7 +113,7 @@ def is_product(func: Any) -> bool:
     return func.overloadpacket in _PRODUCTS or func.overloadpacket in CONVOLUTIONS_OF_PYTORCH
 
 
-def kind(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Kind:
+def kind(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor], args: tuple, kwargs: dict) -> Kind:
     """The kind of an operator of PyTorch, by name and shapes."""
     packet = func.overloadpacket
     if func.is_view or packet in _FREE:
@@ -125,11 +128,34 @@ def kind(func: Any, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> Kind
         if packet in names:
             return found
     if packet in _REDUCTIONS:
-        rows = inputs[0].shape[:-1]
-        return Kind.ROW if outputs[0].ndim and outputs[0].shape[: len(rows)] == rows else Kind.COLUMN
+        return Kind.ROW if _is_row(inputs[0], _reduced(func, args, kwargs)) else Kind.COLUMN
     if packet in _ROWS:
         return Kind.ROW
     return Kind.OTHER if packet in _ALONE else Kind.POINTWISE
+
+
+def passes(func: Any) -> tuple[tuple[Kind, tuple[int, ...]], ...]:
+    """(kind, outputs) of each pass of an operator that makes several; () where it is one."""
+    return _PASSES.get(func.overloadpacket, ())
+
+
+def _reduced(func: Any, args: tuple, kwargs: dict) -> set[int] | None:
+    """The dimensions that a reduction reduces, as they were given; None = all."""
+    names = [argument.name for argument in func._schema.arguments]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    dims = given.get("dim")
+    return None if dims is None or dims == [] else {dims} if isinstance(dims, int) else set(dims)
+
+
+def _is_row(tensor: Tensor, dims: set[int] | None) -> bool:
+    """Whether what is reduced to one number lies together in memory, and is short."""
+    if dims is None:
+        return False
+    inside = {dim % tensor.ndim for dim in dims}
+    reduced = [(tensor.shape[d], tensor.stride(d)) for d in inside]
+    kept = [stride for d, stride in enumerate(tensor.stride()) if d not in inside and tensor.shape[d] > 1]
+    together = all(stride < least for _, stride in reduced if (least := min(kept, default=0)))
+    return bool(kept) and together and prod(size for size, _ in reduced) <= LONGEST_ROW
 
 
 def launches(func: Any, found: Kind, args: tuple) -> int:

@@ -138,7 +138,7 @@ class Recorder(Flops):
     def _add(self, func: Any, args: tuple, kwargs: dict, result: Any, scope: Scope, phase: str, flops: int) -> None:
         """Write down an operator of PyTorch."""
         inputs, outputs = _tensors((args, kwargs)), _tensors(result)
-        kind = kinds.kind(func, inputs, outputs)
+        kind = kinds.kind(func, inputs, outputs, args, kwargs)
         call = Call(
             func.overloadpacket.__name__,
             kinds.shapes(inputs or outputs),
@@ -153,10 +153,20 @@ class Recorder(Flops):
         if call.launches:
             given = [x for x in inputs if not _only_written(func, x, args)]
             call = replace(call, reads=self._touches(given), writes=self._touches(outputs))
-        self.calls.append(call)
+        self.calls += self._passes(func, call, result) or [call]
         if kind is Kind.CONVOLUTION and phase == FORWARD and args[2] is not None:  # a pass of its own in PyTorch
             touched = self._touches(outputs)
             self.calls.append(replace(call, op="add_", kind=Kind.POINTWISE, reads=touched, writes=touched, flops=0))
+
+    def _passes(self, func: Any, call: Call, result: Any) -> list[Call]:
+        """The passes of an operator that makes several: each reads what the one before has written, too."""
+        found: list[Call] = []
+        for kind, outputs in kinds.passes(func):
+            writes = self._touches(x for i in outputs if isinstance(x := result[i], Tensor))
+            before = found[-1].writes if found else ()
+            if writes:
+                found.append(replace(call, kind=kind, reads=(*call.reads, *before), writes=writes))
+        return found
 
     def _group(self, kind: Kind, func: Any, scope: Scope, phase: str) -> str:
         """What an operator of PyTorch serves; beside our attention's kernels that is attention."""

@@ -104,12 +104,15 @@ def test_a_pointwise_operator_reads_what_it_is_given_once():
     assert recorded_calls(lambda: x.reshape(64, 512).t()) == []
 
 
-def test_sums_over_the_last_dimension_are_told_from_others():
-    x = empty(8, 16, 32)
-    found = [
-        call.kind for call in recorded_calls(lambda: x.sum(-1), lambda: x.mean(-1, keepdim=True), lambda: x.sum((0, 1)))
-    ]
-    assert found == [Kind.ROW, Kind.ROW, Kind.COLUMN]
+def test_sums_over_what_lies_together_are_told_from_others():
+    x, long = empty(8, 16, 32), empty(4, 2 * kinds.LONGEST_ROW)
+    last = empty(2, 8, 4, 4).to(memory_format=torch.channels_last)
+    rows = recorded_calls(
+        lambda: x.sum(-1), lambda: x.mean(-1, keepdim=True), lambda: x.sum((1, 2)), lambda: last.sum(1)
+    )
+    others = recorded_calls(lambda: x.sum((0, 1)), lambda: x.sum(), lambda: long.sum(-1), lambda: empty(2, 8, 4).sum(1))
+    assert [call.kind for call in rows] == [Kind.ROW] * 4
+    assert [call.kind for call in others] == [Kind.COLUMN] * 4
 
 
 def test_groups_are_found_in_both_passes(steps):

@@ -152,10 +152,11 @@ def _is_row(tensor: Tensor, dims: set[int] | None) -> bool:
     if dims is None:
         return False
     inside = {dim % tensor.ndim for dim in dims}
-    reduced = [(tensor.shape[d], tensor.stride(d)) for d in inside]
-    kept = [stride for d, stride in enumerate(tensor.stride()) if d not in inside and tensor.shape[d] > 1]
-    together = all(stride < least for _, stride in reduced if (least := min(kept, default=0)))
-    return bool(kept) and together and prod(size for size, _ in reduced) <= LONGEST_ROW
+    wide = [d for d in range(tensor.ndim) if tensor.shape[d] > 1]
+    kept = [tensor.stride(d) for d in wide if d not in inside]
+    reduced = [tensor.stride(d) for d in wide if d in inside]
+    short = prod(tensor.shape[d] for d in inside) <= LONGEST_ROW
+    return bool(kept) and short and max(reduced, default=0) < min(kept)
 
 
 def launches(func: Any, found: Kind, args: tuple) -> int:

@@ -1,6 +1,9 @@
 """`plan --step` through the real command: what it prints, what it writes, what it refuses."""
 
+import io
 import json
+from contextlib import redirect_stdout
+from types import SimpleNamespace
 
 import pytest
 from helpers import tiny_config
@@ -10,6 +13,7 @@ from aligntok.commands import plan_step
 from aligntok.commands.plan import PlanConfig
 from aligntok.config import LightningDiTConfig, Recipe, RivalConfig
 from aligntok.training.monitoring.ledger.kinds import GROUPS
+from benchmarks import bench_training_step
 from benchmarks.results import Measurement, table
 
 
@@ -74,19 +78,26 @@ def test_b1_is_the_same_in_every_run():
     assert first["ledgers"][0]["flops"] == pytest.approx(4 * 3 * 46.0e9, rel=0.01)  # 2.98 times the forward pass
 
 
+def _timed_paths() -> str:
+    """Three paths of a training step, as its benchmark prints them."""
+    times = {"reference": 0.120, "reference, compiled": 0.080, "fused": 0.060}
+    paths = {name: SimpleNamespace(samples=[seconds] * 3) for name, seconds in times.items()}
+    with redirect_stdout(io.StringIO()) as printed:
+        bench_training_step.report(paths, images=32, flops=22.8e12, rate=7e14)
+    return printed.getvalue()
+
+
 def _measured(tmp_path, **changes) -> str:
     """A gpu_check file with a training step and one operator, as the benchmarks print them."""
     ours = Measurement("B=128 N=256 D=1152 bfloat16", "both", "ours", [1e-3], share=0.8)
     eager = Measurement(ours.case, "both", "eager", [4e-3], share=0.2)
     step = (
         "NVIDIA H100 80GB HBM3, CUDA 13.0\n"
-        "loss: reference 1.9, fused 1.9\n"
+        "loss: reference 1.900000; fused 1.900001\n"
         "LightningDiT-XL/1, 256 tokens, batch 32: 22776 GFLOP a step\n"
         "bf16 autocast; measured matmul rate: 700000 GFLOP/s\n"
-        "reference: 0.120 s (0.119 .. 0.122), 266.7 img/s, 27% of the matmul rate\n"
-        "fused: 0.060 s (0.059 .. 0.062), 533.3 img/s, 54% of the matmul rate\n"
-        "ratio: 2.00x\n"
-        "the reference's 399 matrix products alone: 0.040 s, 80% of the matmul rate, 67% of the fused step\n"
+        f"{_timed_paths()}"
+        "the reference's 399 matrix products alone: 0.0400 s, 80% of the matmul rate, 67% of the step: fused\n"
     )
     parts = [
         {"name": "training step XL/1", "status": 0, "output": step},
@@ -105,7 +116,10 @@ def test_measured_numbers_take_the_place_of_assumed_ones(small, tmp_path, capsys
     assert main(["plan", "--step", "--parts", "generator", "--gpus", "1", "--measured", told, "--json", str(file)]) == 0
     printed = _told(capsys)
     assert "measured on NVIDIA H100 80GB HBM3, 2026-01-02" in printed
-    assert "LightningDiT-XL/1, 256 tokens, batch 32: reference 120 ms, fused 60 ms" in printed
+    assert (
+        "LightningDiT-XL/1, 256 tokens, batch 32: reference 120.0 ms; reference, compiled 80.0 ms; fused 60.0 ms"
+        in printed
+    )
     assert "still assumed: convolution_share, attention_share" in printed
     found = json.loads(file.read_text())
     rows = {row["name"]: row for row in found["assumptions"]}

@@ -23,9 +23,9 @@ from aligntok.training.monitoring.ledger.assumptions import NAMES, Assumptions, 
 _RATE = re.compile(r"measured matmul rate: ([\d.]+) GFLOP/s")
 _ALONE = re.compile(r"matrix products alone: [\d.]+ s, (\d+)% of the matmul\s+rate")
 _STEP = re.compile(r"^(LightningDiT-\S+, \d+ tokens, batch \d+):", re.MULTILINE)
-_SECONDS = re.compile(r"^(reference|fused): ([\d.]+) s \(", re.MULTILINE)
+_SECONDS = re.compile(r"^((?:reference|fused)(?:, compiled)?): ([\d.]+) s \(", re.MULTILINE)
 _SHARE = re.compile(r"(\d+)% of peak")
-STEPS = ("training step XL/1", "training step B/1")
+STEP = "training step "  # how the names of such parts begin; the largest comes first
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def _load(path: str) -> dict[str, Any]:
 
 def _products(outputs: dict[str, str], gpu: Gpu) -> dict[str, float]:
     """The share of the peak that the products of a step reach, of the largest step that was timed."""
-    for text in (outputs.get(name, "") for name in STEPS):
+    for text in _of_steps(outputs):
         rate, alone = _RATE.search(text), _ALONE.search(text)
         if rate and alone and "bf16" in text:
             return {"product_share": float(rate[1]) * 1e9 * float(alone[1]) / 100 / gpu.peak["bf16"]}
@@ -117,10 +117,14 @@ def _share(name: str, text: str) -> float | None:
     return statistics.median(chosen) if chosen and statistics.median(chosen) > 0 else None
 
 
+def _of_steps(outputs: dict[str, str]) -> list[str]:
+    return [text for name, text in outputs.items() if name.startswith(STEP)]
+
+
 def _steps(outputs: dict[str, str]) -> list[str]:
     lines = []
-    for text in (outputs.get(name, "") for name in STEPS):
+    for text in _of_steps(outputs):
         what, seconds = _STEP.search(text), _SECONDS.findall(text)
         if what and seconds:
-            lines.append(f"{what[1]}: " + ", ".join(f"{name} {float(value) * 1e3:.0f} ms" for name, value in seconds))
+            lines.append(f"{what[1]}: " + "; ".join(f"{name} {float(value) * 1e3:.1f} ms" for name, value in seconds))
     return lines

@@ -13,7 +13,7 @@ TESTABLE := $(VENV)/.testable
 DOCUMENTABLE := $(VENV)/.documentable
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint docs drill kernel-report gpu-check clean
+.PHONY: help install quickstart test lint docs drill kernel-report matrix gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -37,14 +37,17 @@ docs: $(DOCUMENTABLE)  ## the site, warnings as errors: site/index.html
 drill: $(INSTALLED)  ## kill, cut off, flip, fill up, stall: 13 kinds of faults, after which nothing may be lost
 	$(BIN)/python -m benchmarks.drill
 
-kernel-report: $(TESTABLE)  ## compile every kernel for sm_80 and sm_90, read the machine code, count bytes: benchmarks/results/
+kernel-report: $(TESTABLE)  ## compile every kernel for six architectures, read the machine code, count bytes: benchmarks/results/
 	$(BIN)/python -m benchmarks.hardware_report
+
+matrix: $(TESTABLE)  ## the kernels with four pairs of PyTorch and Triton, each in an environment of its own (6 GB, removed again)
+	$(BIN)/python -m benchmarks.version_matrix
 
 gpu-check: $(TESTABLE)  ## on a machine with a GPU: its tests, all benchmarks, training throughput, in eight minutes
 	$(BIN)/python -m benchmarks.gpu_check
 
 clean:  ## remove .venv, build results and caches; runs/ stays
-	rm -rf $(VENV) build dist site *.egg-info aligntok/_C.* .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site *.egg-info aligntok/_C.* .matrix .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -1,6 +1,6 @@
-"""Compile a recorded kernel launch for sm_80 or sm_90 without a device, and read the machine code.
+"""Compile a recorded kernel launch for an architecture without a device, and read the machine code.
 
-    python -m benchmarks.aot swiglu [--arch 80 90] [--sass FOLDER]
+    python -m benchmarks.aot swiglu [--arch 80 90 ...] [--sass FOLDER]
 
 prints one line per kernel of an operator's workloads: registers, spills, shared memory, occupancy, tensor-core
 instructions, widths of the loads. `benchmarks.hardware_report` does the same for all operators and adds traffic.
@@ -39,10 +39,16 @@ _TYPES = {
     torch.bool: "i1",
 }
 # Per multiprocessor: registers, shared memory in bytes (and the most that one block may use), warps, blocks.
-# NVIDIA, CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability", 8.0 and 9.0.
+# NVIDIA, CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".
+_SMALL = {"registers": 65536, "shared": 100 * 1024, "shared_block": 99 * 1024, "warps": 48, "blocks": 24}
+_LARGE = {"registers": 65536, "shared": 228 * 1024, "shared_block": 227 * 1024, "warps": 64, "blocks": 32}
 LIMITS = {
-    80: {"registers": 65536, "shared": 164 * 1024, "shared_block": 163 * 1024, "warps": 64, "blocks": 32},
-    90: {"registers": 65536, "shared": 228 * 1024, "shared_block": 227 * 1024, "warps": 64, "blocks": 32},
+    80: _LARGE | {"shared": 164 * 1024, "shared_block": 163 * 1024},
+    86: _SMALL | {"blocks": 16},
+    89: _SMALL,
+    90: _LARGE,
+    100: _LARGE,
+    120: _SMALL,
 }
 SHARED_RESERVED = 1024  # bytes of shared memory that the driver keeps per block, same table
 
@@ -61,7 +67,8 @@ class KernelCode:
     occupancy: float  # share of the multiprocessor's warps
     hmma: int  # tensor-core instructions of sm_80, also used by small tiles on sm_90
     hgmma: int  # warp-group tensor-core instructions of sm_90
-    dots: int  # tt.dot in the source: each has to become hmma or hgmma
+    utcmma: int  # those of sm_100, whose accumulators lie in tensor memory
+    dots: int  # tt.dot in the source: each has to become one of the three
     loads: dict[str, int]  # width in bits -> global load instructions (asynchronous copies included)
     stores: dict[str, int]
     atomics: int
@@ -160,6 +167,7 @@ def compile_launch(launch: Launch, arch: int) -> tuple[KernelCode, str]:
         occupancy=occupancy(arch, registers, shared, warps),
         hmma=len(re.findall(r"\bHMMA\b", sass)),
         hgmma=len(re.findall(r"\bHGMMA\b", sass)),
+        utcmma=len(re.findall(r"\bUTC\w*MMA\b", sass)),
         dots=len(re.findall(r"tt\.dot\b", compiled.asm["ttir"])),
         loads=_widths(sass, r"\b(?:LDGSTS|LDG)((?:\.\w+)*)"),
         stores=_widths(sass, r"\bSTG((?:\.\w+)*)"),
@@ -197,7 +205,7 @@ def main() -> int:
     """Print the code figures of one operator."""
     parser = argparse.ArgumentParser(description="Compile an operator's kernels without a device.")
     parser.add_argument("op", help="name of the operator: benchmarks/bench_<op>.py")
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=[80, 90])
     parser.add_argument("--sass", type=Path, default=None, help="folder to write the SASS of every kernel to")
     options = parser.parse_args()
     seen: set[str] = set()

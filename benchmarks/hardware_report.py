@@ -2,10 +2,10 @@
 
     python -m benchmarks.hardware_report [--op NAME ...] [--output FOLDER]          (make kernel-report)
 
-Every Triton kernel is compiled for sm_80 and sm_90 at every workload of its benchmark and the SASS is read; the CUDA
-sources of csrc/ go through nvcc and `ptxas -v`; bytes and FLOPs are counted as benchmarks/traffic.py says. The roofline
-times are PREDICTIONS: the larger of bytes over the data sheet's bandwidth and FLOPs over its dense bf16 rate, launches
-and everything else left out. Measured times come from `make gpu-check`.
+Every Triton kernel is compiled for sm_80, 86, 89, 90, 100 and 120 at every workload of its benchmark and the SASS is
+read; the CUDA sources of csrc/ go through nvcc and `ptxas -v`; bytes and FLOPs are counted as benchmarks/traffic.py
+says. The roofline times are PREDICTIONS: the larger of bytes over the data sheet's bandwidth and FLOPs over its dense
+bf16 rate, launches and everything else left out. Measured times come from `make gpu-check`.
 
 Exit status 1, with a list, if a kernel spills registers, multiplies matrices without tensor cores, needs more shared
 memory than a block can have, uses atomics, or moves more than 1.1 times the operator's stated minimum.
@@ -18,6 +18,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from datetime import date
@@ -45,11 +46,11 @@ def triton_operators() -> list[str]:
     return [op for op in kernels.operators() if kernels.explain(op, "cuda").name == "triton"]
 
 
-def code_rows(op: str) -> list[dict[str, Any]]:
+def code_rows(op: str, architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
     """One row per distinct kernel code of an operator: op, the first workload that launches it, the figures."""
     rows, seen = [], set()
     for workload in workloads_of(op):
-        for arch in ARCHITECTURES:
+        for arch in architectures:
             for name, launches in zip(PASSES, launches_of(workload, arch), strict=True):
                 for launch in launches:
                     identity = key(launch, arch)
@@ -102,7 +103,7 @@ def problems(code: list[dict], traffic: list[dict], cuda: list[dict]) -> list[st
         limit = LIMITS[row["arch"]]["shared_block"]
         if row["spilled_bytes"]:
             found.append(f"{where}: {row['spilled_bytes']} bytes of registers are spilled")
-        if row["dots"] and not row["hmma"] + row["hgmma"]:
+        if row["dots"] and not row["hmma"] + row["hgmma"] + row["utcmma"]:
             found.append(f"{where}: a matrix product without tensor cores")
         if row["shared"] > limit:
             found.append(f"{where}: {row['shared']} bytes of shared memory, a block can have {limit}")
@@ -127,8 +128,8 @@ def roofline(arch: int, amount: float, flops: float) -> float:
 def _code_table(rows: list[dict]) -> list[str]:
     lines = [
         "| op | kernel | workload | sm | configuration | registers | spilled | shared KiB | occupancy | HMMA | HGMMA "
-        "| loads | stores |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| UTCMMA | loads | stores |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         configuration = " ".join(f"{name}={value}" for name, value in row["configuration"].items())
@@ -138,7 +139,7 @@ def _code_table(rows: list[dict]) -> list[str]:
         lines.append(
             f"| {row['op']} | `{row['kernel']}` | {row['workload']} | {row['arch']} | {configuration} "
             f"| {row['registers']} | {row['spilled_bytes']} | {row['shared'] / 1024:.1f} | {row['occupancy']:.0%} "
-            f"| {row['hmma']} | {row['hgmma']} | {loads} | {stores} |"
+            f"| {row['hmma']} | {row['hgmma']} | {row['utcmma']} | {loads} | {stores} |"
         )
     return lines
 
@@ -149,7 +150,7 @@ def _microseconds(seconds: float) -> str:
 
 def traffic_table(rows: list[dict]) -> list[str]:
     """Bytes of our path, of eager and of torch.compile, and the predicted times, forward and backward together."""
-    names = [DEVICES[arch][0] for arch in ARCHITECTURES]
+    names = [device for device, _, _ in DEVICES.values()]
     lines = [
         "| op | workload | ours MB | of minimum | with re-reads MB | eager MB | torch.compile MB "
         "| GFLOP ours / eager | "
@@ -163,7 +164,7 @@ def traffic_table(rows: list[dict]) -> list[str]:
         ratio = " / ".join(f"{value:.2f}" for value in row["ratio"])
         flops, executed = row["eager"]["flops"], row["executed_flops"]
         times = []
-        for arch in ARCHITECTURES:
+        for arch in DEVICES:
             own = sum(roofline(arch, b, f) for b, f in zip(row["bytes"], executed, strict=False))
             theirs = sum(roofline(arch, b, f) for b, f in zip(row["eager"]["bytes"], flops, strict=False))
             times.append(f"{_microseconds(own)} / {_microseconds(theirs)}, {theirs / own:.1f}x")
@@ -243,7 +244,7 @@ def main() -> int:
     cuda = [] if options.op else cuda_report.rows()
     padding = []
     if "qknorm_attention" in wanted:
-        padding = [row for arch in ARCHITECTURES for row in bench_qknorm_attention.padding_comparison(arch)]
+        padding = [row for arch in DEVICES for row in bench_qknorm_attention.padding_comparison(arch)]
     broken = problems(code, traffic, cuda)
     chosen = ["--op", *options.op] if options.op else []
     command = " ".join(["python -m benchmarks.hardware_report", *chosen, *(["--quick"] if options.quick else [])])

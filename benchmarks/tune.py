@@ -133,7 +133,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("op", help="name of the operator: benchmarks/bench_<op>.py")
     parser.add_argument("--workload", type=int, default=0, help="its number in WORKLOADS (default: 0)")
-    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=[80, 90])
     parser.add_argument("--kernel", default=None, help="only this kernel")
     parser.add_argument("--seconds", type=float, default=5.0, help="on a GPU: time for all candidates (default: 5)")
     options = parser.parse_args()

@@ -20,6 +20,7 @@ from ._qknorm_attention_tiles import (
     _store,
     _store_attended,
     _store_vector,
+    _transposed,
     _unprepare,
     _zeros,
 )
@@ -42,7 +43,7 @@ def _short_forward_kernel(
         k = _load(k_rows, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
         k = _prepare(k, i * BLOCK_K, N, (k_weight, eps, cos, sin, 1.0), D, ROPE)
         v = _load(v_rows, i * BLOCK_K, N, D, MAIN, TAIL, BLOCK_K)
-        k_all, v_all = k_all + (k,), v_all + (v,)  # type: ignore[assignment]  # unrolled: each time another tuple
+        k_all, v_all = k_all + (_transposed(k),), v_all + (v,)  # type: ignore[assignment]  # unrolled: each time another tuple
     for start in range(0, N, BLOCK_Q):
         q = _load(q_rows, start, N, D, MAIN, TAIL, BLOCK_Q)
         q = _prepare(q, start, N, (q_weight, eps, cos, sin, factor), D, ROPE)
@@ -92,7 +93,7 @@ def _long_forward_kernel(
     for start in range(0, N, BLOCK_K):
         k = _load(k_rows, start, N, D, MAIN, TAIL, BLOCK_K)
         v = _load(v_rows, start, N, D, MAIN, TAIL, BLOCK_K)
-        sums = _attend(sums, q, k, v, start, N, PRECISION, EVEN)
+        sums = _attend(sums, q, _transposed(k), v, start, N, PRECISION, EVEN)
     _store_attended(sums, out, lse, head, first, D)
 
 

@@ -159,12 +159,19 @@ def _row_sums(a, b):
 
 
 @triton.jit
+def _transposed(tile):
+    """The transposed parts [C, R] of a tile."""
+    main = tl.trans(tile[0])
+    return (main, tl.trans(tile[1])) if len(tile) == 2 else (main,)
+
+
+@triton.jit
 def _product(a, b, PRECISION: tl.constexpr):
-    """a b^T of two tiles, over the columns of all parts."""
-    total = tl.zeros([a[0].shape[0], b[0].shape[0]], tl.float32)
+    """a b for a tile a and a transposed one b, over the columns of all parts of a."""
+    total = tl.zeros([a[0].shape[0], b[0].shape[1]], tl.float32)
     if len(a) == 2:
-        total = tl.dot(a[1], tl.trans(b[1]), total, input_precision=PRECISION)
-    return tl.dot(a[0], tl.trans(b[0]), total, input_precision=PRECISION)
+        total = tl.dot(a[1], b[1], total, input_precision=PRECISION)
+    return tl.dot(a[0], b[0], total, input_precision=PRECISION)
 
 
 @triton.jit
@@ -253,11 +260,11 @@ def _no_keys(q):
 
 @triton.jit
 def _attend(sums, q, k, v, start, N, PRECISION: tl.constexpr, EVEN: tl.constexpr):
-    """The sums of the online softmax with the block of keys at `start`."""
+    """The sums of the online softmax with the block of keys at `start`; k is transposed."""
     o, top, total = sums
     s = _product(q, k, PRECISION)
     if not EVEN:
-        s = tl.where(start + tl.arange(0, k[0].shape[0])[None, :] < N, s, float("-inf"))
+        s = tl.where(start + tl.arange(0, k[0].shape[1])[None, :] < N, s, float("-inf"))
     higher = tl.maximum(top, tl.max(s, axis=1))
     shrink = tl.exp2(top - higher)
     p = tl.exp2(s - higher[:, None])
@@ -278,8 +285,8 @@ def _store_attended(sums, out, lse, head, start, D: tl.constexpr):
 @triton.jit
 def _step_dq(dq, q, k, v, do, log, delta, start, N, PRECISION: tl.constexpr, EVEN: tl.constexpr):
     """dq' of a block of queries plus what a block of keys adds to it, without the scale."""
-    s = _product(q, k, PRECISION)
-    dp = _product(do, v, PRECISION)
+    s = _product(q, _transposed(k), PRECISION)
+    dp = _product(do, _transposed(v), PRECISION)
     ds = tl.exp2(s - log) * (dp - delta)
     if not EVEN:
         ds = tl.where(start + tl.arange(0, k[0].shape[0])[None, :] < N, ds, 0.0)
@@ -292,7 +299,7 @@ def _step_dkv(dk, dv, k, v, q, do, log, delta, PRECISION: tl.constexpr):
 
     The scores come out transposed, [keys, queries], as the left operands that they are next.
     """
-    p = tl.exp2(_product(k, q, PRECISION) - log)
+    p = tl.exp2(_product(k, _transposed(q), PRECISION) - log)
     dv = _accumulate(dv, p.to(v[0].dtype), do, PRECISION)
-    dp = _product(v, do, PRECISION)
+    dp = _product(v, _transposed(do), PRECISION)
     return _accumulate(dk, (p * (dp - delta)).to(v[0].dtype), q, PRECISION), dv

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.library
@@ -26,9 +26,14 @@ from torch.library import custom_op, triton_op
 OLDEST_TRITON = (3, 4)  # that of torch 2.8: the first with tuples that kernels can hand on, and with triton.knobs
 
 
+def release(version: str) -> tuple[int, ...]:
+    """(major, minor) of a version such as "3.4.0+git1234"."""
+    return tuple(map(int, re.findall(r"\d+", version)[:2]))
+
+
 def version_refusal(version: str) -> str | None:
     """Why a release of Triton such as "3.3.1" cannot be used, or None."""
-    if tuple(map(int, re.findall(r"\d+", version)[:2])) >= OLDEST_TRITON:
+    if release(version) >= OLDEST_TRITON:
         return None
     return f"it is version {version}, the kernels need {'.'.join(map(str, OLDEST_TRITON))} or newer (torch 2.8)"
 
@@ -42,6 +47,7 @@ try:
     import triton.language as tl
 
     ABSENT: str | None = None
+    RELEASE = release(triton.__version__)
     INTERPRETED: bool = triton.knobs.runtime.interpret
 except ImportError as error:
 
@@ -65,9 +71,15 @@ except ImportError as error:
     triton = tl = _Absent()
     ABSENT = f"Triton cannot be used ({error}); it exists for Linux: pip install triton"
     INTERPRETED = False
+    RELEASE = OLDEST_TRITON
 
-ARCHITECTURES = (80, 90)  # A100, H100: those with pinned configurations
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # A100; RTX 30 and A10; RTX 40, L4 and L40; H100; B200; RTX 50
+# Whose configurations an architecture without its own takes. 86, 89 and 120 have the tensor-core instructions of 80 and
+# 99 KiB of shared memory for a block, where it has 163; 100 has the shared memory of 90 and keeps accumulators outside
+# the registers.
+LIKE = {86: 80, 89: 86, 100: 90, 120: 86}
 Configuration = dict[str, Any]  # block sizes (upper case), num_warps, num_stages
+Pinned = TypeVar("Pinned")
 
 
 @dataclass(frozen=True)
@@ -145,7 +157,7 @@ def _described(kernel: Any, grid: tuple[int, ...], arguments: Sequence[Any], met
 
 @contextmanager
 def record_launches(architecture: int) -> Iterator[list[Launch]]:
-    """Collect the launches that operators make for meta tensors, configured for sm_80 or sm_90."""
+    """Collect the launches that operators make for meta tensors, configured for one of ARCHITECTURES."""
     assert architecture in ARCHITECTURES, architecture
     launches: list[Launch] = []
     token = _recorder.set((architecture, launches))
@@ -161,7 +173,7 @@ def _capability(index: int | None) -> tuple[int, int]:
 
 
 def architecture(device: torch.device) -> int:
-    """The pinned architecture to configure for: the newest in ARCHITECTURES that is not newer than the device."""
+    """The architecture to configure for: the newest in ARCHITECTURES that is not newer than the device."""
     recorder = _recorder.get()
     if recorder is not None:
         return recorder[0]
@@ -171,10 +183,18 @@ def architecture(device: torch.device) -> int:
     return max((a for a in ARCHITECTURES if a <= 10 * major + minor), default=ARCHITECTURES[0])
 
 
+def pinned(table: Mapping[int, Pinned], device: torch.device) -> Pinned:
+    """A device's entry in a table by architecture: its own, or that of the architecture that it is LIKE."""
+    found = architecture(device)
+    while found not in table:
+        found = LIKE[found]
+    return table[found]
+
+
 def configuration(kernel: str, table: Mapping[int, Configuration], device: torch.device) -> Configuration:
     """The pinned block sizes and options of a kernel on a device, unless `use_configurations` says otherwise."""
     overrides = _overrides.get() or {}
-    chosen = dict(overrides.get(kernel, table[architecture(device)]))
+    chosen = dict(overrides[kernel] if kernel in overrides else pinned(table, device))
     asked = _asked.get()
     if asked is not None:
         asked[kernel] = chosen

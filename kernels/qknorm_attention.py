@@ -16,8 +16,9 @@ results and gradients are written where the neighbouring projections read them.
 Forward, up to SHORT tokens one program owns a (batch, head): k' and v are prepared once and stay on the chip. Beyond,
 k' is prepared by a launch of its own, since each of the N / BLOCK programs of a head would otherwise repeat that for
 every tile. Backward, up to SHORT tokens one program owns a (batch, head) as well, in three phases: q' and k', then dq,
-then dk and dv, since all of it at once needs more registers than there are (docs/decisions.md). Beyond, each phase is a
-launch. No atomics: a weight's gradient is summed per program and block, then over them in a fixed order.
+then dk and dv, since all of it at once needs more registers than there are (docs/decisions.md). Beyond, and where those
+phases in one launch would spill, each is a launch. No atomics: a weight's gradient is summed per program and block,
+then over them in a fixed order.
 
 A head of 72 channels is 64 + 8 and not 128: see `parts`.
 """
@@ -104,34 +105,59 @@ def _phases(
     return tiles | {"num_warps": warps, "num_stages": stages}
 
 
-# Rows (MAIN + TAIL up to, N up to, by architecture); the first that fits is taken.
-CONFIGURATIONS: dict[str, list[tuple[int, int, dict[int, Configuration]]]] = {
+# Rows (MAIN + TAIL up to, N up to, by architecture); the first that fits is taken. None: not in one launch, since no
+# tiles were found that leave nothing spilled. Chosen from the machine code (benchmarks.aot) of every compiler and
+# architecture in docs/kernels.md, not from timings.
+CONFIGURATIONS: dict[str, list[tuple[int, int, dict[int, Configuration | None]]]] = {
     "short_forward": [
         (64, 256, {80: _blocks(64, 64, 4), 90: _blocks(64, 64, 4)}),
-        (80, 256, {80: _blocks(128, 32, 8), 90: _blocks(64, 64, 4)}),
+        (80, 256, {80: _blocks(128, 32, 8), 86: _blocks(64, 32, 4), 90: _blocks(64, 64, 4)}),
         (128, 256, {80: _blocks(64, 64, 4), 90: _blocks(64, 64, 4)}),
     ],
     "prepare": [(128, ANY, {80: _rows(64, 4), 90: _rows(64, 4)})],
-    "long_forward": [(128, ANY, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)})],
-    # The largest tiles whose two accumulators and operands leave nothing spilled (benchmarks.aot)
-    "dq": [
+    "long_forward": [
         (80, ANY, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)}),
+        (128, ANY, {80: _blocks(128, 32, 8, 2), 90: _blocks(128, 64, 8, 2)}),
+    ],
+    "dq": [
+        (64, ANY, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)}),
+        (80, ANY, {80: _blocks(128, 32, 8, 2), 90: _blocks(128, 64, 8, 2)}),
         (128, ANY, {80: _blocks(64, 64, 8, 2), 90: _blocks(64, 64, 8, 2)}),
     ],
     "dkv": [
-        (64, ANY, {80: _blocks(64, 64, 4, 2), 90: _blocks(64, 64, 4, 2)}),
-        (80, ANY, {80: _blocks(32, 64, 4, 2), 90: _blocks(64, 64, 8, 2)}),
+        (64, ANY, {80: _blocks(32, 64, 4, 2), 90: _blocks(64, 64, 4, 2)}),
+        (80, ANY, {80: _blocks(16, 64, 4, 1), 90: _blocks(64, 64, 8, 2)}),
         (128, ANY, {80: _blocks(64, 64, 8, 2), 90: _blocks(64, 64, 8, 2)}),
     ],
-    # Of the tiles that were tried, the largest that leave nothing spilled; eight warps and two stages throughout
+    # Eight warps throughout; one stage where the addresses of a second would be spilled
     "short_backward": [
-        (64, 64, {80: _phases((64, 64), (32, 64)), 90: _phases((64, 64), (64, 64))}),
-        (64, 256, {80: _phases((128, 64), (32, 128)), 90: _phases((128, 64), (64, 128))}),
-        (80, 64, {80: _phases((64, 64), (16, 64)), 90: _phases((64, 64), (64, 64))}),
-        (80, 256, {80: _phases((64, 64), (16, 128)), 90: _phases((128, 64), (64, 64))}),
-        (128, 256, {80: _phases((64, 64), (64, 64)), 90: _phases((64, 64), (32, 64))}),
+        (64, 64, {80: _phases((64, 32), (32, 64)), 90: _phases((64, 64), (64, 64))}),
+        (64, 256, {80: _phases((128, 32), (32, 128)), 90: _phases((128, 64), (64, 64))}),
+        (
+            80,
+            64,
+            {
+                80: _phases((64, 32), (16, 64)),
+                86: _phases((64, 32), (16, 64), stages=1),
+                90: _phases((64, 64), (64, 64)),
+                100: None,
+            },
+        ),
+        (
+            80,
+            256,
+            {
+                80: _phases((128, 32), (16, 128)),
+                86: _phases((128, 32), (16, 128), stages=1),
+                90: _phases((128, 32), (32, 64)),
+                100: None,
+            },
+        ),
+        (128, 256, {80: _phases((64, 32), (32, 64)), 90: _phases((64, 64), (32, 64)), 100: None}),
     ],
 }
+# Before this release the compiler lays q's tail out twice, and the tiles of a whole head are spilled.
+ONE_LAYOUT = (3, 8)
 # fp32 runs on the ordinary cores (tf32 on request): tiles that fit in registers, not tuned further.
 FLOAT32 = dict.fromkeys(CONFIGURATIONS, _blocks(32, 32, 4)) | {
     "prepare": _rows(32, 4),
@@ -139,14 +165,25 @@ FLOAT32 = dict.fromkeys(CONFIGURATIONS, _blocks(32, 32, 4)) | {
 }
 
 
-def _configured(kernel: str, qkv: Tensor) -> Configuration:
-    """The pinned configuration of a kernel for the number type, width and length of qkv."""
+def _table(kernel: str, qkv: Tensor) -> dict[int, Any]:
+    """The configurations of a kernel by architecture, for the number type, width and length of qkv."""
     width, N = sum(parts(qkv.shape[4])), qkv.shape[1]
     if qkv.dtype == torch.float32:
-        table = dict.fromkeys(_triton.ARCHITECTURES, FLOAT32[kernel])
-    else:
-        table = next(t for most, longest, t in CONFIGURATIONS[kernel] if width <= most and N <= longest)
-    return configuration(f"qknorm_attention_{kernel}", table, qkv.device)
+        return dict.fromkeys(_triton.ARCHITECTURES, FLOAT32[kernel])
+    return next(table for most, longest, table in CONFIGURATIONS[kernel] if width <= most and N <= longest)
+
+
+def _configured(kernel: str, qkv: Tensor) -> Configuration:
+    """The pinned configuration of a kernel for qkv."""
+    return configuration(f"qknorm_attention_{kernel}", _table(kernel, qkv), qkv.device)
+
+
+def _whole_head(kernel: str, qkv: Tensor) -> bool:
+    """Whether a program of `kernel` can own a whole (batch, head) of qkv on its device, with this compiler."""
+    _, tail = parts(qkv.shape[4])
+    if qkv.shape[1] > SHORT or (tail and qkv.dtype != torch.float32 and _triton.RELEASE < ONE_LAYOUT):
+        return False
+    return _triton.pinned(_table(kernel, qkv), qkv.device) is not None
 
 
 def fits_on_chip(N: int, D: int, itemsize: int) -> bool:
@@ -212,7 +249,7 @@ def _forward(
     weights = {"q_weight": q_weight, "k_weight": k_weight}
     common = _common(qkv, eps, _dense(cos), _dense(sin))
     results = {"out": out, "lse": lse, "PRECISION": dot_precision(qkv.dtype)}
-    if fits_on_chip(N, D, qkv.element_size()):
+    if fits_on_chip(N, D, qkv.element_size()) and _whole_head("short_forward", qkv):
         config = _configured("short_forward", qkv)
         blocks = {"EVEN": N % config["BLOCK_K"] == 0, "BLOCKS": triton.cdiv(N, config["BLOCK_K"])}
         launch(wrap_triton(_short_forward_kernel), (B * H,), **common, **weights, **results, **blocks, **config)
@@ -250,7 +287,7 @@ def _backward(
     dout_b, dout_n, _ = dout.stride()
     upstream = {"lse": lse, "dout": dout, "dout_b": dout_b, "dout_n": dout_n, "scale": D**-0.5}
     results = {"dqkv": dqkv, "delta": torch.empty_like(lse), "PRECISION": dot_precision(qkv.dtype)}
-    if N <= SHORT:
+    if _whole_head("short_backward", qkv):
         config = _configured("short_backward", qkv)
         dq_weight = _partials(q_weight, B * H * triton.cdiv(N, config["DQ_Q"]), qkv)
         dk_weight = _partials(q_weight, B * H * triton.cdiv(N, config["DKV_K"]), qkv)

@@ -71,7 +71,7 @@ def test_load_widths_are_read_from_sass():
 
 CODE = {
     "op": "o", "kernel": "k", "workload": "w", "arch": 80, "spilled_bytes": 0, "dots": 1, "hmma": 4, "hgmma": 0,
-    "shared": 1024, "atomics": 0,
+    "utcmma": 0, "shared": 1024, "atomics": 0,
 }  # fmt: skip
 TRAFFIC = {"op": "o", "label": "w", "ratio": [1.0, 1.09]}
 CUDA = {"kernel": "k", "source": "s", "arch": 80, "spilled_bytes": 0}

@@ -28,7 +28,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 VERSIONS = ("2.8.0", "2.11.0", "2.14.1", "2.14.1/3.9.0")  # the oldest, one between, the pinned one, the newest Triton
-TOOLS = ("setuptools>=77", "ninja", "packaging", "pytest", "hypothesis")
+# numpy: from 2.4 on it turns no array of one number into a Python number, as the interpreter of Triton 3.4 asks.
+TOOLS = ("setuptools>=77", "ninja", "packaging", "pytest", "hypothesis", "numpy<2.4")
 COUNTS = ("failed", "passed", "skipped", "error")
 
 

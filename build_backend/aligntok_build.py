@@ -21,7 +21,7 @@ from typing import Any
 
 from setuptools import build_meta
 
-# The oldest release that `make matrix` tries: it comes with Triton 3.4, before which kernels had no tuples to hand on.
+# The oldest release that `make matrix` tries: it comes with Triton 3.4, the first with triton.knobs.
 TORCH_MINIMUM = (2, 8)
 TORCH_REQUIREMENT = "torch>=" + ".".join(map(str, TORCH_MINIMUM))
 

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.library import custom_op, triton_op
 
-OLDEST_TRITON = (3, 4)  # that of torch 2.8: the first with tuples that kernels can hand on, and with triton.knobs
+OLDEST_TRITON = (3, 4)  # that of torch 2.8: the first with triton.knobs
 
 
 def release(version: str) -> tuple[int, ...]:

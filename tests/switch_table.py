@@ -288,7 +288,6 @@ ELSEWHERE: dict[Any, str] = {
     "generator.training.wandb_project": "monitoring/test_trackers.py, with a package that stands in for wandb",
     "generator.model.size": "models/test_sizes.py: a named size takes a minute here",
     "generator.sampler.cuda_graph": "CUDA only: diffusion/test_cuda_graph.py",
-    "tokenizer.losses.perceptual.weights": "given with lpips-vgg and lpips-alex",
     (EncoderConfig, "name"): "models/test_encoder.py",
     (EncoderConfig, "weights"): "models/test_encoder.py, zoo/test_finished.py",
     (EncoderConfig, "downsample"): "models/test_encoder.py",
@@ -307,6 +306,7 @@ ELSEWHERE: dict[Any, str] = {
 WORDS_ELSEWHERE = {
     "fused": "CUDA only, refused here: models/test_attention.py",
     "flash-attn": "the same",
+    "tf32": "CUDA only, fp32 with the reason here: runtime/test_devices.py",
     "xformers": "the same",
     "S": "models/test_sizes.py",
     "B": "models/test_sizes.py",

@@ -46,6 +46,9 @@ def triton_operators() -> list[str]:
     return [op for op in kernels.operators() if kernels.explain(op, "cuda").name == "triton"]
 
 
+QUICK_ARCHITECTURES = (80, 90)
+
+
 def code_rows(op: str, architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
     """One row per distinct kernel code of an operator: op, the first workload that launches it, the figures."""
     rows, seen = [], set()
@@ -92,7 +95,8 @@ def _at_production_shape(row: dict[str, Any]) -> dict[str, Any]:
 
 def _examined(op: str, quick: bool) -> tuple[str, list[dict], list[dict], float]:
     start = time.monotonic()
-    return op, code_rows(op), traffic_rows(op, quick), time.monotonic() - start
+    code = code_rows(op, QUICK_ARCHITECTURES if quick else ARCHITECTURES)
+    return op, code, traffic_rows(op, quick), time.monotonic() - start
 
 
 def problems(code: list[dict], traffic: list[dict], cuda: list[dict]) -> list[str]:
@@ -231,7 +235,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", default=None, help="these operators only (default: all)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the two files")
-    parser.add_argument("--quick", action="store_true", help="without torch.compile's column, whose C++ takes minutes")
+    parser.add_argument("--quick", action="store_true", help="sm_80 and sm_90 alone, without torch.compile's column")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="operators compiled at once")
     options = parser.parse_args()
     wanted = options.op or triton_operators()

@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 NEEDED_GIB ?= 8
+SANITIZE_PYTHON ?= python3.12
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -11,9 +12,11 @@ SOURCES := setup.py pyproject.toml constraints.txt $(wildcard csrc/* build_backe
 INSTALLED := $(VENV)/.installed
 TESTABLE := $(VENV)/.testable
 DOCUMENTABLE := $(VENV)/.documentable
+SANITIZER := .venv-sanitize
+SANITIZABLE := $(SANITIZER)/.sanitizable
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint docs drill kernel-report matrix gpu-check clean
+.PHONY: help install quickstart test lint docs drill kernel-report sanitize matrix gpu-check clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 24
@@ -40,6 +43,9 @@ drill: $(INSTALLED)  ## kill, cut off, flip, fill up, stall: 13 kinds of faults,
 kernel-report: $(TESTABLE)  ## compile every kernel for six architectures, read the machine code, count bytes: benchmarks/results/
 	$(BIN)/python -m benchmarks.hardware_report
 
+sanitize: $(SANITIZABLE)  ## execute what Triton compiles of the kernels, without a GPU: out of bounds, races; needs Python 3.12 or 3.13
+	OMP_NUM_THREADS=1 $(SANITIZER)/bin/python -m benchmarks.sanitize
+
 matrix: $(TESTABLE)  ## the kernels with four pairs of PyTorch and Triton, each in an environment of its own (6 GB, removed again)
 	$(BIN)/python -m benchmarks.version_matrix
 
@@ -47,7 +53,7 @@ gpu-check: $(TESTABLE)  ## on a machine with a GPU: its tests, all benchmarks, t
 	$(BIN)/python -m benchmarks.gpu_check
 
 clean:  ## remove .venv, build results and caches; runs/ stays
-	rm -rf $(VENV) build dist site *.egg-info aligntok/_C.* .matrix .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(SANITIZER) build dist site *.egg-info aligntok/_C.* .matrix .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -74,4 +80,14 @@ $(TESTABLE): $(INSTALLED)
 
 $(DOCUMENTABLE): $(INSTALLED)
 	$(PIP) install -c constraints.txt 'aligntok[docs]'
+	@touch $@
+
+# ttsem, which executes compiled kernels, is for Python 3.12 and 3.13 alone. What the kernel tests and steps need, no more.
+$(SANITIZABLE): $(SOURCES)
+	@$(SANITIZE_PYTHON) -c 'import sys, venv; sys.exit(not (3, 12) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || \
+	  { echo "not run: '$(SANITIZE_PYTHON)' is no Python 3.12 or 3.13; choose one with: make sanitize SANITIZE_PYTHON=python3.13"; exit 1; }
+	$(SANITIZE_PYTHON) -m venv $(SANITIZER)
+	$(SANITIZER)/bin/python -m pip --disable-pip-version-check install -c constraints.txt torch torchvision setuptools ninja
+	$(SANITIZER)/bin/python -m pip --disable-pip-version-check install -c constraints.txt --no-build-isolation -e .
+	$(SANITIZER)/bin/python -m pip --disable-pip-version-check install -c constraints.txt hypothesis pytest scipy ttsem==0.1.0
 	@touch $@

@@ -36,7 +36,16 @@ def make(device: str, dtype: torch.dtype, B: int, N: int, H: int, D: int) -> tup
 
 
 def minimum(itemsize: int, B: int, N: int, H: int, D: int) -> tuple[float, float]:
-    """In units of one of q, k, v, out or dout of all heads; the tables, fp32, are read once per launch.
+    """In units of one of q, k, v, out or dout of all heads, and the fp32 tables.
+
+    Forward: qkv in, out out. Backward: qkv, dout, out in, dqkv out.
+    """
+    unit, tables = B * N * H * D * itemsize, N * D * 4
+    return 4 * unit + tables, 8 * unit + tables
+
+
+def planned(itemsize: int, B: int, N: int, H: int, D: int) -> tuple[float, float]:
+    """In the same units; the tables are read once per launch.
 
     Forward: qkv in, out out, and where a head does not fit on the chip k' out and in once more. Backward in one launch:
     qkv, dout, out in, dqkv out, and q', k' out and in. In three: q, k in, q', k' out; q, k', v, dout, out in, dq out;
@@ -89,6 +98,8 @@ WORKLOADS = [
         qknorm_attention_reference,
         minimum,
         flops,
+        planned=planned,
+        reason="normed and rotated q and k are written and read again, where every program would compute them anew",
         note=note,
         providers=PROVIDERS,
     )

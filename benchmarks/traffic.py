@@ -3,8 +3,8 @@
 Kernels: Triton's interpreter runs a workload at its reduced shape (in fp16 for bf16, which it lacks) while every load
 and store is written down: `total` counts each access, `unique` each address once per launch, which is what has to come
 from device memory when the cache holds the rest. Eager PyTorch: every operator that is no view is charged its inputs
-and outputs, on meta tensors at the production shape. torch.compile: what Inductor's scheduler for the CPU says of the
-code that it generates at the reduced shape.
+and outputs, on meta tensors at the production shape, attention as one operator like PyTorch's flash kernels.
+torch.compile: what Inductor's scheduler for the CPU says of the code that it generates at the reduced shape.
 
     TRITON_INTERPRET=1 python -m benchmarks.traffic swiglu [--no-compiled]     prints JSON for the hardware report
 """
@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime import interpreter
 
+from aligntok.runtime.autocast import MetaAutocast
 from benchmarks.aot import workloads_of
 from benchmarks.workloads import Workload
 
@@ -144,7 +145,7 @@ def eager_costs(workload: Workload) -> dict[str, tuple[int, int]]:
 
     def passes(mode: Callable[[], Any], amount: Callable[[Any], int]) -> tuple[int, int]:
         inputs = workload.make("meta", workload.dtype, **workload.shape)
-        with mode() as forward:
+        with MetaAutocast(None), mode() as forward:  # attention as the one operator that it is on a GPU
             outputs = workload.reference(*inputs)
         with mode() as backward:
             if workload.differentiable():
@@ -220,10 +221,12 @@ def main() -> int:
             {
                 "label": workload.label,
                 "kernels": kernels,
-                "reduced_minimum": workload.minimum(itemsize, **workload.reduced_shape),
+                "reduced_plan": workload.plan(itemsize, **workload.reduced_shape),
+                "plan": workload.plan(itemsize, **workload.shape),
                 "minimum": workload.minimum(itemsize, **workload.shape),
                 "reduced_flops": workload.flops(**workload.reduced_shape),
                 "flops": workload.flops(**workload.shape),
+                "reason": workload.reason,
                 "eager": eager_costs(workload),
                 "compiled": compiled_bytes(workload) if with_compiled else "left out",
             }

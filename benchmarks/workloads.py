@@ -26,8 +26,10 @@ class Workload:
             Works on "meta" too, and fills real tensors with numbers of a realistic size.
         ours: ours(*inputs, implementation=...) -> outputs, through the public function.
         reference: reference(*inputs) -> outputs in plain PyTorch: the baseline.
-        minimum: minimum(itemsize, **shape) -> bytes that the (forward, backward) pass must move at least: every input
-            read once and every output written once. None in place of a number: there is no such pass.
+        minimum: minimum(itemsize, **shape) -> bytes that any implementation's (forward, backward) pass must move: every
+            input read once and every output written once. None in place of a number: there is no such pass.
+        planned: as minimum, with what our kernels write and read again beside it; None: nothing.
+        reason: why they do.
         flops: flops(**shape) -> FLOPs of the tensor cores in the (forward, backward) pass; 0 where there is no dot.
         dtype: of the large tensors.
         tolerance: accepted relative difference between the two in `dtype`.
@@ -44,6 +46,8 @@ class Workload:
     reference: Callable[..., Outputs]
     minimum: Callable[..., tuple[float, float | None]]
     flops: Callable[..., tuple[float, float]] = field(default=lambda **shape: (0.0, 0.0))
+    planned: Callable[..., tuple[float, float | None]] | None = None
+    reason: str = ""
     dtype: torch.dtype = torch.bfloat16
     tolerance: float = 3e-2
     note: str = ""
@@ -69,6 +73,10 @@ class Workload:
     def cpu_shape(self) -> dict[str, int]:
         """`shape` with the sizes for a CPU put in."""
         return self.shape | (self.cpu or self.reduced)
+
+    def plan(self, itemsize: int, **shape: int) -> tuple[float, float | None]:
+        """Bytes that our kernels are meant to move: the minimum, or `planned`."""
+        return (self.planned or self.minimum)(itemsize, **shape)
 
     def differentiable(self) -> bool:
         """Whether the operator has a backward pass at all."""

@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -73,7 +74,7 @@ CODE = {
     "op": "o", "kernel": "k", "workload": "w", "arch": 80, "spilled_bytes": 0, "dots": 1, "hmma": 4, "hgmma": 0,
     "utcmma": 0, "shared": 1024, "atomics": 0,
 }  # fmt: skip
-TRAFFIC = {"op": "o", "label": "w", "ratio": [1.0, 1.09]}
+TRAFFIC = {"op": "o", "label": "w", "of_plan": [1.0, 1.09], "ratio": [1.0, 1.5], "reason": "it has to"}
 CUDA = {"kernel": "k", "source": "s", "arch": 80, "spilled_bytes": 0}
 
 
@@ -84,7 +85,8 @@ CUDA = {"kernel": "k", "source": "s", "arch": 80, "spilled_bytes": 0}
         ({"hmma": 0}, {}, {}, "without tensor cores"),
         ({"shared": 164 * 1024}, {}, {}, "bytes of shared memory"),
         ({"atomics": 1}, {}, {}, "1 atomics"),
-        ({}, {"ratio": [1.0, 1.2]}, {}, "backward: 1.20 of the stated minimum"),
+        ({}, {"of_plan": [1.0, 1.2]}, {}, "backward: 1.20 of the planned traffic"),
+        ({}, {"reason": ""}, {}, "backward: 1.50 of the minimum, without a reason"),
         ({}, {}, {"spilled_bytes": 4}, "4 bytes spilled"),
     ],
 )
@@ -133,3 +135,22 @@ def test_what_phases_hand_on_through_memory_is_behind_a_barrier():
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["_short_backward_kernel,True,True,True", "0"]
+
+
+def test_a_workload_that_plans_more_than_the_minimum_says_why():
+    for op in hardware_report.triton_operators():
+        for workload in hardware_report.workloads_of(op):
+            pairs = zip(workload.minimum(2, **workload.shape), workload.plan(2, **workload.shape), strict=True)
+            shares = [planned / least for least, planned in pairs if least]
+            assert min(shares) >= 1, "a minimum is what every implementation moves"
+            assert bool(workload.reason) == (max(shares) > hardware_report.TRAFFIC_LIMIT), workload
+
+
+def test_eager_attention_is_charged_as_a_flash_kernel():
+    """Bytes grow as the tokens do, and not as the scores, which are never written out."""
+    from benchmarks.traffic import eager_costs
+
+    (workload, *_) = hardware_report.workloads_of("qknorm_attention")
+    longer = replace(workload, shape=workload.shape | {"N": 8 * workload.shape["N"]})
+    few, many = (sum(eager_costs(one)["bytes"]) for one in (workload, longer))
+    assert many == pytest.approx(8 * few, rel=0.02)

@@ -83,7 +83,7 @@ def test_our_operators_move_the_bytes_that_their_benchmarks_state(op):
     calls, _ = recorded_passes(partial(workload.ours, implementation="triton"), inputs)
     by_phase = ([call for call in calls if call.phase == phase] for phase in ("forward", "backward"))
     found = [sum(call.bytes for call in some) for some in by_phase]
-    for amount, stated in zip(found, workload.minimum(workload.dtype.itemsize, **workload.shape), strict=True):
+    for amount, stated in zip(found, workload.plan(workload.dtype.itemsize, **workload.shape), strict=True):
         assert amount == pytest.approx(stated, rel=0.16 if op == "qknorm_attention" else 0.06)
 
 

@@ -1,0 +1,102 @@
+"""Whole steps with `device: cuda` where none is: every stage, the generator and guided samples, on the faked device.
+
+Here the operators are PyTorch's references; under `python -m benchmarks.sanitize --part steps` ttsem executes what
+Triton's compiler makes of the kernels. What neither can tell is in tests/faked_cuda.py.
+"""
+
+import io
+import sys
+from collections import Counter
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from faked_cuda import OnCuda, faked_cuda
+from helpers import tiny_recipe, write_pictures
+from switches import Outcome, sound, turn
+from torch import nn
+
+from aligntok.cli import main
+from aligntok.evaluation.generation import draw
+from aligntok.models.generator import Generator
+from aligntok.models.tokenizer import load_tokenizer
+from aligntok.runtime.devices import choose_precision
+
+EXECUTED = "ttsem" in sys.modules  # Triton's kernels are executed
+STEPS = 2
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available() and not EXECUTED:
+        pytest.skip("needs Triton's interpreter")
+    if not EXECUTED:
+        monkeypatch.setenv("ALIGNTOK_KERNELS", "reference")
+
+
+def run(command: str, folder: Path, pictures: Path, device: str) -> Outcome:
+    """A command on a recipe of a few thousand parameters, a step or two of every part, with every loss."""
+    one, two = {"steps": 1, "gan_start": 0}, {"steps": STEPS, "gan_start": 1}
+    recipe = tiny_recipe(folder, pictures, stage1=one, stage2=two, stage3=one)
+    recipe.generator.model.classes, recipe.generator.steps, recipe.generator.model.width = None, STEPS, 64
+    chosen = {"device": device, "precision": "bf16", "checkpoint_every": 1}
+    fields = {f"{part}.training.{k}": v for part in ("tokenizer", "generator") for k, v in chosen.items()}
+    recipe, said = turn(recipe, fields), io.StringIO()
+    parsed = mock.patch("aligntok.cli.parse_recipe", lambda *_, **__: recipe)
+    with parsed, redirect_stderr(said), redirect_stdout(said):
+        status = main([command])
+    return Outcome(status, said.getvalue(), folder, recipe)
+
+
+def samples(folder: Path, device: str, guidance: float, cuda_graph: bool = True) -> torch.Tensor:
+    generator, tokenizer = Generator(folder / "generator"), load_tokenizer(folder / "tokenizer")
+    precision = choose_precision(device, "bf16")
+    sampler = replace(generator.sampler, steps=4, solver="heun", guidance=guidance, cuda_graph=cuda_graph)
+    return draw(generator, tokenizer.to(precision.device), torch.tensor([0, 1, 1]), sampler, precision, seed=0)
+
+
+def test_every_part_trains_and_samples_are_drawn(tmp_path: Path):
+    """Pinned batches on a stream of their own, fused AdamW, autocast, checkpoints; replays draw what plain calls do."""
+    pictures = write_pictures(tmp_path / "pictures", 12)
+    with faked_cuda() as seen:
+        for command in ("train-tokenizer", "train-generator"):
+            found = run(command, tmp_path / "run", pictures, "cuda")
+            sound(found)
+            assert "faked sm_90" in found.said
+            assert min(seen[name] for name in ("pinned", "stream", "wait_stream", "record_stream", "event")) > 0, seen
+            assert seen["autocast"] > 0
+        recorded = samples(tmp_path / "run", "cuda", guidance=2.0)
+        assert seen["graph"] == 2 and seen["replay"] == 4, seen  # with guidance and, past its interval, without
+        assert torch.equal(recorded, samples(tmp_path / "run", "cuda", guidance=2.0, cuda_graph=False))
+        assert recorded.device.type == "cpu" and recorded.isfinite().all()
+
+
+def test_what_a_gpu_refuses_is_refused():
+    """So that a copy that was forgotten fails here too."""
+    with faked_cuda(), torch.no_grad():
+        network, x = nn.Linear(4, 5).to("cuda"), torch.randn(3, 4)
+        with pytest.raises(RuntimeError, match="same device"):
+            network(x)
+        found = network(x.to("cuda"))
+        assert isinstance(found, OnCuda) and found.is_cuda and found.device == torch.device("cuda:0")
+        with pytest.raises(TypeError, match=r"Tensor\.cpu"):
+            found.numpy()
+        with pytest.raises(RuntimeError, match="pin"):
+            found.pin_memory()
+        assert found.cpu().device.type == "cpu"
+
+
+def test_a_replay_repeats_the_operators_and_not_python():
+    with faked_cuda() as seen, torch.no_grad():
+        place, factor = torch.ones(3, device="cuda"), 2.0
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = place * factor
+        place.fill_(5)
+        factor = 100.0
+        graph.replay()
+        assert found.tolist() == [10.0] * 3
+        assert seen == Counter({"graph": 1, "replay": 1})

@@ -5,6 +5,8 @@
 - Runs are interleaved: one of each provider per round, so that a busy machine slows all of them alike. In
   each round the order is another rotation.
 - The figure is the median over rounds, with the 20 % and 80 % quantiles beside it.
+- On a GPU every fused and compiled column stands twice: with plain calls, and replayed from a CUDA graph, where the
+  host's part is gone, as in a recorded step. (The backward pass alone is timed with plain calls.)
 - On a GPU the clock is a pair of CUDA events, the L2 cache is flushed before every sample, and the peak of allocated
   memory beyond the inputs is measured in a run of its own.
 - Cases that a provider loses are printed like all others and listed once more at the end; so is what was left out.
@@ -14,7 +16,7 @@ import argparse
 import gc
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ ROUNDS = 5  # that a figure is at least a median of
 # A measurement shorter than this is repeated inside the timed region: perf_counter resolves far less, but an
 # interrupt of some microseconds then stays below a hundredth of the sample.
 _MIN_SAMPLE_S = 1e-3
+_WARM_UPS = 3  # calls before a graph is recorded
 _FLUSHED_BYTES = 256 * 2**20  # five times the L2 cache of an H100
 
 
@@ -43,6 +46,7 @@ class Provider:
 
     name: str
     run: Callable[..., Tensor | Sequence[Tensor]]
+    recorded: bool = False  # timed as the replay of a CUDA graph
 
 
 @dataclass(frozen=True)
@@ -133,19 +137,48 @@ class _Clock:
         return self._events[0].elapsed_time(self._events[1]) / 1e3
 
 
+def record(work: Callable[[], object]) -> Callable[[], object]:
+    """The launches of `work` as a CUDA graph; returns its replay. What they read and write stays where it was."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(_WARM_UPS):
+            work()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return graph.replay
+
+
+def with_replays(providers: Sequence[Provider], phase: str) -> list[Provider]:
+    """The providers, on a GPU also the fused and compiled ones as replays."""
+    names = ("torch.compile", "ours") if CUDA and phase != "backward" else ()
+    replays = [replace(one, name=f"{one.name}, replayed", recorded=True) for one in providers if one.name in names]
+    return [*providers, *replays]
+
+
 def _timer(provider: Provider, case: Case, phase: str) -> Callable[[int], float]:
     """A function that runs the phase `repeats` times and returns seconds per run; set-up is outside the
     clock.
     """
     clock = _Clock()
     leaves = case.leaves
+    replay: list[Callable[[], object]] = []  # recorded once, with the inputs of the first call
+
+    def timed(work: Callable[[], object], repeats: int) -> float:
+        if provider.recorded:
+            if not replay:
+                replay.append(record(work))
+            [work] = replay
+        clock.start()
+        for _ in range(repeats):
+            work()
+        return clock.stop() / repeats
 
     def forward(repeats: int) -> float:
         inputs = _fresh(case)
-        clock.start()
-        for _ in range(repeats):
-            provider.run(*inputs)
-        return clock.stop() / repeats
+        return timed(lambda: provider.run(*inputs), repeats)
 
     def backward(repeats: int) -> float:
         graphs = [_differentiable(provider.run(*_fresh(case))) for _ in range(repeats)]
@@ -158,10 +191,7 @@ def _timer(provider: Provider, case: Case, phase: str) -> Callable[[int], float]
     def both(repeats: int) -> float:
         inputs = _fresh(case)
         cotangents = _cotangents(_differentiable(provider.run(*inputs)))
-        clock.start()
-        for _ in range(repeats):
-            torch.autograd.grad(_differentiable(provider.run(*inputs)), leaves, cotangents)
-        return clock.stop() / repeats
+        return timed(lambda: torch.autograd.grad(_differentiable(provider.run(*inputs)), leaves, cotangents), repeats)
 
     return {"forward": forward, "backward": backward, "both": both}[phase]
 
@@ -241,7 +271,8 @@ def compare(parts: Parts, ours: str, options: argparse.Namespace, left_out: Sequ
             wanted = PHASES if options.phase == "all" else (options.phase,)
             wanted = wanted if case.leaves else ("forward",)
             rounds = 1 if options.smallest else ROUNDS
-            rows += [measure(case, phase, providers, options.seconds, rounds) for phase in wanted]
+            for phase in wanted:
+                rows.append(measure(case, phase, with_replays(providers, phase), options.seconds, rounds))
     print(machine_line())
     print("Median per call (20 % .. 80 % quantile) and ratio against the first column.\n")
     print(table(rows))

@@ -3,6 +3,7 @@
 import argparse
 import csv
 import re
+from functools import partial
 
 import pytest
 import torch
@@ -52,6 +53,25 @@ def test_a_wrong_provider_has_no_figures_and_fails_the_run(case, tmp_path, capsy
     rows = list(csv.DictReader((tmp_path / "figures.csv").open()))
     assert [row["phase"] for row in rows] == ["forward", "forward", "backward", "backward", "both", "both"]
     assert all(bool(row["median_us"]) == (row["provider"] == "eager") for row in rows)
+
+
+def test_on_a_gpu_fused_and_compiled_columns_are_replayed_too(case, tmp_path, capsys, monkeypatch):
+    """Recorded once for each phase; with a recording that runs the work again, as a graph's kernels do."""
+    recorded = []
+    monkeypatch.setattr(harness, "record", lambda work: recorded.append(work) or work)
+    monkeypatch.setattr(harness, "with_replays", partial(_with_replays_on_a_gpu, harness.with_replays, monkeypatch))
+    ours = Provider("ours", lambda x: ((x * x).sum() / 5, x.detach().max()))
+    assert harness.compare([([BASELINE, ours], [case])], "ours", _options(tmp_path)) == 0
+    rows = list(csv.DictReader((tmp_path / "figures.csv").open()))
+    assert [row["phase"] for row in rows if row["provider"] == "ours, replayed"] == ["forward", "both"]
+    assert all(row["median_us"] for row in rows) and len(recorded) == 2
+    assert "ours, replayed" in capsys.readouterr().out
+
+
+def _with_replays_on_a_gpu(with_replays, monkeypatch, providers, phase):
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "CUDA", True)
+        return with_replays(providers, phase)
 
 
 def test_right_providers_are_timed_and_no_gradient_is_left_behind(case, tmp_path, capsys):

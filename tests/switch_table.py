@@ -172,6 +172,7 @@ GENERATOR = [
     generator(draws_otherwise, sampler__solver="heun"),
     generator(draws_otherwise, sampler__steps=8),
     generator(draws_otherwise, sampler__time_shift=6.0),
+    generator(draws_otherwise, sampler__end=0.1),
     generator(draws_otherwise, GUIDED | {"sampler.guidance": 1.0}, sampler__guidance=4.0),
     generator(draws_otherwise, GUIDED, sampler__guidance_channels=3),
     generator(draws_otherwise, GUIDED, sampler__guidance_interval=[0.0, 0.5]),

@@ -41,6 +41,7 @@ class SamplerConfig:
     solver: Literal["euler", "heun"] = "euler"
     steps: int = 250  # network evaluations per sample (Heun takes steps / 2 solver steps)
     time_shift: float = 3.3333333  # LightningDiT's s = .3 seen from t = 1 noise: 1 / .3
+    end: float = 0.0  # last time of the grid, before the shift; RAE stops at .001
     guidance: float = 1.0  # 1 = none
     guidance_channels: int | None = None  # None = all; 3 = the first three (LightningDiT's code, paper parity)
     guidance_interval: tuple[float, float] = (

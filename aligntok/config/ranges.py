@@ -101,7 +101,13 @@ RANGES: dict[type, dict[str, Range]] = {
     )
     | {"label_dropout": SHARE, "head_depth": ANY_COUNT},
     FlowConfig: {"direction_weight": WEIGHT, "time_shift": POSITIVE},
-    SamplerConfig: {"steps": COUNT, "time_shift": POSITIVE, "guidance_channels": COUNT, "guidance_interval": SHARE},
+    SamplerConfig: {
+        "steps": COUNT,
+        "time_shift": POSITIVE,
+        "end": BELOW_ONE,
+        "guidance_channels": COUNT,
+        "guidance_interval": SHARE,
+    },
     GeneratorTrainingConfig: RATES | {"steps": STEPS, "betas": BELOW_ONE, "snapshot_every": ANY_COUNT},
     VAEConfig: {"latent_channels": COUNT, "packing": COUNT},
     AlignmentConfig: {"weight": WEIGHT, "weight_max": POSITIVE},

@@ -1,6 +1,6 @@
 """Samplers: integrate dz/dt = v(z, t) from noise (t = 1) to data (t = 0).
 
-    grid:      u = 1, 1 - 1/n, ..., 0;   t = s u / (1 + (s - 1) u)     (time shift s; s = 1 is uniform)
+    grid:      n equal steps of u from 1 to `end`, 0 by default;   t = s u / (1 + (s - 1) u)     (time shift s)
     Euler:     z <- z + (t' - t) v(z, t)
     Heun:      z <- z + (t' - t) (v(z, t) + v(z + (t' - t) v(z, t), t')) / 2
     guidance:  v = v_null + w (v_label - v_null), on all channels or on the first k, for t inside an interval
@@ -30,9 +30,9 @@ Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z [B, d, h, w], t [B],
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 
-def time_grid(steps: int, shift: float) -> Tensor:
-    """Times from 1 to 0, [steps + 1], float64."""
-    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift)
+def time_grid(steps: int, shift: float, end: float = 0.0) -> Tensor:
+    """Times from 1 to the shifted `end`, [steps + 1], float64."""
+    return shift_time(torch.linspace(1, end, steps + 1, dtype=torch.float64), shift)
 
 
 def evaluate(
@@ -71,7 +71,7 @@ def integrate(
     if config.cuda_graph and noise.is_cuda:
         model = graphed(model)
     solver_steps = config.steps if config.solver == "euler" else config.steps // 2
-    grid = time_grid(solver_steps, config.time_shift).tolist()
+    grid = time_grid(solver_steps, config.time_shift, config.end).tolist()
     z = noise.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
     ahead = torch.empty_like(z) if config.solver == "heun" else None
     channels = config.guidance_channels
@@ -104,6 +104,8 @@ def check_sampler(config: SamplerConfig, channels: int) -> None:
         raise UserError(
             f"sampler.steps is {config.steps}: expected at least 1, and an even number for heun (2 evaluations a step)"
         )
+    if not 0 <= config.end < 1:
+        raise UserError(f"sampler.end is {config.end:g}, expected at least 0, where the data is, and less than 1")
     if not 0 <= config.guidance < inf:
         raise UserError(
             f"sampler.guidance is {config.guidance:g}, expected a finite scale of at least 0: 1 = none, 0 = no label"

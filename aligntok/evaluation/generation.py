@@ -135,6 +135,7 @@ def evaluate_generation(
 def describe(sampler: SamplerConfig) -> str:
     """One line: solver, evaluations, time shift, guidance."""
     text = f"{sampler.solver}, {sampler.steps} network evaluations, time shift {sampler.time_shift:g}"
+    text += f", down to {sampler.end:g} before the shift" if sampler.end else ""
     if sampler.guidance == 1.0:
         return f"{text}, no guidance"
     channels = "all channels" if sampler.guidance_channels is None else f"first {sampler.guidance_channels} channels"

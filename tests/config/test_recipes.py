@@ -195,6 +195,15 @@ def test_a_dry_run_of_every_recipe(name, monkeypatch, capsys):
     assert "nothing was written" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("name", ["imagenet256_va_vae", "imagenet256_vae"])
+def test_the_adversary_of_va_vae_starts_where_its_code_does(name):
+    """disc_start 5001 against Lightning's global_step: batch b reads 2 b in the generator's phase, then 2 b + 1."""
+    stage = parse_recipe("train-rival", ["--config", name]).rival.stage
+    batches = range(stage.steps)
+    assert stage.gan_start == next(b for b in batches if 2 * b >= 5001)
+    assert stage.discriminator_start == next(b for b in batches if 2 * b + 1 >= 5001)
+
+
 @pytest.mark.parametrize("name", RIVALS)
 def test_a_dry_run_of_every_rival(name, monkeypatch):
     _no_writing(monkeypatch)

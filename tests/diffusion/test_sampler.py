@@ -84,12 +84,21 @@ def test_time_grid_and_shift():
     torch.testing.assert_close(1 - shifted, 0.3 * u / (1 + (0.3 - 1) * u))
 
 
+def test_a_grid_may_end_before_the_data():
+    """RAE's, whose 16 x 16 latents of 768 channels end at t = .0069 and those of 32 x 32 at .0137."""
+    assert time_grid(4, 1.0, 0.2).tolist() == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2])
+    for side, end in ((16, 0.0069), (32, 0.0137)):
+        shift = (768 * side * side / 4096) ** 0.5
+        assert time_grid(49, shift, 0.001)[-1].item() == pytest.approx(end, abs=5e-5)
+
+
 @pytest.mark.parametrize(
     ("labels", "options", "message"),
     [
         ([11, 0], {}, "label 11 is out of range"),
         ([-1, 0], {}, "label -1 is out of range"),
         ([0, 0], {"solver": "rk4"}, "expected euler or heun"),
+        ([0, 0], {"end": 1.0}, "sampler.end is 1, expected at least 0"),
         ([0, 0], {"solver": "heun", "steps": 5}, "even number"),
         ([0, 0], {"steps": 0}, "at least 1"),
         ([0, 0], {"guidance_channels": 5}, r"expected 1\.\.4"),

@@ -23,6 +23,7 @@ from aligntok.zoo.converters.lightningdit import RULES, tokenizer_fingerprint, t
 WHAT = "DiT^DH"
 IGNORED = {r"(enc|dec)_feat_rope\.": "tables of rotary positions, computed here"}
 GRID_POINTS, SHIFT_BASE = 50, 4096  # configs: sampler.num_steps, misc.time_dist_shift_base
+END = 0.001  # of the grid, before the shift (src/stage2/transport/transport.py)
 HEAD_DEPTH = 2  # of every published network; what a head as wide as its trunk cannot tell
 
 
@@ -40,7 +41,7 @@ def convert(source: Path, output: Path, *, tokenizer: str | None = None) -> Repo
     shift = (model.latent_channels * side * side / SHIFT_BASE) ** 0.5
     classes = [str(number) for number in range(model.null_class)]
     # RAE's guidance, where there is some, is on at all times: t_min 0, t_max 1
-    settings = SamplerConfig(steps=GRID_POINTS - 1, time_shift=shift, guidance_interval=(0.0, 1.0))
+    settings = SamplerConfig(steps=GRID_POINTS - 1, time_shift=shift, end=END, guidance_interval=(0.0, 1.0))
     save_generator(output, model, model.state_dict(), settings, classes, fingerprint)
     report.notes.append("time direction and velocity sign are ours already; classes are called by their numbers")
     return report

@@ -162,7 +162,7 @@ def test_ditdh_computes_what_rae_computes_in_the_same_direction(vavae, tmp_path)
     expected = ditdh(state, z, t, labels, depth=2, heads=(6, 12))
     assert expected.std() > 0.1
     torch.testing.assert_close(ours.model(z, t, labels), expected, atol=2e-4, rtol=1e-3)
-    assert (ours.sampler.steps, ours.sampler.guidance) == (49, 1.0)
+    assert (ours.sampler.steps, ours.sampler.guidance, ours.sampler.end) == (49, 1.0, 0.001)
     assert ours.sampler.guidance_interval == (0.0, 1.0)
     assert ours.sampler.time_shift == pytest.approx(math.sqrt(D * SIDE * SIDE / 4096))
 

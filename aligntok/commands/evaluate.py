@@ -19,6 +19,7 @@ from aligntok.data.geometry import check_size
 from aligntok.data.images import open_images
 from aligntok.errors import UserError
 from aligntok.evaluation.adm import refuse_as_originals
+from aligntok.evaluation.alignment import check_neighbours
 from aligntok.evaluation.checks import require_writable
 from aligntok.evaluation.crops import crops_with_bar
 from aligntok.evaluation.features import EfficientNetLite0, FeatureExtractor
@@ -169,6 +170,8 @@ def evaluate_probe(
     if (train is None) != (val is None):
         raise UserError("the minibatch probe needs both --train and --val; a small set is given by --images")
     check_recipe(epochs, batch_size)
+    if alignment_images:  # as asked for; `Alignment.expect` looks at the images that there are
+        check_neighbours(neighbours, alignment_images)
     require_writable(output=output)
     precision, telemetry = choose_precision(device), Telemetry(".", log_every=1)
     tok = load_tokenizer(tokenizer).to(precision.device)

@@ -35,6 +35,7 @@ STEPS = "tests/training/test_faked_cuda.py"
 MARK = "RESULT "  # before the line that a part ends with
 
 _CPU_ONLY = "an operator in C++ on CPU tensors, which the faked device passes off as CUDA's"
+_COMPILES = "torch.compile asks a real device for its properties"
 _DEVICES = "about tensors of another device: the faked one calls every tensor its own"
 # Kernel tests that do not run under the faked device: a file, or a test of a file -> why.
 EXCEPTIONS: dict[str, str] = {
@@ -46,13 +47,17 @@ EXCEPTIONS: dict[str, str] = {
     "test_norm_ratio.py": _CPU_ONLY,
     "test_qknorm_rope_cpp.py": _CPU_ONLY,
     "test_swiglu_cpp.py": _CPU_ONLY,
+    "test_triton.py": "fakes two GPUs itself",
     "test_adaln.py::test_refusals[change7-weight: expected on cpu like x, got meta]": _DEVICES,
     "test_adapter_projection.py::test_reference_on_the_cpu_is_the_unfused_path_bit_for_bit": _DEVICES,
     "test_adapter_projection.py::test_refusals[change5-like p]": _DEVICES,
+    "test_derivatives.py::test_a_transform_inside_compiled_code_sees_the_reference": _COMPILES,
+    "test_lpips_distance.py::test_refusals[fx6-fy6-head6-one device]": _DEVICES,
+    "test_qknorm_rope.py::test_refusals[change7-on cpu]": _DEVICES,
 }
 # Tests of every file whose names begin so, and why they do not run there.
 COMPILED = {
-    "test_compile": "torch.compile asks a real device for its properties",
+    "test_compile": _COMPILES,
     "test_operator_contract": "torch.library.opcheck compiles too",
 }
 

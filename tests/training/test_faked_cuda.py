@@ -7,6 +7,7 @@ Triton's compiler makes of the kernels. What neither can tell is in tests/faked_
 import io
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from torch import nn
 
 from aligntok.cli import main
 from aligntok.evaluation.generation import draw
+from aligntok.kernels import _triton
 from aligntok.models.generator import Generator
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.runtime.devices import choose_precision
@@ -30,11 +32,17 @@ STEPS = 2
 
 
 @pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Afterwards nothing of the process knows of a GPU."""
     if torch.cuda.is_available() and not EXECUTED:
         pytest.skip("needs Triton's interpreter")
     if not EXECUTED:
         monkeypatch.setenv("ALIGNTOK_KERNELS", "reference")
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark
+    yield
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cudnn.benchmark = before[1]
+    _triton._capability.cache_clear()
 
 
 def run(command: str, folder: Path, pictures: Path, device: str) -> Outcome:

@@ -27,7 +27,7 @@ quickstart: $(INSTALLED)  ## install, then train a small tokenizer and generator
 	$(BIN)/aligntok quickstart
 
 test: $(TESTABLE)  ## install with the development tools, then run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 lint: $(TESTABLE)  ## ruff: rules and formatting; mypy: types
 	$(BIN)/ruff check .

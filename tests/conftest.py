@@ -38,6 +38,8 @@ ALLOWED_SKIPS: dict[str, Callable[[], bool]] = {
     "needs Triton's interpreter": lambda: not _no_cuda_device(),
 }
 _MARKERS = {"cuda": "needs a CUDA device"}
+# Files of minutes, the longest first: begun early, no worker is left with one of them at the end (make test)
+_LONGEST = ("test_switches.py", "test_recipes.py", "test_gpu_check.py", "test_train_rival.py", "test_distributed.py")
 
 # Same examples in every run: a red test stays red until the code changes. First calls compile, so there is no
 # deadline.
@@ -52,7 +54,8 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip marked tests where their reason holds."""
+    """Skip marked tests where their reason holds; put the longest files first."""
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
     for item in items:
         for marker, reason in _MARKERS.items():
             if item.get_closest_marker(marker) and ALLOWED_SKIPS[reason]():

@@ -9,7 +9,8 @@ from torch import nn
 from aligntok.config import DataConfig, TrainingConfig
 from aligntok.runtime.devices import choose_precision
 from aligntok.training.ema import build_ema
-from aligntok.training.recovery.checkpoint import Checkpoints, course
+from aligntok.training.recovery.checkpoint import Checkpoints
+from aligntok.training.recovery.course import course
 
 
 class Small:

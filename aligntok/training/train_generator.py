@@ -37,7 +37,8 @@ from aligntok.training.monitoring import cost
 from aligntok.training.monitoring.banner import PartFacts, generator_kernels, machine_line, part_lines
 from aligntok.training.monitoring.previews import GeneratorPreview
 from aligntok.training.monitoring.telemetry import Telemetry
-from aligntok.training.recovery.checkpoint import Checkpoints, course, discard
+from aligntok.training.recovery.checkpoint import Checkpoints, discard
+from aligntok.training.recovery.course import course
 
 PART = "generator"
 # Of the configuration, to the course of training; see `course`

@@ -45,7 +45,8 @@ from aligntok.training.monitoring import cost
 from aligntok.training.monitoring.banner import PartFacts, machine_line, part_lines, tokenizer_kernels
 from aligntok.training.monitoring.previews import TokenizerPreview
 from aligntok.training.monitoring.telemetry import Telemetry
-from aligntok.training.recovery.checkpoint import FRESH, Checkpoints, course, discard
+from aligntok.training.recovery.checkpoint import Checkpoints, discard
+from aligntok.training.recovery.course import FRESH, course
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective, frozen_inputs
 

@@ -37,7 +37,8 @@ from aligntok.training.monitoring.banner import PartFacts, generator_kernels, ma
 from aligntok.training.monitoring.cost import once
 from aligntok.training.monitoring.previews import TokenizerPreview
 from aligntok.training.monitoring.telemetry import Telemetry
-from aligntok.training.recovery.checkpoint import Checkpoints, course, discard
+from aligntok.training.recovery.checkpoint import Checkpoints, discard
+from aligntok.training.recovery.course import course
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.train_generator import check_classes
 from aligntok.zoo.building import Builder, build_rival, check_size, rival_flops

@@ -11,7 +11,6 @@ rename it to step-... and remove the later ones.
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -25,13 +24,13 @@ from typing import Any
 
 from torch import distributed
 
-from aligntok.config import DataConfig, TrainingConfig
+from aligntok.config import TrainingConfig
 from aligntok.errors import UserError
-from aligntok.runtime.devices import Precision
 from aligntok.runtime.files import digest, remove_unfinished, unfinished_folder
 from aligntok.runtime.world import current
 from aligntok.training.objective import Objective, Values
 from aligntok.training.recovery.best import BestValue
+from aligntok.training.recovery.course import FRESH, by_content
 from aligntok.training.recovery.state import (
     HostCopy,
     State,
@@ -43,35 +42,6 @@ from aligntok.training.recovery.state import (
     write_shards,
     write_whole,
 )
-
-# Of the data's configuration: where the images lie and how fast they come, not which they are
-FRESH = "new"  # what begins with this stands for networks that a part has not got from another
-INDIFFERENT = ("path", "workers", "loader", "stall_timeout")
-
-
-def course(training: TrainingConfig, precision: Precision, data: DataConfig, **others: Any) -> dict[str, Any]:
-    """Everything that decides the course of a run, as {dotted name: value}; a checkpoint goes on only with the same.
-
-    The precision is what is computed in, where the recipe says "auto" too. The images are known by what they are,
-    ImageSet.identity() as `image_set`, wherever they lie.
-    """
-    values = {
-        "data": {key: value for key, value in dataclasses.asdict(data).items() if key not in INDIFFERENT},
-        "training": {key: getattr(training, key) for key in ("batch_size", "seed", "optimizer")}
-        | {"precision": precision.name},
-        **others,
-    }
-    return json.loads(json.dumps(dict(_flat(values))))
-
-
-def _flat(value: Any, name: str = "") -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        value = dataclasses.asdict(value)
-    if not isinstance(value, dict):
-        yield name, value
-        return
-    for key, part in value.items():
-        yield from _flat(part, f"{name}.{key}" if name else key)
 
 
 class Checkpoints:
@@ -249,6 +219,7 @@ class Checkpoints:
             then["image_set"] = self.course.get("image_set", absent)
             if str(self.course.get("start")).startswith(FRESH):  # drawn weights were part of it
                 then["start"] = self.course["start"]
+        then = {key: by_content(key, value) for key, value in then.items()}  # before 0.2: where weights lay
         differ = [key for key in {**then, **self.course} if then.get(key, absent) != self.course.get(key, absent)]
         if not differ:
             return None

@@ -147,7 +147,7 @@ def test_schedule():
         (lambda r: setattr(r.data, "image_size", 40), "use 32 or 48"),
         (lambda r: setattr(r.tokenizer.training, "device", "cuda"), "sees no CUDA device"),
         (lambda r: setattr(r.tokenizer.training, "device", "tpu"), "expected auto, cpu"),
-        (lambda r: setattr(r.tokenizer.training, "precision", "fp8"), "expected bf16 or fp32"),
+        (lambda r: setattr(r.tokenizer.training, "precision", "fp8"), "expected auto, bf16, tf32 or fp32"),
         (lambda r: [setattr(s, "steps", 0) for s in vars(r.tokenizer.stages).values()], "nothing to train"),
         (
             lambda r: setattr(r.tokenizer.model.encoder, "name", "vit_smal_patch14_dinov2"),

@@ -26,7 +26,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch._functorch.aot_autograd import make_boxed_func
-from torch._inductor import compile_fx
+from torch._inductor import compile_fx, config
 from torch._inductor.debug import DebugContext
 from torch._inductor.graph import GraphLowering
 from torch._inductor.runtime.hints import DeviceProperties
@@ -130,7 +130,8 @@ def compile_for_gpu(
         return compile_fx.compile_fx(module, examples, inner_compile=cast("Any", inner))
 
     torch._dynamo.reset()
-    with mock.patch.object(driver, "_active", _Driver(architecture)):
+    # Without caches: what is found there would not come by here
+    with mock.patch.object(driver, "_active", _Driver(architecture)), config.patch(force_disable_caches=True):
         results = torch.compile(function, backend=backend, fullgraph=True)(*inputs)
         torch.stack([result.float().sum() for result in results]).sum().backward()
     torch._dynamo.reset()

@@ -88,14 +88,15 @@ def parts(rehearse: bool = False) -> list[Part]:
     return found
 
 
-def run(part: Part, deadline: float) -> None:
+def run(part: Part, deadline: float, **more: str) -> None:
     """Run one command within its limit and the deadline, and keep what it printed; stopped, it has status 124."""
     began = time.monotonic()
     allowed = min(part.limit, deadline - began)
     if allowed <= 0:
         return
     try:
-        answer = subprocess.run(part.command, cwd=ROOT, capture_output=True, text=True, timeout=allowed, check=False)
+        options: dict[str, Any] = {"cwd": ROOT, "env": os.environ | more, "capture_output": True, "text": True}
+        answer = subprocess.run(part.command, **options, timeout=allowed, check=False)
         part.status, part.output = answer.returncode, answer.stdout
         if answer.returncode:
             part.output += "\n" + answer.stderr
@@ -127,11 +128,14 @@ def write(folder: Path, every: list[Part]) -> Path:
     return folder / f"gpu_check_{slug}.md"
 
 
-def run_all(every: list[Part], limit: float, folder: Path) -> Iterator[Part]:
-    """Run the parts in turn, results on disk after each; yields each when it is done or passed over."""
+def run_all(every: list[Part], limit: float, folder: Path, **more: str) -> Iterator[Part]:
+    """Run the parts in turn, results on disk after each; yields each when it is done or passed over.
+
+    `more` is added to the commands' environment.
+    """
     deadline = time.monotonic() + limit
     for part in every:
-        run(part, deadline)
+        run(part, deadline, **more)
         write(folder, every)
         yield part
 
@@ -143,13 +147,13 @@ def main() -> int:
     parser.add_argument("--output", type=Path, default=ROOT / "benchmarks" / "results", help="folder for the two files")
     parser.add_argument("--rehearse", action="store_true", help="every part at its smallest, on any machine")
     options = parser.parse_args()
-    if options.rehearse:
-        os.environ |= {"TORCHDYNAMO_DISABLE": "1"}  # a compiler takes minutes on a CPU and tells nothing of the GPU
-    elif not torch.cuda.is_available():
+    # In a rehearsal nothing is compiled: that takes minutes on a CPU and tells nothing of the GPU
+    more = {"TORCHDYNAMO_DISABLE": "1"} if options.rehearse else {}
+    if not options.rehearse and not torch.cuda.is_available():
         print("gpu-check needs a CUDA device: torch.cuda.is_available() is False here", file=sys.stderr)
         return 2
     every = parts(options.rehearse)
-    for part in run_all(every, options.limit, options.output):
+    for part in run_all(every, options.limit, options.output, **more):
         print(f"{part.name}: {part.status}, {part.seconds:.0f} of {part.limit:.0f} s", flush=True)
     print(f"wrote {write(options.output, every)}")
     return int(any(part.status not in (0, NOT_REACHED) for part in every))

@@ -1,6 +1,7 @@
 """gpu_check: rehearsed whole on this machine, as on a GPU; limits, what fails, what is not reached."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -40,7 +41,9 @@ def test_a_rehearsal_of_the_whole_program(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(sys, "argv", ["gpu_check", "--rehearse", "--output", str(tmp_path), "--limit", "3000"])
+    before = dict(os.environ)
     status = gpu_check.main()
+    assert dict(os.environ) == before, "what is set for the commands stays with them"
     found = json.loads((tmp_path / "gpu_check_nvidia_pretended_9000.json").read_text())
     failed = {part["name"]: part["output"][-2000:] for part in found["parts"] if part["status"] != 0}
     assert failed == {} and status == 0

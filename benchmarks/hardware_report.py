@@ -47,7 +47,7 @@ def triton_operators() -> list[str]:
     return [op for op in kernels.operators() if kernels.explain(op, "cuda").name == "triton"]
 
 
-QUICK_ARCHITECTURES = (80, 90)
+QUICK_ARCHITECTURES = (90,)
 
 
 def code_rows(op: str, architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
@@ -255,7 +255,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--op", nargs="+", default=None, help="these operators only (default: all)")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder for the two files")
-    parser.add_argument("--quick", action="store_true", help="sm_80 and sm_90 alone, without torch.compile's column")
+    parser.add_argument("--quick", action="store_true", help="sm_90 alone, without torch.compile's column")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="operators compiled at once")
     options = parser.parse_args()
     wanted = options.op or triton_operators()

@@ -10,12 +10,12 @@ TRITON_INTERPRET must not be set.
 import argparse
 import hashlib
 import importlib
-import itertools
 import re
 import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -28,6 +28,7 @@ from triton.compiler import ASTSource
 from aligntok.kernels._triton import ARCHITECTURES, Launch, record_launches
 from benchmarks.workloads import Workload
 
+PASSES = ("forward", "backward")
 _TYPES = {
     torch.float32: "fp32",
     torch.bfloat16: "bf16",
@@ -201,6 +202,19 @@ def workloads_of(op: str) -> list[Workload]:
     return list(importlib.import_module(f"benchmarks.bench_{op}").WORKLOADS)
 
 
+def distinct_launches(op: str, architectures: Iterable[int]) -> Iterator[tuple[Workload, str, Launch, int, str]]:
+    """(first workload that launches it, pass, launch, architecture, key) of every distinct code of an operator."""
+    seen: set[str] = set()
+    for workload in workloads_of(op):
+        for arch in architectures:
+            for name, launches in zip(PASSES, launches_of(workload, arch), strict=True):
+                for launch in launches:
+                    identity = key(launch, arch)
+                    if identity not in seen:
+                        seen.add(identity)
+                        yield workload, name, launch, arch, identity
+
+
 def main() -> int:
     """Print the code figures of one operator."""
     parser = argparse.ArgumentParser(description="Compile an operator's kernels without a device.")
@@ -208,19 +222,12 @@ def main() -> int:
     parser.add_argument("--arch", type=int, nargs="+", choices=ARCHITECTURES, default=[80, 90])
     parser.add_argument("--sass", type=Path, default=None, help="folder to write the SASS of every kernel to")
     options = parser.parse_args()
-    seen: set[str] = set()
-    for workload in workloads_of(options.op):
-        for arch in options.arch:
-            for launch in itertools.chain.from_iterable(launches_of(workload, arch)):
-                identity = key(launch, arch)
-                if identity in seen:
-                    continue
-                seen.add(identity)
-                code, sass = compile_launch(launch, arch)
-                print(workload.label, "|", *(f"{k}={v}" for k, v in asdict(code).items()), flush=True)
-                if options.sass:
-                    options.sass.mkdir(parents=True, exist_ok=True)
-                    (options.sass / f"{code.kernel}_sm{arch}_{identity[:8]}.sass").write_text(sass)
+    for workload, _, launch, arch, identity in distinct_launches(options.op, options.arch):
+        code, sass = compile_launch(launch, arch)
+        print(workload.label, "|", *(f"{k}={v}" for k, v in asdict(code).items()), flush=True)
+        if options.sass:
+            options.sass.mkdir(parents=True, exist_ok=True)
+            (options.sass / f"{code.kernel}_sm{arch}_{identity[:8]}.sass").write_text(sass)
     return 0
 
 

@@ -132,7 +132,7 @@ def build_paths(folder: Path, config: TokenizerConfig, options: argparse.Namespa
         shard_size=SHARD,
         batch_size=32,
         workers=0,
-        precision="bf16",
+        precision=precision.name,
         device=DEVICE,
     )
     cache = LatentCache(folder / "cache", online.tokenizer.fingerprint())

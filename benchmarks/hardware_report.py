@@ -33,13 +33,12 @@ import triton
 from aligntok import kernels
 from aligntok.runtime.files import write_bytes
 from benchmarks import bench_qknorm_attention, cuda_report
-from benchmarks.aot import ARCHITECTURES, LIMITS, compile_launch, key, launches_of, workloads_of
+from benchmarks.aot import ARCHITECTURES, LIMITS, PASSES, compile_launch, distinct_launches
 
 RESULTS = Path(__file__).parent / "results"
 # Name, bytes per second, dense bf16 tensor-core FLOPs per second: NVIDIA's data sheets (both SXM)
 DEVICES = {80: ("A100-80GB", 2.039e12, 312e12), 90: ("H100-SXM", 3.35e12, 989e12)}
 TRAFFIC_LIMIT = 1.1
-PASSES = ("forward", "backward")
 
 
 def triton_operators() -> list[str]:
@@ -52,16 +51,10 @@ QUICK_ARCHITECTURES = (90,)
 
 def code_rows(op: str, architectures: Sequence[int] = ARCHITECTURES) -> list[dict[str, Any]]:
     """One row per distinct kernel code of an operator: op, the first workload that launches it, the figures."""
-    rows, seen = [], set()
-    for workload in workloads_of(op):
-        for arch in architectures:
-            for name, launches in zip(PASSES, launches_of(workload, arch), strict=True):
-                for launch in launches:
-                    identity = key(launch, arch)
-                    if identity not in seen:
-                        seen.add(identity)
-                        code, _ = compile_launch(launch, arch)
-                        rows.append({"op": op, "workload": workload.label, "pass": name, **asdict(code)})
+    rows = []
+    for workload, name, launch, arch, _ in distinct_launches(op, architectures):
+        code, _ = compile_launch(launch, arch)
+        rows.append({"op": op, "workload": workload.label, "pass": name, **asdict(code)})
     return rows
 
 

@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from aligntok.diffusion.cuda_graph import record
 from aligntok.kernels import explain
 from benchmarks.machine import CUDA, DEVICE, bandwidth, machine_line, matmul_rate
 from benchmarks.results import Measurement, plot, remarks, table, write_csv
@@ -32,7 +33,6 @@ ROUNDS = 5  # that a figure is at least a median of
 # A measurement shorter than this is repeated inside the timed region: perf_counter resolves far less, but an
 # interrupt of some microseconds then stays below a hundredth of the sample.
 _MIN_SAMPLE_S = 1e-3
-_WARM_UPS = 3  # calls before a graph is recorded
 _FLUSHED_BYTES = 256 * 2**20  # five times the L2 cache of an H100
 
 
@@ -97,12 +97,16 @@ def _results(provider: Provider, case: Case) -> dict[str, Tensor]:
     return {name: tensor.detach().double() for name, tensor in found.items()}
 
 
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+
+
 def disagreement(provider: Provider, baseline: Provider, case: Case) -> str | None:
     """How the provider's results differ from the baseline's, or None where they agree."""
     try:
         found, expected = _results(provider, case), _results(baseline, case)
     except Exception as error:  # a provider that cannot run is a row without figures, not a crash
-        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        return _told(error)
     if case.leaves and any(n.startswith("gradient") for n in expected) and "gradient 0" not in found:
         return "has no gradient"
     for name, one in found.items():
@@ -137,20 +141,6 @@ class _Clock:
         return self._events[0].elapsed_time(self._events[1]) / 1e3
 
 
-def record(work: Callable[[], object]) -> Callable[[], object]:
-    """The launches of `work` as a CUDA graph; returns its replay. What they read and write stays where it was."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(_WARM_UPS):
-            work()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        work()
-    return graph.replay
-
-
 def with_replays(providers: Sequence[Provider], phase: str) -> list[Provider]:
     """The providers, on a GPU also the fused and compiled ones as replays."""
     names = ("torch.compile", "ours") if CUDA and phase != "backward" else ()
@@ -169,7 +159,7 @@ def _timer(provider: Provider, case: Case, phase: str) -> Callable[[int], float]
     def timed(work: Callable[[], object], repeats: int) -> float:
         if provider.recorded:
             if not replay:
-                replay.append(record(work))
+                replay.append(record(work)[1])
             [work] = replay
         clock.start()
         for _ in range(repeats):
@@ -221,7 +211,11 @@ def measure(
         result.refusal = disagreement(provider, providers[0], case)
         if result.refusal is None:
             timer = _timer(provider, case, phase)
-            timer(1)
+            try:
+                timer(1)
+            except Exception as error:  # what cannot be recorded is a row without figures, not a crash
+                result.refusal = _told(error)
+                continue
             result.peak_bytes = _peak_bytes(timer)
             repeats = 1 if CUDA or least == 1 else max(1, min(100, round(_MIN_SAMPLE_S / timer(3))))
             timers.append((result, timer, repeats))

@@ -102,12 +102,16 @@ class _Counts:
 
 def run_tests(quick: bool, ops: Sequence[str]) -> dict[str, Any]:
     """The kernel tests as `python -m ttsem.sanitize pytest` runs them, counted."""
+    return _tested([test for test in kernel_tests() if not ops or any(op in test for op in ops)])
+
+
+def _tested(chosen: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Arguments of pytest, run in a session of ttsem with some options."""
     import pytest
     from ttsem.sanitize import session
 
     counts = _Counts()
-    chosen = [test for test in kernel_tests() if not ops or any(op in test for op in ops)]
-    with session(CAPABILITY, "<pytest>") as state:
+    with session(CAPABILITY, "<pytest>", **options) as state:
         status = pytest.main(["-q", "-p", "no:cacheprovider", *chosen], plugins=[counts])
     if status and not counts.failed:
         counts.failed.append(f"pytest ended with {status}")
@@ -140,15 +144,7 @@ def operator_line(row: dict[str, Any]) -> str:
 
 def run_steps(quick: bool, ops: Sequence[str]) -> dict[str, Any]:
     """Whole steps. The test fakes the device itself, so that a forgotten copy to it is an error there."""
-    import pytest
-    from ttsem.sanitize import session
-
-    counts = _Counts()
-    with session(CAPABILITY, "<pytest>", cuda_is_cpu=False) as state:
-        status = pytest.main(["-q", "-p", "no:cacheprovider", STEPS], plugins=[counts])
-    if status and not counts.failed:
-        counts.failed.append(f"pytest ended with {status}")
-    return {"launches": state.launches, "unchecked": state.races_unchecked, **vars(counts)}
+    return _tested([STEPS], cuda_is_cpu=False)
 
 
 PARTS: dict[str, Callable[[bool, Sequence[str]], dict[str, Any]]] = {

@@ -11,7 +11,6 @@ Exit status 1 if in any of them a kernel does not compile, spills or asks for to
 """
 
 import argparse
-import itertools
 import json
 import os
 import re
@@ -114,16 +113,10 @@ def code_of(op: str, architectures: list[int]) -> list[dict[str, Any]]:
     """A row per distinct code of an operator: op, kernel, workload, arch, and the figures or the compiler's error."""
     from benchmarks import aot
 
-    rows, seen = [], set()
-    for workload in aot.workloads_of(op):
-        for arch in architectures:
-            for launch in itertools.chain(*aot.launches_of(workload, arch)):
-                identity = aot.key(launch, arch)
-                if identity in seen:
-                    continue
-                seen.add(identity)
-                row = {"op": op, "kernel": launch.kernel.__name__, "workload": workload.label, "arch": arch}
-                rows.append(row | _figures(launch, arch))
+    rows = []
+    for workload, _, launch, arch, _ in aot.distinct_launches(op, architectures):
+        row = {"op": op, "kernel": launch.kernel.__name__, "workload": workload.label, "arch": arch}
+        rows.append(row | _figures(launch, arch))
     return rows
 
 

@@ -88,6 +88,11 @@ def _request(implementation: str | None) -> str:
     return _validated(os.environ.get(ENVIRONMENT_VARIABLE) or AUTO, ENVIRONMENT_VARIABLE)
 
 
+def requested() -> str:
+    """The implementation that a call without one of its own asks for now: by context, environment, or "auto"."""
+    return _request(None)
+
+
 @contextmanager
 def use_implementation(name: str) -> Iterator[None]:
     """Request an implementation (`auto`, `triton`, `cpp`, `reference`) for every operator called inside the

@@ -44,6 +44,7 @@ from aligntok.errors import UserError
 from aligntok.models.tokenizer import AlignTok, StoredTokenizer
 from aligntok.runtime.files import write_bytes
 from aligntok.runtime.world import World
+from aligntok.training.distributed import check_accumulate
 from aligntok.training.monitoring import cost
 from aligntok.training.monitoring.cost import Cost
 from aligntok.training.monitoring.ledger.assumptions import GPUS
@@ -230,13 +231,9 @@ def latent_shape(recipe: Recipe) -> tuple[int, int, int]:
 
 def rows_at_once(training: TrainingConfig, gpus: int) -> int:
     """The images of a micro-batch on one of several GPUs; UserError if a step's cannot be divided so."""
-    rows, accumulate = len(World(0, gpus).rows(training.batch_size)), training.accumulate
-    if rows % accumulate:
-        raise UserError(
-            f"training.accumulate is {accumulate}, which does not divide the {rows} images of a step on each of "
-            f"{gpus} GPUs: choose a divisor of {rows}"
-        )
-    return rows // accumulate
+    rows = len(World(0, gpus).rows(training.batch_size))
+    check_accumulate(training.accumulate, rows)
+    return rows // training.accumulate
 
 
 def _between(ends: list[Cost], micro_batch: int) -> Cost:

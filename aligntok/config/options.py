@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from aligntok.config.run import PrecisionChoice
 from aligntok.config.tokenizer import PerceptualKind
 
 
@@ -244,7 +245,7 @@ class CacheLatentsConfig:
     shard_size: int = 4096
     batch_size: int = 64
     workers: int = 8
-    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"
+    precision: PrecisionChoice = "auto"
     device: str = "auto"
 
 

@@ -34,12 +34,15 @@ class SpikeConfig:
     max_rewinds: int = 3  # from one and the same checkpoint, before the run stops
 
 
+PrecisionChoice = Literal["auto", "bf16", "tf32", "fp32"]
+
+
 @dataclass
 class TrainingConfig:
     """What the loop and its services need, whatever the objective."""
 
     batch_size: int = 256  # per step over all processes; VA-VAE's author recommends 256-512
-    precision: Literal["auto", "bf16", "tf32", "fp32"] = "auto"  # auto: bf16 where the device has it
+    precision: PrecisionChoice = "auto"  # auto: bf16 where the device has it
     seed: int = 0
     device: str = "auto"
     checkpoint_every: int = 5_000  # steps

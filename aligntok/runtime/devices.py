@@ -5,12 +5,14 @@ from __future__ import annotations
 import platform
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import get_args
 
 import torch
 
+from aligntok.config.run import PrecisionChoice
 from aligntok.errors import UserError
 
-PRECISIONS = ("auto", "bf16", "tf32", "fp32")
+PRECISIONS: tuple[str, ...] = get_args(PrecisionChoice)
 
 
 @dataclass(frozen=True)

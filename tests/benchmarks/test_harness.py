@@ -58,7 +58,7 @@ def test_a_wrong_provider_has_no_figures_and_fails_the_run(case, tmp_path, capsy
 def test_on_a_gpu_fused_and_compiled_columns_are_replayed_too(case, tmp_path, capsys, monkeypatch):
     """Recorded once for each phase; with a recording that runs the work again, as a graph's kernels do."""
     recorded = []
-    monkeypatch.setattr(harness, "record", lambda work: recorded.append(work) or work)
+    monkeypatch.setattr(harness, "record", lambda work: (None, recorded.append(work) or work))
     monkeypatch.setattr(harness, "with_replays", partial(_with_replays_on_a_gpu, harness.with_replays, monkeypatch))
     ours = Provider("ours", lambda x: ((x * x).sum() / 5, x.detach().max()))
     assert harness.compare([([BASELINE, ours], [case])], "ours", _options(tmp_path)) == 0
@@ -66,6 +66,17 @@ def test_on_a_gpu_fused_and_compiled_columns_are_replayed_too(case, tmp_path, ca
     assert [row["phase"] for row in rows if row["provider"] == "ours, replayed"] == ["forward", "both"]
     assert all(row["median_us"] for row in rows) and len(recorded) == 2
     assert "ours, replayed" in capsys.readouterr().out
+
+
+def test_what_cannot_be_recorded_has_no_figures_and_the_others_keep_theirs(case, monkeypatch):
+    def refuse(work):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(harness, "record", refuse)
+    providers = [BASELINE, Provider("ours, replayed", BASELINE.run, recorded=True)]
+    plain, replayed = harness.measure(case, "both", providers, budget_s=0.0)
+    assert plain.samples and not replayed.samples
+    assert replayed.refusal == "RuntimeError: operation not permitted when stream is capturing"
 
 
 def _with_replays_on_a_gpu(with_replays, monkeypatch, providers, phase):

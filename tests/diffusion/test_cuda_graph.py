@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from aligntok.config import SamplerConfig
 from aligntok.diffusion import cuda_graph, sampler
 from aligntok.diffusion.cuda_graph import GraphedCalls, Recording, graphed
+from aligntok.kernels import use_implementation
 
 
 class Imitated(GraphedCalls):
@@ -79,6 +80,9 @@ def test_recordings_are_kept_while_the_weights_stay_where_they_are(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             assert calls(x).dtype == torch.bfloat16, "autocast is another recording"
         assert len(calls.recordings) == 2
+        with use_implementation("reference"):
+            assert graphed(model) is not calls, "other kernels would run"
+        calls = graphed(model)
         model.weight = torch.nn.Parameter(torch.ones(4, 4, 1, 1))
         assert graphed(model) is not calls and torch.equal(graphed(model)(x), model(x))
     assert graphed(network) is not graphed(network), "of a function nothing is known"

@@ -48,7 +48,7 @@ def record(built: Built, implementation: str, architecture: int) -> Step:
 
     Args:
         implementation: of our operators: "auto", which on a GPU is Triton, or "reference".
-        architecture: 80 or 90, whose pinned block sizes are taken.
+        architecture: of kernels/_triton.py's ARCHITECTURES, whose block sizes are taken.
     """
     weights = {id(p): p for part in built.parts.values() for p in part.parameters()}
     trained = 0

@@ -13,7 +13,7 @@ from kernel_checks import DEVICE
 from aligntok.kernels import swiglu
 from aligntok.kernels._triton import INTERPRETED, record_launches, tl, triton
 from benchmarks import bench_swiglu, hardware_report
-from benchmarks.aot import _widths, launches_of, occupancy
+from benchmarks.aot import _widths, launches_of, occupancy, workloads_of
 from benchmarks.gpu_check import parts
 
 
@@ -109,7 +109,7 @@ def test_every_operator_has_workloads_and_is_in_the_gpu_check():
     wanted = set(hardware_report.triton_operators())
     assert len(wanted) >= 10
     for op in wanted:
-        assert all(workload.op == op for workload in hardware_report.workloads_of(op))
+        assert all(workload.op == op for workload in workloads_of(op))
     assert {f"bench_{op}" for op in wanted} <= {part.name for part in parts()}
 
 
@@ -139,7 +139,7 @@ def test_what_phases_hand_on_through_memory_is_behind_a_barrier():
 
 def test_a_workload_that_plans_more_than_the_minimum_says_why():
     for op in hardware_report.triton_operators():
-        for workload in hardware_report.workloads_of(op):
+        for workload in workloads_of(op):
             pairs = zip(workload.minimum(2, **workload.shape), workload.plan(2, **workload.shape), strict=True)
             shares = [planned / least for least, planned in pairs if least]
             assert min(shares) >= 1, "a minimum is what every implementation moves"
@@ -150,7 +150,7 @@ def test_eager_attention_is_charged_as_a_flash_kernel():
     """Bytes grow as the tokens do, and not as the scores, which are never written out."""
     from benchmarks.traffic import eager_costs
 
-    (workload, *_) = hardware_report.workloads_of("qknorm_attention")
+    (workload, *_) = workloads_of("qknorm_attention")
     longer = replace(workload, shape=workload.shape | {"N": 8 * workload.shape["N"]})
     few, many = (sum(eager_costs(one)["bytes"]) for one in (workload, longer))
     assert many == pytest.approx(8 * few, rel=0.02)

@@ -38,7 +38,7 @@ from triton.runtime import driver
 
 from aligntok.config import LightningDiTConfig
 from aligntok.kernels import assume_device, use_implementation
-from aligntok.models.lightning_dit import LightningDiT
+from aligntok.models.lightning_dit import LightningDiT, dimensions
 from aligntok.runtime.files import write_bytes
 
 GPU = torch.device("cuda:0")
@@ -216,9 +216,10 @@ def main() -> int:
     parser.add_argument("--architecture", type=int, default=90, help="compute capability, without the dot")
     parser.add_argument("--code", type=Path, help="folder for the generated code")
     options = parser.parse_args()
+    _, width, heads = dimensions(LightningDiTConfig(size=options.size))
     copied = False
     for name, fused in (("reference", False), ("fused", True)):
-        config = LightningDiTConfig(size=options.size, classes=10, qk_norm=options.qk_norm)
+        config = LightningDiTConfig("custom", 1, width, heads, classes=10, qk_norm=options.qk_norm)
         config.attention = "fused" if fused else "sdpa"
         found = compiled_block(config, options.tokens, options.batch, fused, options.architecture)
         for direction, compiled in zip(DIRECTIONS, found, strict=True):

@@ -5,7 +5,7 @@ are laid on top by `aligntok.config.parsing`; nothing else in the package invent
 means that the paper does not state the value and that the number is this project's choice (docs/decisions.md has the
 reasons).
 
-    tokenizer, generator, rivals, run, recipe     the dataclasses, by subject; all are imported from here
+    tokenizer, generator, text, rivals, run, recipe     the dataclasses, by subject; all are imported from here
     options                                       of the commands that take no recipe
     parsing, recipes, from_dict                   command line, recipe files and dictionaries into dataclasses
 """
@@ -40,6 +40,7 @@ from aligntok.config.tokenizer import (
     TokenizerConfig,
     TokenizerTrainingConfig,
 )
+from aligntok.config.text import FluxTransformerConfig, TextConfig, TextEncoderConfig
 
 __all__ = [
     "AdapterConfig",
@@ -51,6 +52,7 @@ __all__ = [
     "EncoderConfig",
     "EvaluationConfig",
     "FlowConfig",
+    "FluxTransformerConfig",
     "GeneratorTrainingConfig",
     "LightningDiTConfig",
     "LossConfig",
@@ -69,6 +71,8 @@ __all__ = [
     "SpikeConfig",
     "StageConfig",
     "StagesConfig",
+    "TextConfig",
+    "TextEncoderConfig",
     "TokenizerConfig",
     "TokenizerTrainingConfig",
     "TrainingConfig",

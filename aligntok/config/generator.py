@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from aligntok.config.run import TrainingConfig
+from aligntok.config.text import TextConfig
 
 
 @dataclass
@@ -56,7 +57,9 @@ class GeneratorTrainingConfig:
     """LightningDiT on the latents of a trained tokenizer; images are always centre-cropped."""
 
     tokenizer: str | None = None  # folder of the tokenizer; None = OUTPUT/tokenizer
+    condition: Literal["class", "text"] = "class"  # text: `text` says everything, `model` nothing
     model: LightningDiTConfig = field(default_factory=LightningDiTConfig)
+    text: TextConfig = field(default_factory=TextConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     training: TrainingConfig = field(

@@ -27,6 +27,7 @@ from .flow_loss import flow_loss
 from .flow_step import flow_step
 from .gan_loss import discriminator_loss, generator_loss
 from .group_norm_silu import group_norm_silu
+from .joint_attention import joint_attention
 from .lpips_distance import lpips_distance
 from .norm_ratio import norm_ratio
 from .qknorm_attention import qknorm_attention
@@ -47,6 +48,7 @@ __all__ = [
     "flow_step",
     "generator_loss",
     "group_norm_silu",
+    "joint_attention",
     "lpips_distance",
     "noise_key",
     "norm_ratio",

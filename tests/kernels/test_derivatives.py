@@ -141,6 +141,12 @@ def _attention(implementation, qkv, q_weight, k_weight):
     return _flat(kernels.qknorm_attention(qkv, q_weight, k_weight, *_tables(), implementation=implementation))
 
 
+def _joint(implementation, text, image, *weights):
+    tables, lengths = [table[:, ::2] for table in _tables()], torch.tensor([1, 0], device=DEVICE)[: len(text)]
+    options = {"text_tokens": 2, "lengths": lengths, "implementation": implementation}
+    return _flat(*kernels.joint_attention((text, image), weights[:2], weights[2:], *tables, **options))
+
+
 def _rope(implementation, qkv, q_weight, k_weight):
     return _flat(*kernels.qknorm_rope(qkv, q_weight, k_weight, *_tables(), implementation=implementation))
 
@@ -180,6 +186,7 @@ CASES = {
     ),
     "group_norm_silu": Case("group_norm_silu", _group_norm(True), (_IMAGE, (4,), (4,))),
     "group_norm_silu: norm only": Case("group_norm_silu", _group_norm(False), (_IMAGE, (4,), (4,))),
+    "joint_attention": Case("joint_attention", _joint, ((2, 2, 3, 2, 32), (2, 3, 3, 2, 32), *[(32,)] * 4)),
     "lpips_distance": Case("lpips_distance", _lpips, (_MAPS, _MAPS, (6,))),
     "lpips_distance: maps": Case("lpips_distance", _lpips_maps, (_MAPS, _MAPS)),
     "norm_ratio": Case("norm_ratio", _ratio, ((3, 4), (5,)), linear=True, constant=True),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from math import log10
 
 import torch
@@ -23,6 +24,7 @@ from aligntok.evaluation.distances import (
 )
 from aligntok.evaluation.probe import linear_probe
 from aligntok.evaluation.reconstruction import psnr, ssim
+from aligntok.evaluation.retrieval import Pictures, measure_class_agreement, measure_retrieval
 from aligntok.evaluation.trained_probe import train_probe
 from aligntok.losses.perceptual import PerceptualDistance
 from aligntok.losses.st_lpips import alex_layers
@@ -45,7 +47,7 @@ class Check:
 
 def self_test(progress: Callable[[int, int], None] | None = None) -> list[Check]:
     """All checks, in seconds; deterministic."""
-    groups = (_reconstruction, _perceptual, _frechet, _kernel, _scores, _neighbours, _alignment, _probes)
+    groups = (_reconstruction, _perceptual, _frechet, _kernel, _scores, _neighbours, _alignment, _probes, _captions)
     checks: list[Check] = []
     for done, group in enumerate(groups, start=1):
         checks += group()
@@ -160,3 +162,30 @@ def _probes() -> Iterator[Check]:
     for name, x, expected, tolerance in (("classes far apart", clear, 1.0, 0.0), ("noise", noise, 1 / 3, 0.12)):
         found = train_probe((x[:400], labels[:400]), (x[400:], labels[400:]), epochs=20)
         yield Check("trained probe", name, expected, found.accuracy, tolerance)
+
+
+def _looked_up(table: dict[str, Tensor], names: list[str]) -> Tensor:
+    return torch.stack([table[name] for name in names])
+
+
+def _captions() -> Iterator[Check]:
+    # Image features that a rotation turns into text features; a third of the captions is what the map is fitted on
+    n = 900
+    features, captions = _normal(n, 12, 0), [f"picture {number}" for number in range(n)]
+    turned, order = features @ torch.linalg.qr(_normal(12, 12, 1))[0], _normal(n, 1, 2)[:, 0].argsort()
+    fitted, held_out, made = (Pictures(features, captions).subset(rows) for rows in torch.arange(n).chunk(3))
+    for case, texts, expected in (
+        ("a perfect map finds every caption", turned, 1.0),
+        ("shuffled captions: 1 / 10", turned[order], 0.1),
+    ):
+        table = dict(zip(captions, texts, strict=True))
+        found = measure_retrieval(fitted, held_out, made, partial(_looked_up, table))
+        tolerance = 1e-3 if expected == 1 else 4 * found.extra["errors"][0].item()
+        yield Check("caption retrieval", case, expected, found.values["retrieval 1 of 10"], tolerance)
+    labels = torch.arange(60) % 3
+    clear = _normal(60, 8, 0) + 20 * torch.eye(3, 8, dtype=torch.float64)[labels]
+    asked = torch.where(torch.arange(60) < 30, labels, (labels + 1) % 3)
+    real, half = (Pictures(clear, captions[:60], kind) for kind in (labels, asked))
+    agreed = measure_class_agreement(real, real, half)
+    share = float("nan") if agreed is None else agreed.values["class agreement"]
+    yield Check("class agreement", "half of the pictures are of another class", 0.5, share, 0.0)

@@ -7,6 +7,7 @@ from aligntok.cli import main
 from aligntok.evaluation import self_test
 from aligntok.evaluation.adm import precision_recall
 from aligntok.evaluation.distances import GaussianStatistics, frechet_distance_of_rows
+from aligntok.evaluation.retrieval import Pictures, measure_class_agreement, measure_retrieval
 from aligntok.losses.perceptual import PerceptualDistance
 
 
@@ -25,9 +26,11 @@ def test_every_metric_passes_on_the_command_line(capsys):
         "CKNNA",
         "linear probe",
         "trained probe",
+        "caption retrieval",
+        "class agreement",
     ):
         assert metric in printed
-    assert "FAIL" not in printed and "of 30 checks passed" in printed
+    assert "FAIL" not in printed and "of 33 checks passed" in printed
 
 
 class Squared(PerceptualDistance):
@@ -45,6 +48,14 @@ WRONG = {
     "PerceptualDistance": ("_perceptual", Squared),
     "cknna": ("_alignment", lambda a, b: 0.5),
     "precision_recall": ("_neighbours", lambda a, b: (0.7, 0.7)),
+    "measure_retrieval": (
+        "_captions",  # against wrong captions
+        lambda a, b, c, encode: measure_retrieval(a, b, Pictures(c.features.flip(0), c.captions), encode),
+    ),
+    "measure_class_agreement": (
+        "_captions",  # labels that nobody asked for
+        lambda a, b, c: measure_class_agreement(a, b, Pictures(c.features, c.captions, a.labels)),
+    ),
 }
 
 

@@ -226,7 +226,7 @@ def take_plan_options(arguments: list[str]) -> tuple[dict[str, Any], list[str]]:
 
 def _sample(arguments: list[str]) -> None:
     options = parse_options("sample", SampleConfig, arguments)
-    from aligntok.commands.pictures import sample
+    from aligntok.commands.sample import sample
 
     sample(**asdict(options))
 

@@ -27,6 +27,7 @@ from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import AlignTok
 from aligntok.runtime.devices import choose_precision
+from aligntok.training.conditions import by_label
 from aligntok.training.feed import move
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import run_phase
@@ -63,7 +64,7 @@ class Part:
         side = recipe.data.image_size // recipe.tokenizer.model.encoder.downsample
         latents = torch.randn(len(self.batch["labels"]), channels, side, side).to(DEVICE)
         model = perturb(LightningDiT(recipe.generator.model, channels, (side, side)).to(DEVICE))
-        return GeneratorObjective(model, lambda batch: latents, recipe.generator, self.precision)
+        return GeneratorObjective(model, lambda batch: latents, by_label(model), recipe.generator, self.precision)
 
     def _stage(self, part: str, recipe: Recipe) -> TokenizerObjective:
         config, stage = recipe.tokenizer, getattr(recipe.tokenizer.stages, part)

@@ -61,7 +61,7 @@ class Path:
         """The loss of one batch, with times and noise from a seed."""
         torch.manual_seed(seed)
         with use_implementation(self.implementation), self.precision.autocast():
-            return training_loss(self.model, data, labels, FlowConfig())[0]
+            return training_loss(self.model, data, (labels,), FlowConfig())[0]
 
     def step(self, seed: int, data: torch.Tensor, labels: torch.Tensor) -> float:
         """One whole training step; returns its loss."""

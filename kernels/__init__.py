@@ -3,12 +3,15 @@ public function.
 
 Nothing here knows of the rest of the package. Which implementation runs is decided in `_dispatch`; `aligntok
 doctor` prints the decisions with their reasons.
+
+Imports are absolute: in the root of a checkout other packages find this folder by the name `kernels` alone (transformers
+looks for one), and get the same operators then instead of a second set that nothing knows of.
 """
 
 import warnings
 
-from . import _extension
-from ._dispatch import (
+from aligntok.kernels import _extension
+from aligntok.kernels._dispatch import (
     Selection,
     assume_device,
     device_type,
@@ -19,20 +22,20 @@ from ._dispatch import (
     transformed,
     use_implementation,
 )
-from ._philox import flow_noise, noise_key
-from .adaln import adaln
-from .adapter_projection import adapter_projection
-from .flow_interpolate import flow_interpolate
-from .flow_loss import flow_loss
-from .flow_step import flow_step
-from .gan_loss import discriminator_loss, generator_loss
-from .group_norm_silu import group_norm_silu
-from .joint_attention import joint_attention
-from .lpips_distance import lpips_distance
-from .norm_ratio import norm_ratio
-from .qknorm_attention import qknorm_attention
-from .qknorm_rope import qknorm_rope
-from .swiglu import swiglu
+from aligntok.kernels._philox import flow_noise, noise_key
+from aligntok.kernels.adaln import adaln
+from aligntok.kernels.adapter_projection import adapter_projection
+from aligntok.kernels.flow_interpolate import flow_interpolate
+from aligntok.kernels.flow_loss import flow_loss
+from aligntok.kernels.flow_step import flow_step
+from aligntok.kernels.gan_loss import discriminator_loss, generator_loss
+from aligntok.kernels.group_norm_silu import group_norm_silu
+from aligntok.kernels.joint_attention import joint_attention
+from aligntok.kernels.lpips_distance import lpips_distance
+from aligntok.kernels.norm_ratio import norm_ratio
+from aligntok.kernels.qknorm_attention import qknorm_attention
+from aligntok.kernels.qknorm_rope import qknorm_rope
+from aligntok.kernels.swiglu import swiglu
 
 __all__ = [
     "Selection",

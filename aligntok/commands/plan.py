@@ -182,7 +182,9 @@ def generator_alone(recipe: Recipe) -> GeneratorTrainingConfig:
     """The generator's configuration without what changes no cost of a step."""
     generator = recipe.generator
     training = TrainingConfig(precision=generator.training.precision)
-    return GeneratorTrainingConfig(model=labelled(generator.model), training=training)
+    return GeneratorTrainingConfig(
+        condition=generator.condition, model=labelled(generator.model), text=generator.text, training=training
+    )
 
 
 def stage_alone(recipe: Recipe, part: str) -> tuple[TokenizerTrainingConfig, StageConfig]:
@@ -270,8 +272,9 @@ def _forward(recipe: Recipe, parts: tuple[str, ...]) -> dict[str, int]:
     kind, config = network_of(recipe.rival) if rival else (AlignTok, recipe.tokenizer.model)
     found = dict(cost.once(cost.forward_flops, kind, config, recipe.data.image_size))
     if "generator" in parts:
-        model = labelled(recipe.generator.model)
-        found["generator evaluation"] = cost.once(cost.generator_forward_flops, model, latent_shape(recipe))
+        found["generator evaluation"] = cost.once(
+            cost.generator_forward_flops, generator_alone(recipe), latent_shape(recipe)
+        )
     return found
 
 

@@ -25,6 +25,7 @@ from aligntok.config.rivals import (
     ViTDecoderConfig,
 )
 from aligntok.config.run import DataConfig, EvaluationConfig, SpikeConfig, TrainingConfig
+from aligntok.config.text import FluxTransformerConfig, TextConfig, TextEncoderConfig
 from aligntok.config.tokenizer import (
     AdapterConfig,
     DecoderConfig,
@@ -40,7 +41,6 @@ from aligntok.config.tokenizer import (
     TokenizerConfig,
     TokenizerTrainingConfig,
 )
-from aligntok.config.text import FluxTransformerConfig, TextConfig, TextEncoderConfig
 
 __all__ = [
     "AdapterConfig",

@@ -18,12 +18,17 @@ class SampleConfig:
         tokenizer: folder of the tokenizer that it was trained on.
         output: PNG file of the grid; single pictures go to a folder of the same name with --separate true.
         labels: class names or numbers, one or [several, of, them]; null = every class.
-        per_class: pictures per class.
+        prompt: captions to draw, one or [several, of, them], of a generator that reads text.
+        prompts: the same from a file: .txt (one a line), .jsonl, .tsv, COCO's .json, or a folder of .txt.
+        negative: caption that guidance leads away from; the empty one where none is given.
+        text_encoder: folder of the generator's text encoder, where it is not found by its own name.
+        size: [height, width] in pixels, multiples of the tokenizer's downsampling; null = as in training.
+        per_class: pictures per class or caption.
         steps: network evaluations per picture; null = the generator's own setting.
         guidance: classifier-free guidance scale, 1 = none; null = the generator's own setting.
         guidance_channels: null = all, 3 = the first three (the reference code's way).
         seed: of the noise.
-        separate: also write every picture as its own file.
+        separate: also write every picture as its own file; of captions with a list of them, prompts.jsonl.
         device: auto, cpu, cuda or cuda:N.
     """
 
@@ -31,6 +36,11 @@ class SampleConfig:
     tokenizer: str
     output: str = "samples.png"
     labels: list[str | int] | int | str | None = None
+    prompt: list[str] | str | None = None
+    prompts: str | None = None
+    negative: str = ""
+    text_encoder: str | None = None
+    size: tuple[int, int] | None = None
     per_class: int = 8
     steps: int | None = None
     guidance: float | None = None

@@ -23,6 +23,7 @@ from aligntok.config.rivals import (
     ViTDecoderConfig,
 )
 from aligntok.config.run import DataConfig, EvaluationConfig, SpikeConfig, TrainingConfig
+from aligntok.config.text import FluxTransformerConfig, TextConfig, TextEncoderConfig
 from aligntok.config.tokenizer import (
     AdapterConfig,
     DecoderConfig,
@@ -100,6 +101,11 @@ RANGES: dict[type, dict[str, Range]] = {
         ("depth", "width", "heads", "patch_size", "classes", "head_width", "head_heads"), COUNT
     )
     | {"label_dropout": SHARE, "head_depth": ANY_COUNT},
+    FluxTransformerConfig: dict.fromkeys(("width", "heads", "patch_size", "pad_to"), COUNT)
+    | dict.fromkeys(("double_blocks", "single_blocks", "rope_axes"), ANY_COUNT)
+    | {"mlp_ratio": POSITIVE, "rope_theta": POSITIVE},
+    TextEncoderConfig: {"width": COUNT, "tokens": COUNT},
+    TextConfig: {"dropout": SHARE},
     FlowConfig: {"direction_weight": WEIGHT, "time_shift": POSITIVE},
     SamplerConfig: {
         "steps": COUNT,

@@ -13,6 +13,9 @@ class DataConfig:
     path: str = (
         "embedded"  # folder (class sub-folders or flat), .tar, folder of .tar, "s-{000..127}.tar", or "embedded"
     )
+    # of text to image: null = NAME.txt beside each NAME.jpg, in folders and tars; or a .jsonl, .json (COCO's too) or
+    # .parquet file, or a folder of .parquet or .txt files (aligntok/data/captions.py)
+    captions: str | None = None
     image_size: int = 256
     flip: bool = True  # horizontal flips; VA-VAE uses none for its tokenizer, LightningDiT caches both
     held_out: float = 0.0  # share of images kept for evaluation, chosen by a seeded shuffle

@@ -17,6 +17,7 @@ class TextEncoderConfig:
     name: str = "Qwen/Qwen3-0.6B"  # folder or hub name; "minilm-l6": all-MiniLM-L6-v2 as a package carries it
     revision: str | None = None  # of the hub
     layer: int = -1  # whose hidden states: -1 the last, as the model gives it, -2 the one before, 0 the embeddings
+    width: int = 1024  # of its features, which a plan needs before the encoder is there: Qwen3-0.6B 1024, MiniLM 384
     tokens: int = 256  # of a caption at most; the rest is cut off and counted
 
 
@@ -32,9 +33,11 @@ class FluxTransformerConfig:
     mlp_ratio: float = 3.0  # hidden width / width: 3 in FLUX.2, 4 in FLUX.1
     per_block_modulation: bool = False  # FLUX.1: every block has its own; FLUX.2: one for all blocks of a kind
     patch_size: int = 1
-    rope_axes: tuple[int, int, int] | None = None  # channels of a head for text index, row, column; null = 1 : 1.5 : 1.5
+    rope_axes: tuple[int, int, int] | None = None  # channels of a head for text index, row, column; null = 2 : 3 : 3
     rope_theta: float = 10_000.0
     centred_positions: bool = False  # rows and columns counted from the middle of the picture instead of its corner
+    mask: Literal["length", "none"] = "length"  # none: all padding is attended to, as in FLUX
+    pad_to: int = 32  # captions are padded with a learned token to a multiple of this, and masked behind it (Z-Image)
     attention: Literal["auto", "fused", "sdpa"] = "auto"
 
 
@@ -45,6 +48,4 @@ class TextConfig:
     encoder: TextEncoderConfig = field(default_factory=TextEncoderConfig)
     model: FluxTransformerConfig = field(default_factory=FluxTransformerConfig)
     dropout: float = 0.1  # share of captions in the place of which training reads the empty string
-    mask: Literal["length", "none"] = "length"  # none: padding is attended to, as in FLUX
-    pad_to: int = 32  # captions are padded with a learned token to a multiple of this, and masked behind it (Z-Image)
     features: str | None = None  # folder of `aligntok cache-text`; null = captions are encoded when training begins

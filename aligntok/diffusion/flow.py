@@ -36,9 +36,15 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def training_loss(
-    model: torch.nn.Module, data: Tensor, labels: Tensor, config: FlowConfig, place: Place | None = None
+    model: torch.nn.Module,
+    data: Tensor,
+    condition: tuple[Tensor, ...],
+    config: FlowConfig,
+    place: Place | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Flow-matching loss of `model` on normalised latents [B, d, h, w] and labels [B], with fresh times and noise.
+    """Flow-matching loss of `model` on normalised latents [B, d, h, w], with fresh times and noise.
+
+    `condition` is what the model takes behind z_t and t: (labels [B],), for example.
 
     The latents are the rows at `place` of a batch (None = all of it), for which times and noise are drawn. Under
     autocast the model gets z_t in the autocast's dtype; the loss is float32.
@@ -51,17 +57,10 @@ def training_loss(
     t = shift_time(t, config.time_shift)
     key = noise_key(data.device)
     noisy = flow_interpolate(data, t, key, dtype=_working_dtype(data), first_image=place.first)
-    loss, parts = flow_loss(model(noisy, t, labels), data, key, config.direction_weight, first_image=place.first)
+    loss, parts = flow_loss(model(noisy, t, *condition), data, key, config.direction_weight, first_image=place.first)
     mse, direction = parts.unbind()
     return loss, {"mse": mse, "direction": direction}
 
 
 def _working_dtype(data: Tensor) -> torch.dtype:
     return autocast_dtype(data.device.type) or data.dtype
-
-
-def drop_labels(labels: Tensor, probability: float, null_class: int, place: Place | None = None) -> Tensor:
-    """Labels [B], rows at `place` of a batch, a share replaced by the null class, for classifier-free guidance."""
-    place = place or Place(0, len(labels), len(labels))
-    dropped = place.of(torch.rand(place.batch_size, device=labels.device)) < probability
-    return torch.where(dropped, null_class, labels)

@@ -3,7 +3,7 @@
     grid:      n equal steps of u from 1 to `end`, 0 by default;   t = s u / (1 + (s - 1) u)     (time shift s)
     Euler:     z <- z + (t' - t) v(z, t)
     Heun:      z <- z + (t' - t) (v(z, t) + v(z + (t' - t) v(z, t), t')) / 2
-    guidance:  v = v_null + w (v_label - v_null), on all channels or on the first k, for t inside an interval
+    guidance:  v = v_null + w (v_given - v_null), on all channels or on the first k, for t inside an interval
 
 `steps` counts evaluations of the network per sample: N Euler steps, or N / 2 Heun steps. (LightningDiT's `num_steps`
 counts grid points, one more than its evaluations.) Where guidance is off, the null half is not computed. Guidance and
@@ -21,12 +21,13 @@ import torch
 from torch import Tensor
 
 from aligntok.config import SamplerConfig
+from aligntok.diffusion.condition import Condition
 from aligntok.diffusion.cuda_graph import graphed
 from aligntok.diffusion.flow import shift_time
 from aligntok.errors import UserError
 from aligntok.kernels import flow_step
 
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]  # (z [B, d, h, w], t [B], labels [B]) -> v like z
+Velocity = Callable[..., Tensor]  # (z [B, d, h, w], t [B], *condition) -> v like z
 Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 
@@ -35,39 +36,34 @@ def time_grid(steps: int, shift: float, end: float = 0.0) -> Tensor:
     return shift_time(torch.linspace(1, end, steps + 1, dtype=torch.float64), shift)
 
 
-def evaluate(
-    model: Velocity, z: Tensor, t: float, labels: Tensor, null_class: int, config: SamplerConfig
-) -> tuple[Tensor, float]:
+def evaluate(model: Velocity, z: Tensor, t: float, condition: Condition, config: SamplerConfig) -> tuple[Tensor, float]:
     """The network at one time, as `flow_step` takes it: its velocity and the guidance to apply.
 
     Returns:
-        velocity [2B, d, h, w], labelled half first, with the configured guidance inside its interval; else [B, d, h, w]
-        and 1.
+        velocity [2B, d, h, w], conditional half first, with the configured guidance inside its interval; else
+        [B, d, h, w] and 1.
     """
     low, high = config.guidance_interval
     times = torch.full((z.shape[0],), t, device=z.device, dtype=torch.float32)
     if config.guidance == 1.0 or not low <= t <= high:
-        return model(z, times, labels), 1.0
-    null = torch.full_like(labels, null_class)
-    return model(z.repeat(2, 1, 1, 1), times.repeat(2), torch.cat([labels, null])), config.guidance
+        return model(z, times, *condition.given), 1.0
+    return model(z.repeat(2, 1, 1, 1), times.repeat(2), *condition.guided()), config.guidance
 
 
 @torch.no_grad()
 def integrate(
     model: Velocity,
     noise: Tensor,
-    labels: Tensor,
-    null_class: int,
+    condition: Condition,
     config: SamplerConfig,
     progress: Progress | None = None,
 ) -> Tensor:
-    """Noise z_1 [B, d, h, w] and labels [B] -> latents z_0 [B, d, h, w], float32.
+    """Noise z_1 [B, d, h, w] and what is asked for -> latents z_0 [B, d, h, w], float32.
 
     Raises:
-        UserError: labels out of range, or what `check_sampler` refuses.
+        UserError: what `check_sampler` refuses.
     """
     check_sampler(config, noise.shape[1])
-    _check_labels(labels, null_class)
     if config.cuda_graph and noise.is_cuda:
         model = graphed(model)
     solver_steps = config.steps if config.solver == "euler" else config.steps // 2
@@ -77,23 +73,14 @@ def integrate(
     channels = config.guidance_channels
     for index, (t, following) in enumerate(itertools.pairwise(grid)):
         dt = following - t
-        velocity, guidance = evaluate(model, z, t, labels, null_class, config)
+        velocity, guidance = evaluate(model, z, t, condition, config)
         flow_step(z, velocity, dt, guidance=guidance, channels=channels, ahead=ahead)
         if ahead is not None:
-            velocity, guidance = evaluate(model, ahead, following, labels, null_class, config)
+            velocity, guidance = evaluate(model, ahead, following, condition, config)
             flow_step(z, velocity, dt / 2, guidance=guidance, channels=channels)
         if progress is not None:
             progress(index + 1, solver_steps)
     return z
-
-
-def _check_labels(labels: Tensor, null_class: int) -> None:
-    wrong = labels[(labels < 0) | (labels > null_class)]
-    if len(wrong):
-        raise UserError(
-            f"label {int(wrong[0])} is out of range: this generator knows 0..{null_class - 1}, "
-            f"and {null_class} for no label"
-        )
 
 
 def check_sampler(config: SamplerConfig, channels: int) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from aligntok.config import SamplerConfig
-from aligntok.data.geometry import to_unit_range
+from aligntok.data.geometry import check_size, to_unit_range
 from aligntok.diffusion.sampler import integrate
 from aligntok.errors import UserError
+from aligntok.evaluation.asked import Asked, check_asked, condition_of
 from aligntok.evaluation.distances import feature_distances
 from aligntok.evaluation.features import FeatureExtractor, extract
 from aligntok.evaluation.tokenizer import BATCH, Measured, decode_all
@@ -36,19 +37,24 @@ def check_pair(generator: Generator, tokenizer: StoredTokenizer) -> None:
 def draw(
     generator: Generator,
     tokenizer: StoredTokenizer,
-    labels: Tensor,
+    asked: Asked,
     sampler: SamplerConfig,
     precision: Precision,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Tensor:
-    """Images [n, 3, H, W] float32 in [-1, 1] for labels [n]; picture i depends on the seed, i and its label
-    alone."""
+    """Images [n, 3, H, W] float32 in [-1, 1] for labels [n] or captions; picture i depends on the seed, i and what is
+    asked for there alone.
+
+    Args:
+        size: (height, width) in pixels; None = as in training.
+    """
     images: list[Tensor] = []
-    for batch in stream_draw(generator, tokenizer, labels, sampler, precision, seed):
+    for batch in stream_draw(generator, tokenizer, asked, sampler, precision, seed, size=size):
         images += batch
         if progress is not None:
-            progress(len(images), len(labels))
+            progress(len(images), len(asked))
     return torch.stack(images)
 
 
@@ -56,33 +62,48 @@ def draw(
 def stream_draw(
     generator: Generator,
     tokenizer: StoredTokenizer,
-    labels: Tensor,
+    asked: Asked,
     sampler: SamplerConfig,
     precision: Precision,
     seed: int = 0,
     world: World | None = None,
+    size: tuple[int, int] | None = None,
 ) -> Iterator[Tensor]:
     """The images of `draw` in batches [B, 3, H, W]; memory holds one of them.
 
     Of several processes each makes every size-th batch, from its rank on; None = this one makes all.
     """
     check_pair(generator, tokenizer)
-    world = world or World()
+    check_asked(generator, asked)
+    shape, world = drawn_shape(generator, tokenizer, size), world or World()
     model, source = generator.model.to(precision.device), torch.Generator().manual_seed(seed)
-    for number, chunk in enumerate(batches_of(labels)):
-        noise = torch.randn(len(chunk), *generator.latent_shape, generator=source)  # also of batches that others make
+    for number, (start, stop) in enumerate(batches_of(len(asked))):
+        noise = torch.randn(stop - start, *shape, generator=source)  # also of batches that others make
         if number % world.size != world.rank:
             continue
+        condition = condition_of(generator, asked, start, stop).to(precision.device)
         with precision.autocast():
-            latents = integrate(
-                model, noise.to(precision.device), chunk.to(precision.device), model.null_class, sampler
-            )
+            latents = integrate(model, noise.to(precision.device), condition, sampler)
         yield decode_all(tokenizer, latents.cpu(), precision)
 
 
-def batches_of(labels: Tensor) -> tuple[Tensor, ...]:
-    """The labels of every batch that `stream_draw` makes, in order."""
-    return labels.split(SAMPLING_BATCH)
+def batches_of(count: int) -> list[tuple[int, int]]:
+    """(first, behind the last) of every batch that `stream_draw` makes of so many pictures, in order."""
+    return [(start, min(start + SAMPLING_BATCH, count)) for start in range(0, count, SAMPLING_BATCH)]
+
+
+def drawn_shape(generator: Generator, tokenizer: StoredTokenizer, size: tuple[int, int] | None) -> tuple[int, int, int]:
+    """Shape (d, h, w) of the latents of pictures of a size (height, width) in pixels; None = as in training.
+
+    Raises:
+        UserError: a side that the tokenizer does not divide.
+    """
+    if size is None:
+        return generator.latent_shape
+    for side in size:
+        check_size(side, tokenizer.downsample, "size")
+    height, width = (side // tokenizer.downsample for side in size)
+    return generator.latent_shape[0], height, width
 
 
 def choose_labels(policy: str, count: int, classes: int, seed: int = 0) -> Tensor:

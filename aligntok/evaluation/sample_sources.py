@@ -19,6 +19,7 @@ from aligntok.data.images import open_images
 from aligntok.diffusion.sampler import check_sampler
 from aligntok.errors import UserError
 from aligntok.evaluation.adm import read_samples, sample_shape, write_sample_batches
+from aligntok.evaluation.asked import check_asked
 from aligntok.evaluation.crops import crops_with_bar
 from aligntok.evaluation.features import EfficientNetLite0, FeatureExtractor, to_uint8
 from aligntok.evaluation.generated import (
@@ -60,6 +61,7 @@ class DrawnSamples:
         require_enough(count, "samples (--count)")
         self.network, self.tokenizer = Generator(generator), load_tokenizer(tokenizer).to(precision.device)
         check_pair(self.network, self.tokenizer)
+        check_asked(self.network, torch.zeros(count, dtype=torch.int64))
         self.sampler: SamplerConfig = replace(self.network.sampler, **overrides)
         check_sampler(self.sampler, self.network.latent_shape[0])
         self.count, self.seed, self.precision, self.telemetry = count, seed, precision, telemetry
@@ -75,7 +77,7 @@ class DrawnSamples:
         """uint8 [B, 3, H, W], drawn as they are asked for; nothing but in the first process, which gets the others'."""
         world, done = current(), 0
         made = stream_draw(self.network, self.tokenizer, self.labels, self.sampler, self.precision, self.seed, world)
-        shapes = [(len(chunk), 3, self.size, self.size) for chunk in batches_of(self.labels)]
+        shapes = [(stop - start, 3, self.size, self.size) for start, stop in batches_of(self.count)]
         with self.telemetry.bar(f"drawing, {title}") as update:
             for images in collectives.in_turns(map(to_uint8, made), shapes, torch.uint8):
                 yield images

@@ -13,6 +13,7 @@ Source: RAE stage2/models/DDT.py and model_utils.py (structure and sizes only).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import torch
@@ -123,6 +124,10 @@ class DiTDH(LightningDiT):
         for block in self.head_blocks:
             y, pending = block(y, pending, states, rope)
         return self._unpatch(self.final(y, pending, states), grid)
+
+    def transformer_blocks(self) -> Iterator[nn.Module]:
+        yield from self.blocks
+        yield from self.head_blocks
 
     def _head_rope(self, grid: tuple[int, int], device: torch.device) -> Rope:
         key = (grid, device)

@@ -12,7 +12,7 @@ other way.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar
 
 import torch
@@ -171,14 +171,16 @@ def time_frequencies(half: int, device: torch.device | None = None) -> Tensor:
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoidal features of t in [0, 1] (not scaled by 1000, as in LightningDiT), then Linear, SiLU, Linear."""
+    """Sinusoidal features of t in [0, 1] times `scale` (LightningDiT 1, FLUX 1000), then Linear, SiLU, Linear."""
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, bias: bool = True, scale: float = 1.0) -> None:
         super().__init__()
-        self.mlp = nn.Sequential(nn.Linear(TIME_FEATURES, width), nn.SiLU(), nn.Linear(width, width))
+        self.scale = scale
+        first, second = (nn.Linear(fan_in, width, bias=bias) for fan_in in (TIME_FEATURES, width))
+        self.mlp = nn.Sequential(first, nn.SiLU(), second)
 
     def forward(self, t: Tensor) -> Tensor:
-        angle = t.float()[:, None] * time_frequencies(TIME_FEATURES // 2, t.device)
+        angle = t.float()[:, None] * self.scale * time_frequencies(TIME_FEATURES // 2, t.device)
         return self.mlp(torch.cat([angle.cos(), angle.sin()], dim=1).to(weight_dtype(self.mlp)))
 
 
@@ -241,6 +243,10 @@ class LightningDiT(nn.Module):
         for block in self.blocks:
             x, pending = block(x, pending, condition, rope)
         return self._unpatch(self.final(x, pending, condition), grid)
+
+    def transformer_blocks(self) -> Iterator[nn.Module]:
+        """In the order in which they run."""
+        yield from self.blocks
 
     def _grid(self, size: Sequence[int]) -> tuple[int, int]:
         height, width = size

@@ -1,4 +1,4 @@
-"""The objective of the generator: flow matching on normalised latents, with label dropout and EMA."""
+"""The objective of the generator: flow matching on normalised latents, with labels or captions, and EMA."""
 
 from __future__ import annotations
 
@@ -10,32 +10,36 @@ from torch.optim import Optimizer
 from aligntok.config import GeneratorTrainingConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
-from aligntok.diffusion.flow import drop_labels, training_loss
+from aligntok.diffusion.flow import training_loss
 from aligntok.models.blocks import prepare
-from aligntok.models.lightning_dit import LightningDiT
+from aligntok.models.generator import Network
 from aligntok.runtime.devices import Precision
 from aligntok.runtime.world import Place
+from aligntok.training.conditions import Conditioning
 from aligntok.training.distributed import is_sharded, replicate, shard
 from aligntok.training.ema import build_ema
 from aligntok.training.objective import Phase, Schedule, Values, build_optimizer, parameter_group
 
 
 class GeneratorObjective:
-    """Trains `model` in place; `latents` gives the normalised latents [B, d, h, w] of a batch.
+    """Trains `model` in place; `latents` gives the normalised latents [B, d, h, w] of a batch, `condition` what the
+    network is told of its pictures.
 
     `snapshot(n)` is called after every `config.snapshot_every` steps, in every process; n steps are done by then.
     """
 
     def __init__(
         self,
-        model: LightningDiT,
+        model: Network,
         latents: FrozenOutput,
+        condition: Conditioning,
         config: GeneratorTrainingConfig,
         precision: Precision,
         snapshot: Callable[[int], None] | None = None,
     ) -> None:
         self.snapshot, self._step = snapshot, 0
         self.model, self.latents, self.config, self.precision = model.train(), latents, config, precision
+        self.condition = condition
         self.steps = config.steps
         self.ema = build_ema(model, config.ema_decay)
         prepare(self.blocks(), config.training.checkpointing, config.training.compile)
@@ -51,8 +55,7 @@ class GeneratorObjective:
 
     def blocks(self) -> Iterator[nn.Module]:
         """Of the trunk and, where the model has one, of the head."""
-        yield from self.model.blocks
-        yield from getattr(self.model, "head_blocks", ())
+        return self.model.transformer_blocks()
 
     def turns(self) -> list[int]:
         return [0]
@@ -77,7 +80,7 @@ class GeneratorObjective:
 
     def _loss(self, batch: Batch) -> tuple[Tensor, Values]:
         place = Place.from_rows(batch["rows"], self.config.training.batch_size)
-        labels = drop_labels(batch["labels"], self.config.model.label_dropout, self.model.null_class, place)
+        condition = self.condition(batch, place)
         with self.precision.autocast():
-            loss, values = training_loss(self.model, self.latents(batch), labels, self.config.flow, place)
+            loss, values = training_loss(self.model, self.latents(batch), condition, self.config.flow, place)
         return loss, values | {"loss": loss.detach()}

@@ -27,7 +27,8 @@ from torch.optim import Optimizer
 from aligntok.config import GeneratorTrainingConfig, RivalConfig
 from aligntok.data.frozen import FrozenOutput
 from aligntok.data.sources import Batch
-from aligntok.diffusion.flow import drop_labels, sample_time, shift_time
+from aligntok.diffusion.condition import dropped
+from aligntok.diffusion.flow import sample_time, shift_time
 from aligntok.errors import UserError
 from aligntok.kernels import flow_interpolate, flow_loss, gan_loss, noise_key
 from aligntok.losses.semantic import semantic_loss
@@ -262,7 +263,8 @@ class RepaEObjective(VAEObjective):
         """Times, noise and labels of these rows, kept for the generator's phase."""
         place, flow, device = self._place(batch), self.settings.flow, raw.device
         t = place.of(sample_time(place.batch_size, flow.time_sampling, device))
-        labels = drop_labels(batch["labels"], self.model.config.label_dropout, self.model.null_class, place)
+        nothing = (batch["labels"].new_full((1,), self.model.null_class),)
+        (labels,) = dropped((batch["labels"],), nothing, self.model.config.label_dropout, place)
         t, key = shift_time(t, flow.time_shift), noise_key(device)
         draws = Draws(raw.detach(), self.features(batch).float(), t, key, labels, place.first)
         self._draws[place.first] = draws

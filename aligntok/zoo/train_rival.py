@@ -32,6 +32,7 @@ from aligntok.runtime.devices import Precision, choose_precision
 from aligntok.runtime.files import remove_unfinished
 from aligntok.runtime.world import current
 from aligntok.training import distributed
+from aligntok.training.generator_inputs import check_classes
 from aligntok.training.loop import train
 from aligntok.training.monitoring.banner import PartFacts, generator_kernels, machine_line, part_lines, rival_kernels
 from aligntok.training.monitoring.cost import once
@@ -40,7 +41,6 @@ from aligntok.training.monitoring.telemetry import Telemetry
 from aligntok.training.recovery.checkpoint import Checkpoints, discard
 from aligntok.training.recovery.course import course
 from aligntok.training.statistics import latent_statistics
-from aligntok.training.train_generator import check_classes
 from aligntok.zoo.building import Builder, build_rival, check_size, rival_flops
 from aligntok.zoo.finished import check_finished
 from aligntok.zoo.objectives import RivalObjective

@@ -29,6 +29,7 @@ from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import AlignTok
 from aligntok.runtime.autocast import MetaAutocast
 from aligntok.runtime.devices import choose_precision
+from aligntok.training.conditions import by_label
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.monitoring import cost
 
@@ -64,7 +65,9 @@ def test_a_generators_memory_is_what_a_cpu_allocates(precision):
     config = _generator(precision)
     predicted = cost.generator_cost(config, LATENTS, micro_batch=8, device_type="cpu")
     model = LightningDiT(config.model, LATENTS[0], LATENTS[1:])
-    objective = GeneratorObjective(model, lambda b: b["latents"], config, choose_precision("cpu", precision))
+    objective = GeneratorObjective(
+        model, lambda b: b["latents"], by_label(model), config, choose_precision("cpu", precision)
+    )
     measured = _allocated(objective, cost.make_batch(torch.randn(8, *LATENTS), classes=5))
     assert predicted.activations + predicted.gradients == pytest.approx(measured, rel=0.1)
     assert predicted.activations > 5 * predicted.gradients, "the sizes must tell activations from gradients"
@@ -100,7 +103,9 @@ def test_flops_are_those_of_pytorchs_counter():
     config = _generator("fp32")
     counted = cost.generator_cost(config, LATENTS, micro_batch=2, device_type="cpu")
     model = LightningDiT(config.model, LATENTS[0], LATENTS[1:])
-    objective = GeneratorObjective(model, lambda b: b["latents"], config, choose_precision("cpu", "fp32"))
+    objective = GeneratorObjective(
+        model, lambda b: b["latents"], by_label(model), config, choose_precision("cpu", "fp32")
+    )
     [phase] = objective.phases(0)
     with FlopCounterMode(display=False) as counter:
         phase.loss(cost.make_batch(torch.randn(2, *LATENTS), classes=5))[0].backward()
@@ -123,7 +128,9 @@ def test_checkpointing_saves_memory_and_full_costs_a_forward_pass():
 
 def test_lightning_dit_xl_is_the_published_arithmetic():
     model = LightningDiTConfig(size="XL", classes=1000)
-    assert cost.generator_forward_flops(model, (32, 16, 16)) / 1e9 == pytest.approx(237.3, abs=0.1)
+    assert cost.generator_forward_flops(GeneratorTrainingConfig(model=model), (32, 16, 16)) / 1e9 == pytest.approx(
+        237.3, abs=0.1
+    )
 
 
 def test_meta_autocast_casts_as_autocast_does():

@@ -11,6 +11,7 @@ from torch.autograd import forward_ad
 
 from aligntok.config import SamplerConfig
 from aligntok.diffusion import cuda_graph, sampler
+from aligntok.diffusion.condition import Condition
 from aligntok.diffusion.cuda_graph import GraphedCalls, Recording, graphed
 from aligntok.kernels import use_implementation
 
@@ -46,8 +47,8 @@ def test_replayed_calls_sample_what_plain_ones_do(solver):
     noise, labels = torch.randn(2, 4, 2, 2), torch.tensor([0, 1])
     config = SamplerConfig(solver=solver, steps=8, guidance=2.0, guidance_interval=(0.2, 0.6))
     calls = Imitated(network)
-    found = sampler.integrate(calls, noise, labels, 3, config)
-    assert torch.equal(found, sampler.integrate(network, noise, labels, 3, config))
+    found = sampler.integrate(calls, noise, Condition.of_labels(labels, 3), config)
+    assert torch.equal(found, sampler.integrate(network, noise, Condition.of_labels(labels, 3), config))
     assert len(calls.recordings) == 2
 
 
@@ -65,7 +66,7 @@ def test_derivatives_go_around_recordings():
 def test_a_cpu_runs_plain_calls(monkeypatch):
     monkeypatch.setattr(sampler, "graphed", lambda model: pytest.fail("recorded on a CPU"))
     noise, labels = torch.randn(2, 4, 2, 2), torch.tensor([0, 1])
-    sampler.integrate(network, noise, labels, 3, SamplerConfig(steps=2, cuda_graph=True))
+    sampler.integrate(network, noise, Condition.of_labels(labels, 3), SamplerConfig(steps=2, cuda_graph=True))
 
 
 def test_recordings_are_kept_while_the_weights_stay_where_they_are(monkeypatch):
@@ -111,7 +112,7 @@ def test_graphs_sample_what_launches_do(cuda_graph):
         return model(z) * t.view(-1, 1, 1, 1) + labels.view(-1, 1, 1, 1)
 
     with torch.autocast("cuda", dtype=torch.bfloat16):
-        found = sampler.integrate(velocity, noise, labels, 3, config)
+        found = sampler.integrate(velocity, noise, Condition.of_labels(labels, 3), config)
         config.cuda_graph = False
-        expected = sampler.integrate(velocity, noise, labels, 3, config)
+        expected = sampler.integrate(velocity, noise, Condition.of_labels(labels, 3), config)
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-2)

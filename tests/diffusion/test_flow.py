@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from aligntok.config import FlowConfig
-from aligntok.diffusion.flow import drop_labels, sample_time, training_loss
+from aligntok.diffusion.condition import dropped
+from aligntok.diffusion.flow import sample_time, training_loss
 from aligntok.errors import UserError
 from aligntok.kernels import use_implementation
 
@@ -22,7 +23,7 @@ def test_time_sampling():
 
 def test_dropped_labels_become_the_null_class():
     torch.manual_seed(0)
-    labels = drop_labels(torch.full((10_000,), 3), 0.1, null_class=12)
+    (labels,) = dropped((torch.full((10_000,), 3),), (torch.tensor([12]),), 0.1)
     assert set(labels.tolist()) == {3, 12}
     assert abs((labels == 12).float().mean() - 0.1) < 0.01
 
@@ -41,7 +42,7 @@ class Exact(nn.Module):
 def test_the_optimal_velocity_of_a_single_point_has_no_loss():
     point = torch.randn(1, 4, 2, 2)
     data = point.expand(64, -1, -1, -1)
-    loss, _ = training_loss(Exact(point), data, torch.zeros(64, dtype=torch.long), FlowConfig())
+    loss, _ = training_loss(Exact(point), data, (torch.zeros(64, dtype=torch.long),), FlowConfig())
     assert loss.item() == pytest.approx(0, abs=1e-5)
 
 
@@ -56,7 +57,7 @@ class Recorder(nn.Module):
 def test_time_one_is_noise():
     torch.manual_seed(0)
     model, data = Recorder(), torch.full((256, 4, 4, 4), 100.0)
-    loss, values = training_loss(model, data, torch.zeros(256, dtype=torch.long), FlowConfig())
+    loss, values = training_loss(model, data, (torch.zeros(256, dtype=torch.long),), FlowConfig())
     remaining = model.z.mean(dim=(1, 2, 3)) / 100  # 1 - t, up to noise of mean 0
     assert (remaining - (1 - model.t)).abs().max() < 0.01
     # The target z_1 - z_0 has mean square 100^2 + 1, and nothing is parallel to a velocity of zero.
@@ -69,7 +70,7 @@ def test_seeded_and_fresh():
     seen = []
     for seed in (0, 0, 1):
         torch.manual_seed(seed)
-        training_loss(model, data, torch.zeros(4, dtype=torch.long), FlowConfig())
+        training_loss(model, data, (torch.zeros(4, dtype=torch.long),), FlowConfig())
         seen.append(model.z)
     assert torch.equal(seen[0], seen[1]) and not torch.equal(seen[0], seen[2])
 
@@ -77,7 +78,7 @@ def test_seeded_and_fresh():
 def test_the_model_sees_the_dtype_of_autocast():
     model, data = Recorder(), torch.randn(4, 4, 2, 2)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss, _ = training_loss(model, data, torch.zeros(4, dtype=torch.long), FlowConfig())
+        loss, _ = training_loss(model, data, (torch.zeros(4, dtype=torch.long),), FlowConfig())
     assert model.z.dtype == torch.bfloat16 and loss.dtype == torch.float32
 
 
@@ -98,7 +99,7 @@ def test_the_fused_operators_train_the_same():
         torch.manual_seed(0)
         model = nn.Conv2d(4, 4, 1)
         with use_implementation(implementation):
-            loss, values = training_loss(Conditioned(model), data, torch.zeros(2), FlowConfig())
+            loss, values = training_loss(Conditioned(model), data, (torch.zeros(2),), FlowConfig())
         loss.backward()
         found.append((loss.detach(), values, model.weight.grad))
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from aligntok.config import SamplerConfig
+from aligntok.diffusion.condition import Condition
 from aligntok.diffusion.sampler import integrate, time_grid
 from aligntok.errors import UserError
 from aligntok.kernels import use_implementation
@@ -26,7 +27,7 @@ class Field:
 def run(**options):
     field = Field()
     config = SamplerConfig(**{"time_shift": 1.0, "guidance_interval": (0.0, 1.0)} | options)
-    z = integrate(field, torch.ones(2, 4, 1, 1), torch.tensor([0, 1]), NULL, config)
+    z = integrate(field, torch.ones(2, 4, 1, 1), Condition.of_labels(torch.tensor([0, 1]), NULL), config)
     return z, field
 
 
@@ -64,7 +65,7 @@ def test_guidance_on_the_first_channels_leaves_the_others():
 def test_the_noise_given_is_not_overwritten(solver):
     noise = torch.ones(2, 4, 1, 1)
     config = SamplerConfig(solver=solver, steps=2)
-    z = integrate(Field(), noise, torch.tensor([0, 1]), NULL, config)
+    z = integrate(Field(), noise, Condition.of_labels(torch.tensor([0, 1]), NULL), config)
     assert torch.equal(noise, torch.ones(2, 4, 1, 1)) and not torch.equal(z, noise)
 
 
@@ -111,4 +112,6 @@ def test_a_grid_may_end_before_the_data():
 )
 def test_refusals(labels, options, message):
     with pytest.raises(UserError, match=message):
-        integrate(Field(), torch.ones(2, 4, 1, 1), torch.tensor(labels), NULL, SamplerConfig(**options))
+        integrate(
+            Field(), torch.ones(2, 4, 1, 1), Condition.of_labels(torch.tensor(labels), NULL), SamplerConfig(**options)
+        )

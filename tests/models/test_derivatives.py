@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aligntok.config import EncoderConfig, LightningDiTConfig, SamplerConfig
 from aligntok.diffusion import sampler
+from aligntok.diffusion.condition import Condition
 from aligntok.kernels import explain, use_implementation
 from aligntok.losses import st_lpips
 from aligntok.losses.perceptual import PerceptualDistance
@@ -222,7 +223,7 @@ def test_samples_have_a_forward_derivative_by_the_noise():
     points, directions = (drawn(2, 4, 4, 4, seed=3),), (drawn(2, 4, 4, 4, seed=4),)
 
     def sample(noise):
-        return sampler.integrate(model, noise, LABELS, 3, config)
+        return sampler.integrate(model, noise, Condition.of_labels(LABELS, 3), config)
 
     expected = central(lambda z: sample(z.float()), points, directions, 1e-2)  # its state is float32
     assert relative_error(jvp(sample, points, directions)[1], expected) < 1e-3

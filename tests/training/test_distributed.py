@@ -27,7 +27,8 @@ from aligntok.config import (
     StageConfig,
     TrainingConfig,
 )
-from aligntok.diffusion.flow import drop_labels, training_loss
+from aligntok.diffusion.condition import dropped
+from aligntok.diffusion.flow import training_loss
 from aligntok.errors import UserError
 from aligntok.models.batch_norm import SynchronisedBatchNorm
 from aligntok.models.discriminator import PatchDiscriminator
@@ -35,6 +36,7 @@ from aligntok.models.lightning_dit import LightningDiT
 from aligntok.runtime.devices import choose_precision
 from aligntok.runtime.world import Place, World
 from aligntok.training import distributed
+from aligntok.training.conditions import by_label
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.objective import Phase, build_optimizer
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective
@@ -184,9 +186,9 @@ def test_the_parts_of_a_batch_draw_what_the_whole_draws():
     labels, drawn = torch.arange(40), []
     for place in places(40, 4):
         torch.manual_seed(5)
-        drawn.append(drop_labels(place.of(labels), 0.5, 99, place))
+        drawn.append(dropped((place.of(labels),), (torch.tensor([99]),), 0.5, place)[0])
     torch.manual_seed(5)
-    whole = drop_labels(labels, 0.5, 99)
+    whole = dropped((labels,), (torch.tensor([99]),), 0.5)[0]
     assert torch.equal(torch.cat(drawn), whole) and 5 < (whole == 99).sum() < 35
 
 
@@ -200,7 +202,7 @@ def test_the_parts_of_a_batch_have_its_flow_matching_loss():
 
     def loss(place, part):
         torch.manual_seed(1)
-        return training_loss(Recorder(), part, torch.zeros(len(part)), FlowConfig(), place)[0]
+        return training_loss(Recorder(), part, (torch.zeros(len(part)),), FlowConfig(), place)[0]
 
     parts = [loss(place, place.of(data)) for place in places(12, 3)]
     torch.testing.assert_close(torch.stack(parts).mean(), loss(None, data))
@@ -230,7 +232,7 @@ def generator(training: TrainingConfig) -> GeneratorObjective:
     for module in (*network.blocks, network.final):  # gates of zero would keep most weights from the loss
         nn.init.normal_(module.modulation.weight, std=0.2)
     nn.init.normal_(network.final.linear.weight, std=0.2)
-    return GeneratorObjective(network, lambda batch: batch["images"], config, FP32)
+    return GeneratorObjective(network, lambda batch: batch["images"], by_label(network), config, FP32)
 
 
 def generator_batches(count: int) -> list[dict]:

@@ -142,7 +142,7 @@ def test_refusals():
 def test_a_generator_takes_latents_in_a_row():
     """Rotary positions of neighbours differ by one patch, not by 1/K of one."""
     model = LightningDiT(LightningDiTConfig(size="custom", depth=1, width=32, heads=2, classes=2), 5, (1, 6))
-    loss, _ = training_loss(model, torch.randn(2, 5, 1, 6), torch.zeros(2, dtype=torch.long), FlowConfig())
+    loss, _ = training_loss(model, torch.randn(2, 5, 1, 6), (torch.zeros(2, dtype=torch.long),), FlowConfig())
     loss.backward()
     assert loss.isfinite() and model.final.linear.weight.grad.abs().sum() > 0
     rope = model._rope((1, 6), torch.device("cpu"))

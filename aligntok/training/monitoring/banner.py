@@ -14,16 +14,26 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from aligntok.config import LightningDiTConfig, LossConfig, RivalStageConfig, StageConfig, TrainingConfig
+from aligntok.config import (
+    FluxTransformerConfig,
+    LightningDiTConfig,
+    LossConfig,
+    RivalStageConfig,
+    StageConfig,
+    TrainingConfig,
+)
 from aligntok.data.sources import Source
 from aligntok.kernels import explain
 from aligntok.models.attention import choose, sequence_is_short
 from aligntok.models.decoder import Decoder
 from aligntok.models.encoder import Encoder
+from aligntok.models.joint_attention import choose_joint
 from aligntok.models.lightning_dit import dimensions
 from aligntok.runtime.devices import Precision
 from aligntok.runtime.machine import device_line
 from aligntok.runtime.world import World
+
+_OF_FLOW = ("flow_interpolate", "flow_loss")
 
 
 def machine_line(precision: Precision, world: World) -> str:
@@ -95,13 +105,17 @@ def _of_losses(losses: LossConfig, stage: StageConfig | RivalStageConfig, adapti
     return operators
 
 
-def generator_kernels(model: LightningDiTConfig, tokens: int, precision: Precision) -> str:
+def generator_kernels(model: LightningDiTConfig | FluxTransformerConfig, tokens: int, precision: Precision) -> str:
     """The operators that the generator uses in training over so many tokens, and its attention backend."""
-    _, width, heads = dimensions(model)
     dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
+    if isinstance(model, FluxTransformerConfig):
+        chosen = choose_joint(model.attention, precision.device.type, dtype) or "the operator's own choice"
+        operators = ["adaln", *(["swiglu"] if model.mlp == "swiglu" else []), "joint_attention"]
+        return f"kernels: {_chosen([*operators, *_OF_FLOW], precision.device)}; attention: {chosen}"
+    _, width, heads = dimensions(model)
     backend = choose(model.attention, precision.device.type, dtype, width // heads, tokens)
     of_attention = "qknorm_attention" if backend == "fused" else "qknorm_rope"
-    operators = ["adaln", "swiglu", of_attention, "flow_interpolate", "flow_loss"]
+    operators = ["adaln", "swiglu", of_attention, *_OF_FLOW]
     return f"kernels: {_chosen(operators, precision.device)}; attention: {backend}"
 
 

@@ -33,7 +33,6 @@ from torch.overrides import TorchFunctionMode
 
 from aligntok.config import (
     GeneratorTrainingConfig,
-    LightningDiTConfig,
     StageConfig,
     TokenizerTrainingConfig,
     TrainingConfig,
@@ -45,11 +44,12 @@ from aligntok.losses.perceptual import build_perceptual
 from aligntok.models import lora
 from aligntok.models.blocks import prepare
 from aligntok.models.discriminator import PatchDiscriminator
-from aligntok.models.generator import generator_class
+from aligntok.models.generator import network_name, network_of
 from aligntok.models.tokenizer import AlignTok, StoredTokenizer
 from aligntok.runtime.autocast import MetaAutocast
 from aligntok.runtime.devices import Precision
-from aligntok.runtime.world import alone
+from aligntok.runtime.world import Place, alone
+from aligntok.training.conditions import ByCaption, ByLabel, Conditioning
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.monitoring.meter import Flops, Meter
 from aligntok.training.objective import Objective
@@ -203,20 +203,32 @@ def build_generator(
         tokenizer: class and configuration of what encodes the batch's images in the loop; None = they are looked up.
         image_size: of these images.
     """
-    model = generator_class(config.model)(config.model, latent_shape[0], latent_shape[1:])
+    model = network_of(config, latent_shape[0], latent_shape[1:])
     precision = MetaPrecision(config.training.precision)
     latents: FrozenOutput = itemgetter("latents")
     data = torch.empty(rows, *latent_shape)
-    parts: dict[str, nn.Module] = {"LightningDiT": model}
+    parts: dict[str, nn.Module] = {network_name(model): model}
     if tokenizer is not None:
         kind, settings_of_it = tokenizer
         encoder = kind(copy.deepcopy(settings_of_it)).eval().requires_grad_(False)
         parts["tokenizer"] = encoder
         data, latents = torch.empty(rows, 3, image_size, image_size), FrozenNetwork(encoder.encode, precision)
     config = replace(config, training=settings(config.training, rows))
-    objective = GeneratorObjective(model, latents, config, precision)
+    batch = make_batch(data, config.model.classes or 1)
+    objective = GeneratorObjective(model, latents, _conditioned(config, batch), config, precision)
     recompute(objective, precision, mode)
-    return Built(objective, make_batch(data, model.null_class), parts, [*objective.blocks()])
+    return Built(objective, batch, parts, [*objective.blocks()])
+
+
+def _conditioned(config: GeneratorTrainingConfig, batch: Batch) -> Conditioning:
+    """What the generator is told of a batch on the meta device; captions of full length are put into it."""
+    if config.condition == "class":
+        assert config.model.classes is not None  # filled in from the images, or by the plan
+        return ByLabel(config.model.classes, config.model.label_dropout)
+    encoder, rows = config.text.encoder, len(batch["labels"])
+    batch["text"] = torch.empty(rows, encoder.tokens, encoder.width)
+    batch["text_lengths"] = torch.zeros(rows, dtype=torch.int64)
+    return ByCaption(batch["text"][0], encoder.tokens, config.text.dropout)
 
 
 def tokenizer_cost(
@@ -292,13 +304,15 @@ def forward_flops(kind: type[StoredTokenizer], config: Any, image_size: int) -> 
     return {"encode": encoding.flops, "decode": decoding.flops}
 
 
-def generator_forward_flops(config: LightningDiTConfig, latent_shape: tuple[int, int, int]) -> int:
+def generator_forward_flops(config: GeneratorTrainingConfig, latent_shape: tuple[int, int, int]) -> int:
     """FLOPs of one network evaluation for one latent."""
     with on_meta("cuda"), torch.no_grad():
-        model = generator_class(config)(config, latent_shape[0], latent_shape[1:]).eval()
-        label = torch.zeros(1, dtype=torch.long)
+        model = network_of(config, latent_shape[0], latent_shape[1:]).eval()
+        data = torch.empty(1, *latent_shape)
+        batch = make_batch(data, 1)
+        condition = _conditioned(config, batch)(batch, Place(0, 1, 1))
         with MetaAutocast(torch.bfloat16), Flops() as counter:
-            model(torch.empty(1, *latent_shape), torch.empty(1), label)
+            model(data, torch.empty(1), *condition)
     return counter.flops
 
 

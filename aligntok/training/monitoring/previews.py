@@ -10,7 +10,7 @@ import copy
 import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import ImageSet, load_center_crops
+from aligntok.diffusion.condition import Condition
 from aligntok.diffusion.sampler import integrate
-from aligntok.models.lightning_dit import LightningDiT
+from aligntok.models.generator import Network
 from aligntok.models.tokenizer import StoredTokenizer
 from aligntok.report.pictures import by_class, sheet
 from aligntok.runtime.devices import Precision
@@ -28,6 +29,7 @@ from aligntok.training.tokenizer_objective import AutoencoderObjective
 
 PICTURES = 8  # reconstructed in a preview
 CLASSES, PER_CLASS = 12, 2  # drawn in a preview
+COLUMN = 18  # letters of a caption above its pictures
 SAMPLER_STEPS = 24  # at most, of the configured number: a glance needs no more
 SIDE = 128  # pixels; smaller pictures are enlarged to about this
 
@@ -78,32 +80,49 @@ class TokenizerPreview:
         return shown
 
 
+@dataclass(frozen=True)
+class Shown:
+    """What a generator's previews show: a column for each name, PER_CLASS pictures of it one after the other."""
+
+    names: list[str]
+    condition: Condition
+
+
+def classes_shown(classes: Sequence[str], null_class: int) -> Shown:
+    """Some of the classes."""
+    count = min(CLASSES, len(classes))
+    chosen = [index * len(classes) // count for index in range(count)]
+    labels = torch.tensor(chosen).repeat_interleave(PER_CLASS)
+    return Shown([classes[index] for index in chosen], Condition.of_labels(labels, null_class))
+
+
+def captions_shown(names: list[str], text: Tensor, lengths: Tensor, empty: Tensor, empty_length: int) -> Shown:
+    """Captions with their features [n * PER_CLASS, L, D], and those of the empty one [L, D]."""
+    null = (empty.expand_as(text), torch.full_like(lengths, empty_length))
+    return Shown([name[:COLUMN] for name in names], Condition((text, lengths), null))
+
+
 class GeneratorPreview:
-    """PNG of samples, one class per column; `classes` are the names of the generator's classes."""
+    """PNG of samples: the same noise for the same classes or prompts at every preview."""
 
     def __init__(
-        self, objective: GeneratorObjective, tokenizer: StoredTokenizer, classes: Sequence[str], precision: Precision
+        self, objective: GeneratorObjective, tokenizer: StoredTokenizer, shown: Shown, precision: Precision
     ) -> None:
-        self.objective, self.tokenizer, self.precision = objective, tokenizer, precision
-        count = min(CLASSES, len(classes))
-        chosen = [index * len(classes) // count for index in range(count)]
-        self.names = [classes[index] for index in chosen]
-        self.labels = torch.tensor(chosen).repeat_interleave(PER_CLASS)
+        self.objective, self.tokenizer, self.shown, self.precision = objective, tokenizer, shown, precision
         config = objective.config.sampler
         # A graph would be recorded for each preview, while other threads use the GPU
         self.sampler = replace(config, steps=min(config.steps, SAMPLER_STEPS), cuda_graph=False)
 
     def __call__(self) -> bytes:
         model, device = self.objective.ema.module, self.precision.device
-        assert isinstance(model, LightningDiT)
+        assert isinstance(model, Network)
         shape = (model.latent_channels, *model.latent_size)
-        noise = torch.randn(len(self.labels), *shape, generator=torch.Generator().manual_seed(0))
+        noise = torch.randn(len(self.shown.condition), *shape, generator=torch.Generator().manual_seed(0))
         with undisturbed(device, model, self.tokenizer), self.precision.autocast():
-            labels = self.labels.to(device)
-            latents = integrate(model, noise.to(device), labels, model.null_class, self.sampler)
+            latents = integrate(model, noise.to(device), self.shown.condition.to(device), self.sampler)
             images = self.tokenizer.decode(latents).clamp(-1, 1).cpu()
-        rows = torch.stack(by_class(images, self.names), dim=1)  # [per class, classes, 3, H, W]
-        return _sheet(list(rows), ["Samples"] + [""] * (PER_CLASS - 1), {0: self.names})
+        rows = torch.stack(by_class(images, self.shown.names), dim=1)  # [per class, classes, 3, H, W]
+        return _sheet(list(rows), ["Samples"] + [""] * (PER_CLASS - 1), {0: self.shown.names})
 
 
 def _sheet(rows: list[Tensor], labels: list[str], headings: dict[int, list[str]] | None = None) -> bytes:

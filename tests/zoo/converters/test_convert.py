@@ -23,6 +23,7 @@ from zoo_rivals import TINY_VIT
 
 from aligntok import cli
 from aligntok.config import DecoderConfig
+from aligntok.diffusion.condition import Condition
 from aligntok.diffusion.sampler import integrate
 from aligntok.errors import UserError
 from aligntok.models.generator import Generator
@@ -134,7 +135,7 @@ def test_sampling_follows_the_published_sampler(preset, scale, start, vavae, tmp
     ours.sampler.steps = 11
     noise, labels = torch.randn(2, D, SIDE, SIDE), torch.tensor([0, 1])
     expected = their_samples(state, noise, labels, 12, 0.3, scale, start)
-    found = integrate(ours.model, noise, labels, ours.model.null_class, ours.sampler)
+    found = integrate(ours.model, noise, Condition.of_labels(labels, ours.model.null_class), ours.sampler)
     assert (expected - noise).std() > 0.1
     torch.testing.assert_close(found, expected, atol=2e-3, rtol=2e-3)
 

@@ -1,0 +1,224 @@
+"""What a generator is trained on: latents from images or from a cache, and what is said of the pictures.
+
+With captions the batches have their features beside the latents. With a latent cache and a text cache no image is
+opened, no caption read and neither encoder run.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aligntok.config import GeneratorTrainingConfig, LightningDiTConfig, Recipe, TextEncoderConfig
+from aligntok.data.captions import Captions, read_captions
+from aligntok.data.frozen import FrozenNetwork, FrozenOutput, latents_in_batch, tabulate
+from aligntok.data.images import ImageSet, open_images, split_numbers
+from aligntok.data.latent_cache import CachedLatentSource, LatentCache
+from aligntok.data.latent_format import make_command
+from aligntok.data.loading import build_source
+from aligntok.data.sources import MemorySource, Source
+from aligntok.data.text_beside import TextBeside, pictures_of
+from aligntok.data.text_features import TextFeatures, encode_captions
+from aligntok.errors import UserError
+from aligntok.models.generator import TextSource
+from aligntok.models.text_encoder import TextEncoder
+from aligntok.models.tokenizer import StoredTokenizer
+from aligntok.runtime.devices import Precision
+from aligntok.runtime.world import current
+from aligntok.training.conditions import ByCaption, ByLabel, Conditioning
+from aligntok.training.monitoring.previews import CLASSES, PER_CLASS, Shown, captions_shown, classes_shown
+from aligntok.training.monitoring.telemetry import Telemetry
+
+
+@dataclass
+class Text:
+    """Captions of a set's pictures, as features."""
+
+    features: TextFeatures
+    made_by: TextSource
+    captions: Captions | None  # None where a cache has them
+
+
+@dataclass
+class GeneratorInputs:
+    """Where batches come from and what the network is told of them."""
+
+    source: Source
+    latents: FrozenOutput
+    condition: Conditioning
+    shown: Shown  # in previews
+    classes: list[str]  # [] with captions
+    name: str  # of the image set
+    count: int  # images
+    identity: str  # what they are, wherever they lie
+    cache: str | None = None  # fingerprint of the latent cache
+    text: Text | None = None
+
+
+def generator_inputs(
+    recipe: Recipe, tokenizer: StoredTokenizer, precision: Precision, telemetry: Telemetry
+) -> GeneratorInputs:
+    """The inputs that a recipe asks for; fills in the number of classes where it leaves that open.
+
+    Raises:
+        UserError: labels beyond generator.model.classes; no captions, or features of another encoder; caches that do
+            not belong to the tokenizer or to the data.
+    """
+    if recipe.generator.latents is not None:
+        return _from_cache(recipe, tokenizer, recipe.generator.latents, precision, telemetry)
+    return _from_images(recipe, tokenizer, precision, telemetry)
+
+
+def _from_images(
+    recipe: Recipe, tokenizer: StoredTokenizer, precision: Precision, telemetry: Telemetry
+) -> GeneratorInputs:
+    data, training = recipe.data, recipe.generator.training
+    every = open_images(data.path, data.max_images, say=telemetry.say)
+    numbers, _ = split_numbers(len(every), data.held_out)
+    text = _text(recipe, every, precision, telemetry)
+    if text is not None:
+        numbers = _captioned(numbers, text.features)
+    images = every.subset(numbers.tolist())
+    source: Source = build_source(
+        images,
+        data,
+        "center",
+        training.batch_size,
+        training.seed,
+        telemetry.say,
+        telemetry.bar,
+        current(),
+        device=precision.device,
+    )
+    latents: FrozenOutput = FrozenNetwork(tokenizer.encode, precision)
+    if isinstance(source, MemorySource):
+        with telemetry.bar("latents") as update:
+            latents = tabulate(tokenizer.encode, source, precision, progress=update)
+    count = source.order.count
+    if text is not None:
+        source = TextBeside(source, text.features, pictures_of(source, images, numbers), training.seed)
+    told = _told(recipe.generator, images.classes, text, numbers)
+    return GeneratorInputs(source, latents, *told, images.name, count, images.identity(), text=text)
+
+
+def _from_cache(
+    recipe: Recipe, tokenizer: StoredTokenizer, latents: str, precision: Precision, telemetry: Telemetry
+) -> GeneratorInputs:
+    """From a latent cache alone: no image is opened and no encoder run, but for captions that are not cached."""
+    config, data, training = recipe.generator, recipe.data, recipe.generator.training
+    folder = config.tokenizer or Path(recipe.output) / "tokenizer"
+    cache = LatentCache(latents, tokenizer.fingerprint(), make_command(folder, data.path, latents, data.image_size))
+    cache.check_data(data)
+    every = None
+    if config.condition == "text" and config.text.features is None:
+        every = open_images(data.path, say=telemetry.say)
+        cache.check_images(every)
+    text = _text(recipe, every, precision, telemetry, cache.origin.images)
+    numbers = cache.training_numbers(data)
+    if text is not None:
+        numbers = _captioned(numbers, text.features)
+    source: Source = CachedLatentSource(cache, numbers, training.batch_size, training.seed, data.flip, world=current())
+    if text is not None:
+        source = TextBeside(source, text.features, None, training.seed)
+    origin = cache.origin
+    told = _told(config, origin.classes, text, numbers)
+    known = (origin.image_set, len(numbers), origin.images, cache.fingerprint, text)
+    return GeneratorInputs(source, latents_in_batch, *told, *known)
+
+
+def _captioned(numbers: Tensor, text: TextFeatures) -> Tensor:
+    """Of the pictures with these numbers those that have a caption.
+
+    Raises:
+        UserError: none.
+    """
+    kept = numbers[text.starts[numbers + 1] > text.starts[numbers]]
+    if not len(kept):
+        raise UserError(f"none of the {len(numbers)} pictures to train on has a caption: add some, or hold out less")
+    return kept
+
+
+def _text(
+    recipe: Recipe, images: ImageSet | None, precision: Precision, telemetry: Telemetry, image_set: str | None = None
+) -> Text | None:
+    """The captions' features, from a text cache or encoded now; None where classes are asked for.
+
+    Args:
+        images: the whole set, where it is open.
+        image_set: images_fingerprint() of the set, where it is not.
+    """
+    config, data = recipe.generator.text, recipe.data
+    if recipe.generator.condition != "text":
+        return None
+    if config.features is not None:
+        raise UserError("text.features is not wired in")
+    assert images is not None  # opened for their captions
+    captions = read_captions(images, data.captions, telemetry.say)
+    encoder = TextEncoder(config.encoder, precision)
+    check_width(config.encoder, encoder.width)
+    with telemetry.bar("captions") as update:
+        features = encode_captions(captions, encoder, update, telemetry.say, data.memory_limit_gib)
+    return Text(features, TextSource(config.encoder, encoder.fingerprint()), captions)
+
+
+def check_width(config: TextEncoderConfig, found: int) -> None:
+    """UserError where the encoder's features are not as wide as the recipe says, from which plans are made."""
+    if config.width != found:
+        raise UserError(
+            f"text.encoder.width is {config.width}, but the features of {config.name} are {found} wide: "
+            f"set generator.text.encoder.width={found}"
+        )
+
+
+def _told(
+    config: GeneratorTrainingConfig, classes: list[str], text: Text | None, numbers: Tensor
+) -> tuple[Conditioning, Shown, list[str]]:
+    """What the network is told of a batch, what previews show, and the names of the classes."""
+    if text is None:
+        check_classes(config.model, classes)
+        assert config.model.classes is not None  # filled in just now
+        shown = classes_shown(classes, config.model.classes)
+        return ByLabel(config.model.classes, config.model.label_dropout), shown, classes
+    empty, length = text.features.empty
+    return ByCaption(empty, length, config.text.dropout), _shown_captions(text, numbers), []
+
+
+def _shown_captions(text: Text, numbers: Tensor) -> Shown:
+    """Some of the pictures' captions, the same at every preview."""
+    count = min(CLASSES, len(numbers))
+    chosen = numbers[torch.arange(count) * len(numbers) // count]
+    rows = text.features.starts[chosen]  # the first caption of each
+    flat = None if text.captions is None else text.captions.flat()
+    names = [f"caption {row}" if flat is None else flat[row] for row in rows.tolist()]
+    features, lengths = text.features.features(rows.repeat_interleave(PER_CLASS))
+    return captions_shown(names, features, lengths, *text.features.empty)
+
+
+def check_classes(model: LightningDiTConfig, classes: list[str]) -> None:
+    """Fill in the number of classes from the images where the recipe leaves it open."""
+    if model.classes is None:
+        model.classes = len(classes)
+    if len(classes) > model.classes:
+        raise UserError(
+            f"the images have {len(classes)} classes, but generator.model.classes is {model.classes}: "
+            f"raise it, or leave it at null"
+        )
+
+
+def decisive(config: GeneratorTrainingConfig, text: Text | None) -> dict[str, object]:
+    """Of the configuration what decides the course of training, captions and their encoder by what they are."""
+    values = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
+    if text is None:
+        return values
+    of_text = dataclasses.asdict(config.text)
+    kept = {key: of_text[key] for key in ("model", "dropout")}
+    del values["model"]
+    return values | {"condition": "text", "text": kept | {"features": text.features.fingerprint}}
+
+
+# Of the configuration, to the course of training; see `course`. `condition` and `text`: see `decisive`
+INDIFFERENT = ("tokenizer", "sampler", "training", "latents", "snapshot_every", "condition", "text")

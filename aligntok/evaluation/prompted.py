@@ -1,11 +1,11 @@
-"""Pictures on a disk with the prompts that they were drawn from, or the captions that they have.
+"""Pictures on a disk with the prompts that they were drawn from, in one of two layouts.
 
-FOLDER/prompts.jsonl      {"prompt": ..., "pictures": ["00000-0.png", ...], other keys} a line, files beside it:
-                          what `aligntok sample --prompts FILE --separate true` writes
-FOLDER/00000/metadata.jsonl, FOLDER/00000/samples/0000.png
-                          GenEval's; the first number is the prompt's, metadata its record
-FOLDER/NAME.jpg, FOLDER/NAME.txt (or both in sub-folders, which are classes)
-                          real pictures with captions, the first line of each text
+    FOLDER/prompts.jsonl      {"prompt": ..., "pictures": ["00000-0.png", ...], other keys} a line, files beside it:
+                              what `aligntok sample --prompts FILE --separate true` writes
+    FOLDER/00000/metadata.jsonl, FOLDER/00000/samples/0000.png
+                              GenEval's; the first number is the prompt's, metadata its record
+
+Nothing is read of a picture before it is asked for, but every file that is named has to be there.
 """
 
 from __future__ import annotations
@@ -19,10 +19,8 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from aligntok.data.decoding import decode
-from aligntok.data.found import EXTENSIONS, is_hidden
 from aligntok.data.images import Entry, ImageSet
 from aligntok.errors import UserError
 from aligntok.evaluation.prompts import Prompts, Record, read_prompts
@@ -56,14 +54,6 @@ class PromptedPictures:
         """The prompt of each picture."""
         return [text for text, files in zip(self.prompts.texts, self.files, strict=True) for _ in files]
 
-    @property
-    def classes(self) -> list[str] | None:
-        """The "class" of each picture's record; None where a record has none."""
-        found = [record.get("class") for record in self.prompts.records]
-        if not all(isinstance(name, str) for name in found):
-            return None
-        return [str(name) for name, files in zip(found, self.files, strict=True) for _ in files]
-
     def images(self) -> ImageSet:
         """All pictures, in order, as a set without classes."""
         paths = [path for files in self.files for path in files]
@@ -79,15 +69,6 @@ class PromptedPictures:
         for start in range(0, len(paths), size):
             yield [read_picture(path) for path in paths[start : start + size]], texts[start : start + size]
 
-    def subset(self, rows: Tensor) -> PromptedPictures:
-        """The prompts of these numbers with all their pictures."""
-        chosen = rows.tolist()
-        texts, records = [self.prompts.texts[i] for i in chosen], [self.prompts.records[i] for i in chosen]
-        prompts = replace(self.prompts, texts=texts, records=records)
-        return replace(
-            self, prompts=prompts, files=[self.files[i] for i in chosen], places=[self.places[i] for i in chosen]
-        )
-
 
 def read_picture(path: Path) -> Image.Image:
     """One picture as RGB; UserError with its name where it cannot be read."""
@@ -98,7 +79,7 @@ def read_picture(path: Path) -> Image.Image:
 
 
 def open_prompted(folder: str | Path, prompts: Prompts | None = None) -> PromptedPictures:
-    """The pictures of a folder, in one of the module's first two layouts.
+    """The pictures of a folder, in one of the module's layouts.
 
     Args:
         folder: the folder.
@@ -125,45 +106,6 @@ def open_prompted(folder: str | Path, prompts: Prompts | None = None) -> Prompte
             "folders with metadata.jsonl and samples/ (GenEval's layout): nothing says which prompt a picture has"
         )
     return found if prompts is None else _matched(found, prompts)
-
-
-def open_captioned(folder: str | Path) -> PromptedPictures:
-    """Real pictures with captions: any of the module's layouts, without prompt file.
-
-    Raises:
-        UserError: no such folder, or no picture in it with a caption.
-    """
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise UserError(f"{folder} is no folder: expected pictures with captions, NAME.txt beside NAME.jpg")
-    if (path / LIST).is_file():
-        return _of_list(path)
-    records, files, without = [], [], 0
-    digest = hashlib.sha256()
-    for file in sorted(path.rglob("*")):
-        shown = file.relative_to(path)
-        if file.suffix.lower() not in EXTENSIONS or any(map(is_hidden, shown.parts)) or not file.is_file():
-            continue
-        caption = _first_line(file.with_suffix(".txt"))
-        if not caption:
-            without += 1
-            continue
-        kind = {"class": shown.parts[0]} if len(shown.parts) > 1 else {}
-        records.append({"prompt": caption} | kind)
-        files.append([file])
-        digest.update(f"{shown.as_posix()}\n{caption}\n".encode())
-    if not files:
-        raise UserError(f"{folder} has {without} pictures, none with a caption: expected NAME.txt beside NAME.jpg")
-    name = path.resolve().name
-    prompts = Prompts(name, digest.hexdigest(), [record["prompt"] for record in records], records, without)
-    return PromptedPictures(name, prompts, files, list(range(len(files))))
-
-
-def _first_line(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig").partition("\n")[0].strip() if file.is_file() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file} cannot be read ({error}): save the caption as UTF-8") from error
 
 
 def _of_list(folder: Path) -> PromptedPictures:

@@ -9,7 +9,7 @@ from prompted_folders import write_picture, write_sampled
 
 from aligntok.errors import UserError
 from aligntok.evaluation.benchmark_folders import write_dpg, write_geneval
-from aligntok.evaluation.prompted import open_captioned, open_prompted
+from aligntok.evaluation.prompted import open_prompted
 from aligntok.evaluation.prompts import read_prompts
 
 RECORDS = [{"prompt": text} for text in ("a red fox", "a dog", "a red fox")]
@@ -26,7 +26,7 @@ def test_what_sample_writes(tmp_path):
     assert len(found) == 6 and found.texts == ["a red fox"] * 2 + ["a dog"] * 2 + ["a red fox"] * 2
     assert [file.name for file in found.files[1]] == ["00001-0.png", "00001-1.png"]
     assert found.prompts.records == RECORDS and found.prompts.name == "drawn/prompts.jsonl"
-    assert found.classes is None and len(found.images()) == 6
+    assert len(found.images()) == 6
     batches = list(found.batches(4))
     assert [len(pictures) for pictures, _ in batches] == [4, 2] and batches[1][1] == ["a red fox"] * 2
     assert batches[0][0][0].size == (32, 32)
@@ -104,26 +104,6 @@ def test_dpg_needs_equal_squares(tmp_path):
     write_picture(drawn / "00000-1.png", 0, 64)
     with pytest.raises(UserError, match=r"00000-1.png has 64x64 px, expected 32x32"):
         write_dpg(open_prompted(drawn), tmp_path / "dpg")
-
-
-def test_captions_beside_real_pictures(tmp_path):
-    for number, (place, caption) in enumerate((("cats/a", "a cat\nun chat"), ("dogs/b", "a dog"), ("dogs/c", None))):
-        write_picture(tmp_path / f"{place}.png", number)
-        if caption:
-            (tmp_path / f"{place}.txt").write_text(caption)
-    found = open_captioned(tmp_path)
-    assert found.texts == ["a cat", "a dog"] and found.classes == ["cats", "dogs"] and found.prompts.empty == 1
-    assert [file.name for (file,) in found.files] == ["a.png", "b.png"]
-    (tmp_path / "flat").mkdir()
-    with pytest.raises(UserError, match="0 pictures, none with a caption"):
-        open_captioned(tmp_path / "flat")
-    with pytest.raises(UserError, match="is no folder"):
-        open_captioned(tmp_path / "absent")
-
-
-def test_a_list_may_name_classes(tmp_path):
-    drawn = write_sampled(tmp_path, [{"prompt": "a", "class": "x"}, {"prompt": "b", "class": "y"}])
-    assert open_captioned(drawn).classes == ["x", "x", "y", "y"]
 
 
 def test_missing_and_broken_pictures(tmp_path):

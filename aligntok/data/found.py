@@ -64,6 +64,10 @@ class Found:
         left = f", {missing:,} left out" if missing else ""
         chosen = f", {taken:,} of them taken (the limit on images)" if taken < used else ""
         yield f"{warning}images: {name}: {used + missing:,} found, {used:,} used{left}{chosen}"
+        yield from self.reasons()
+
+    def reasons(self) -> Iterator[str]:
+        """Each reason with its number and the first names."""
         for reason, count in self.counts.items():
             names = self.examples[reason]
             more = ", ..." if count > len(names) else ""

@@ -2,7 +2,8 @@
 
 In a tar, `KEY.cls` is the label of `KEY.jpg` and of `KEY.input.jpg`; a key may have dots. A sample has one picture:
 `KEY.jpg` before `KEY.WORD.jpg`, then the first. Names of the classes are optional: {"classes": [...]}, or the list
-alone, in a JSON file beside a single tar (same name, .json) or in `classes.json` beside several.
+alone, in a JSON file beside a single tar (same name, .json) or in `classes.json` beside several. `KEY.txt`, or
+img2dataset's `KEY.json`, has the captions (aligntok.data.captions).
 
 A tar is scanned once. Its index is kept in `NAME.tar.index.json` beside it, or, where that folder cannot be written,
 in the cache folder ($ALIGNTOK_CACHE, by default ~/.cache/aligntok). An index holds the tar's size and time of
@@ -27,8 +28,10 @@ from aligntok.runtime.files import write_bytes
 
 Progress = Callable[[int, int], None]
 Row = tuple[str, Path, int, int, int]  # name, tar, label, offset, size: the fields of images.Entry
-_VERSION = 2
+CaptionPlace = tuple[str, int, int]  # "txt" or "json", offset, size
+_VERSION = 3
 _SHOWN = 3  # names in a message
+LONE = "caption files without a picture"
 
 
 def expand_shards(pattern: str) -> list[Path]:
@@ -87,6 +90,21 @@ def scan_shards(
     return rows, _classes(rows, names, listing)
 
 
+def captions_in(path: Path, remember: bool = True) -> tuple[dict[int, CaptionPlace], Found]:
+    """Where the captions of a tar's pictures lie, by the offset of the picture; files of captions without a picture.
+
+    Args:
+        remember: use and write the index.
+
+    Raises:
+        UserError: the tar cannot be read.
+    """
+    held = _indexed(path) if remember else _scan(path)
+    pairs = zip(held["pictures"], held["captions"], strict=True) if held["captions"] else ()
+    places = {row[2]: (str(place[0]), int(place[1]), int(place[2])) for row, place in pairs if place}
+    return places, Found(*held["lone_captions"])
+
+
 def _indexed(path: Path) -> dict[str, Any]:
     """What `_scan` finds in one tar, from its index, which is written where there is none that is true."""
     try:
@@ -119,9 +137,12 @@ def _cached(path: Path) -> Path:
 
 
 def _scan(path: Path) -> dict[str, Any]:
-    """Of a tar: "pictures", [name, label, offset, size] each, and "counts" and "examples" of what is left out."""
+    """Of a tar: "pictures", [name, label, offset, size] each, and "counts" and "examples" of what is left out;
+    "captions", a CaptionPlace or null for each picture, [] where there are none; "lone_captions", without a picture.
+    """
     pictures: dict[str, tuple[int, int]] = {}
     labels: dict[str, int] = {}
+    captions: dict[str, CaptionPlace] = {}
     found = Found()
     try:
         with tarfile.open(path, "r:") as tar:
@@ -136,6 +157,9 @@ def _scan(path: Path) -> dict[str, Any]:
                     found.leave_out("a link inside a tar", member.name)
                 elif suffix == ".cls" and member.isreg():
                     labels[stem] = _label(tar, member, path)
+                elif suffix == ".txt" or (suffix == ".json" and stem not in captions):
+                    if member.isreg() and not any(map(is_hidden, member.name.removeprefix("./").split("/"))):
+                        captions[stem] = (suffix[1:], member.offset_data, member.size)
                 tar.members = []  # type: ignore[attr-defined]  # missing in typeshed; tarfile keeps all of them otherwise
     except (OSError, tarfile.TarError) as error:
         raise UserError(f"{path} is not a WebDataset tar that can be read: {error}") from error
@@ -146,7 +170,25 @@ def _scan(path: Path) -> dict[str, Any]:
             found.leave_out("without a label, where others have one", name)
         else:
             rows.append([name, label, *pictures[name]])
-    return {"pictures": rows, "counts": found.counts, "examples": found.examples}
+    places = [next((captions[key] for key in _keys(str(row[0])) if key in captions), None) for row in rows]
+    lone = _lone(captions, pictures)
+    return {
+        "pictures": rows,
+        "counts": found.counts,
+        "examples": found.examples,
+        "captions": places if any(places) else [],
+        "lone_captions": [lone.counts, lone.examples],
+    }
+
+
+def _lone(captions: dict[str, CaptionPlace], pictures: Iterable[str]) -> Found:
+    """The .txt files that belong to no picture; a .json may hold anything."""
+    known = {key for name in pictures for key in _keys(name)}
+    found = Found()
+    for key, (kind, _, _) in captions.items():
+        if kind == "txt" and key not in known:
+            found.leave_out(LONE, f"{key}.txt")
+    return found
 
 
 def _keys(name: str) -> Iterator[str]:

@@ -69,16 +69,21 @@ class Order:
 
     def uniforms(self, step: int) -> Tensor:
         """Numbers in [0, 1) [B, 3] of this process in a step: for the flip, and for the place of the crop."""
-        return torch.rand(self.batch_size, 3, generator=_generator(self.seed, 1, step))[self.rows]
+        return torch.rand(self.batch_size, 3, generator=generator_for(self.seed, 1, step))[self.rows]
 
     def _permutation(self, epoch: int) -> Tensor:
         if self._epoch is None or self._epoch[0] != epoch:
-            self._epoch = (epoch, torch.randperm(self.count, generator=_generator(self.seed, 0, epoch)))
+            self._epoch = (epoch, torch.randperm(self.count, generator=generator_for(self.seed, 0, epoch)))
         return self._epoch[1]
 
 
-def _generator(seed: int, purpose: int, number: int) -> torch.Generator:
-    """Independent stream for (seed, purpose, number), the same in every process."""
+def generator_for(seed: int, purpose: int, number: int) -> torch.Generator:
+    """Independent stream of random numbers for (seed, purpose, number), the same in every process.
+
+    Args:
+        purpose: 0 the order of an epoch, 1 flips and crops of a step, 2 its captions (aligntok.data.text_beside).
+        number: of the epoch or step.
+    """
     state = np.random.SeedSequence([seed, purpose, number]).generate_state(2, np.uint32)
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 

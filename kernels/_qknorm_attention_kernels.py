@@ -6,6 +6,7 @@ names. D, MAIN, TAIL: the width of a head and of its parts; ROPE: columns of the
 divides the strides of qkv and dout; EVEN: the keys fill their blocks.
 """
 
+from ._qknorm_attention_blocks import _attend_all, _dkv_all, _dq_all, _dq_rows, _store_dkv, _store_dq
 from ._qknorm_attention_tiles import (
     _attend,
     _dense,
@@ -14,14 +15,9 @@ from ._qknorm_attention_tiles import (
     _no_keys,
     _packed,
     _prepare,
-    _row_sums,
-    _step_dkv,
-    _step_dq,
     _store,
     _store_attended,
-    _store_vector,
     _transposed,
-    _unprepare,
     _zeros,
 )
 from ._triton import tl, triton
@@ -50,7 +46,7 @@ def _short_forward_kernel(
         sums = _no_keys(q)
         for i in tl.static_range(BLOCKS):
             sums = _attend(sums, q, k_all[i], v_all[i], i * BLOCK_K, N, PRECISION, EVEN)
-        _store_attended(sums, out, lse, head, start, D)
+        _store_attended(sums, _matrix(out, head, (N * H * D, H * D, D), 8), lse, head, start, D)
 
 
 @triton.jit
@@ -89,12 +85,8 @@ def _long_forward_kernel(
     k_rows = _dense(prepared, head, D)
     q = _load(q_rows, first, N, D, MAIN, TAIL, BLOCK_Q)
     q = _prepare(q, first, N, (q_weight, eps, cos, sin, factor), D, ROPE)
-    sums = _no_keys(q)
-    for start in range(0, N, BLOCK_K):
-        k = _load(k_rows, start, N, D, MAIN, TAIL, BLOCK_K)
-        v = _load(v_rows, start, N, D, MAIN, TAIL, BLOCK_K)
-        sums = _attend(sums, q, _transposed(k), v, start, N, PRECISION, EVEN)
-    _store_attended(sums, out, lse, head, first, D)
+    sums = _attend_all(_no_keys(q), q, k_rows, v_rows, N, D, MAIN, TAIL, PRECISION, EVEN, BLOCK_K)
+    _store_attended(sums, _matrix(out, head, (N * H * D, H * D, D), 8), lse, head, first, D)
 
 
 @triton.jit
@@ -107,31 +99,21 @@ def _dq_block(
 
     `block` is the row of dweight [.., D] that takes the block's share of the weight's gradient.
     """
-    program, N, H = head
+    _, N, H = head
     qkv, keys, out, lse, dout = inputs
     qkv_strides, dout_strides = strides
     dqkv, delta, dweight = outputs
-    q_rows, _, _ = _packed(qkv, head, qkv_strides, ALIGN)
-    q = _load(q_rows, first, N, D, MAIN, TAIL, BLOCK_Q)
-    q = _prepare(q, first, N, prologue, D, ROPE)
-    do = _load(_matrix(dout, head, dout_strides, ALIGN), first, N, D, MAIN, TAIL, BLOCK_Q)
-    o = _load(_matrix(out, head, (N * H * D, H * D, D), 8), first, N, D, MAIN, TAIL, BLOCK_Q)
-    row = first + tl.arange(0, BLOCK_Q)[:, None]
-    per_row = program.to(tl.int64) * N + row
-    log = tl.load(lse + per_row, mask=row < N, other=0.0)
-    own_delta = _row_sums(o, do)
-    tl.store(delta + per_row, own_delta, mask=row < N)
-    dq = _zeros(q)
+    of_rows = (qkv_strides, (N * H * D, H * D, D), dout_strides)
+    rows = _dq_rows(
+        first, head, (qkv, out, lse, dout), of_rows, delta, prologue, D, MAIN, TAIL, ROPE, ALIGN, BLOCK_Q
+    )  # fmt: skip
     _, _, v_rows = _packed(qkv, head, qkv_strides, ALIGN)  # not with q's above: up to four registers less
-    for start in range(0, N, BLOCK_K):
-        k = _load(keys, start, N, D, MAIN, TAIL, BLOCK_K)
-        v = _load(v_rows, start, N, D, MAIN, TAIL, BLOCK_K)
-        dq = _step_dq(dq, q, k, v, do, log, own_delta, start, N, PRECISION, EVEN)
-    q = _load(q_rows, first, N, D, MAIN, TAIL, BLOCK_Q)
-    dq, share = _unprepare(dq, q, first, N, prologue, scale, D, ROPE)
-    dq_rows, _, _ = _packed(dqkv, head, (3 * N * H * D, 3 * H * D, H * D, D), 8)
-    _store(dq_rows, first, N, dq, D)
-    _store_vector(dweight + block.to(tl.int64) * D, share, D)
+    dq = _dq_all(_zeros(rows[0]), rows, keys, v_rows, N, D, MAIN, TAIL, PRECISION, EVEN, BLOCK_K)
+    q_rows, _, _ = _packed(qkv, head, qkv_strides, ALIGN)
+    dqkv_strides = (3 * N * H * D, 3 * H * D, H * D, D)
+    _store_dq(
+        dq, first, block, head, q_rows, dqkv, dqkv_strides, dweight, prologue, scale, D, MAIN, TAIL, ROPE, BLOCK_Q
+    )  # fmt: skip
 
 
 @triton.jit
@@ -141,30 +123,21 @@ def _dkv_block(
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the block of keys at `first` of a head, over blocks of queries; `block` as in `_dq_block`."""
-    program, N, H = head
+    _, N, H = head
     qkv, queries, lse, dout, delta = inputs
     qkv_strides, dout_strides = strides
     dqkv, dweight = outputs
     _, k_rows, v_rows = _packed(qkv, head, qkv_strides, ALIGN)
-    dout_rows = _matrix(dout, head, dout_strides, ALIGN)
+    do_rows = _matrix(dout, head, dout_strides, ALIGN)
     k = _load(k_rows, first, N, D, MAIN, TAIL, BLOCK_K)
     k = _prepare(k, first, N, prologue, D, ROPE)
     v = _load(v_rows, first, N, D, MAIN, TAIL, BLOCK_K)
-    dk, dv = _zeros(k), _zeros(v)
-    for start in range(0, N, BLOCK_Q):
-        q = _load(queries, start, N, D, MAIN, TAIL, BLOCK_Q)
-        do = _load(dout_rows, start, N, D, MAIN, TAIL, BLOCK_Q)
-        row = start + tl.arange(0, BLOCK_Q)[None, :]
-        per_row = program.to(tl.int64) * N + row
-        log = tl.load(lse + per_row, mask=row < N, other=0.0)
-        own_delta = tl.load(delta + per_row, mask=row < N, other=0.0)
-        dk, dv = _step_dkv(dk, dv, k, v, q, do, log, own_delta, PRECISION)
-    _, dk_rows, dv_rows = _packed(dqkv, head, (3 * N * H * D, 3 * H * D, H * D, D), 8)
-    _store(dv_rows, first, N, dv, D)
-    k = _load(k_rows, first, N, D, MAIN, TAIL, BLOCK_K)
-    dk, share = _unprepare(dk, k, first, N, prologue, scale, D, ROPE)
-    _store(dk_rows, first, N, dk, D)
-    _store_vector(dweight + block.to(tl.int64) * D, share, D)
+    sums = _zeros(k), _zeros(v)
+    sums = _dkv_all(sums, k, v, queries, do_rows, head, N, lse, delta, D, MAIN, TAIL, PRECISION, BLOCK_Q)
+    dqkv_strides = (3 * N * H * D, 3 * H * D, H * D, D)
+    _store_dkv(
+        sums, first, block, head, k_rows, dqkv, dqkv_strides, dweight, prologue, scale, D, MAIN, TAIL, ROPE, BLOCK_K
+    )  # fmt: skip
 
 
 @triton.jit

@@ -119,6 +119,14 @@ def _zeros(like):
 
 
 @triton.jit
+def _kept(tile, start, N):
+    """A tile of rows from `start` on, with zeros from row N on."""
+    inside = start + tl.arange(0, tile[0].shape[0])[:, None] < N
+    main = tl.where(inside, tile[0], 0.0)
+    return (main, tl.where(inside, tile[1], 0.0)) if len(tile) == 2 else (main,)
+
+
+@triton.jit
 def _cast(rows, like):
     """A tile in the number type of another."""
     main = rows[0].to(like[0].dtype)
@@ -274,10 +282,10 @@ def _attend(sums, q, k, v, start, N, PRECISION: tl.constexpr, EVEN: tl.constexpr
 
 @triton.jit
 def _store_attended(sums, out, lse, head, start, D: tl.constexpr):
-    """Write the results of a head's block of queries at `start`, whose sums are complete."""
+    """Write the results of a head's block of queries at `start`, whose sums are complete, into the matrix `out`."""
     o, top, total = sums
-    program, N, H = head
-    _store(_matrix(out, head, (N * H * D, H * D, D), 8), start, N, _scaled(o, (1 / total)[:, None]), D)
+    program, N, _ = head
+    _store(out, start, N, _scaled(o, (1 / total)[:, None]), D)
     row = start + tl.arange(0, o[0].shape[0])
     tl.store(lse + program.to(tl.int64) * N + row, top + tl.log2(total), mask=row < N)
 

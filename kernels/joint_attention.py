@@ -10,18 +10,47 @@ mask is -inf for the text tokens behind the length of an image's text, lengths[b
 look themselves, and their results are finite. rms_norm and rope are those of `qknorm_attention`, and so are the
 gradients; those of the k and v that nobody looks at are zero. The block is that of FLUX.1 and Stable Diffusion 3 (Esser
 et al., arXiv 2403.03206, figure 2), which concatenate, transpose and call a library's attention.
+
+Nothing is concatenated, transposed or copied here: the kernels read both projections where they lie and write results
+and gradients where the neighbouring projections read them. They are the long forms of `qknorm_attention`, with a loop
+for each stream: k' is prepared in a launch of its own, q' beside it in the backward pass, then dq, then dk and dv. A
+block of text that is masked as a whole is passed by. No atomics: a weight's gradient is summed per block, then over
+the blocks of its stream in a fixed order.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ._dispatch import register, select
+from . import _triton
+from ._dispatch import first_derivative_only, register, select
 from ._dtypes import check_dtype
-from .qknorm_attention import EPS, _prepared
+from ._joint_attention_kernels import _joint_dkv_kernel, _joint_dq_kernel, _joint_forward_kernel, _joint_prepare_kernel
+from ._triton import Configuration, configuration, dot_precision, launch, operator, triton, wrap_triton
+from .qknorm_attention import EPS, FLOAT32, LOG2_E, _blocks, _prepared, _rows, _unfit, _unit_stride, parts
+
+# Rows (MAIN + TAIL up to, by architecture); the first that fits is taken. Chosen as those of `qknorm_attention`.
+CONFIGURATIONS: dict[str, list[tuple[int, dict[int, Configuration]]]] = {
+    "prepare": [(128, {80: _rows(64, 4), 90: _rows(64, 4)})],
+    "forward": [
+        (80, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)}),
+        (128, {80: _blocks(128, 32, 8, 2), 90: _blocks(128, 64, 8, 2)}),
+    ],
+    "dq": [
+        (64, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)}),
+        (80, {80: _blocks(128, 32, 8, 2), 90: _blocks(128, 64, 8, 2)}),
+        (128, {80: _blocks(64, 64, 8, 2), 90: _blocks(64, 64, 8, 2)}),
+    ],
+    "dkv": [
+        (64, {80: _blocks(32, 64, 4, 2), 90: _blocks(64, 64, 4, 2)}),
+        (80, {80: _blocks(16, 64, 4, 1), 90: _blocks(64, 64, 8, 2)}),
+        (128, {80: _blocks(64, 64, 8, 2), 90: _blocks(64, 64, 8, 2)}),
+    ],
+}
 
 
 def joint_attention_reference(
@@ -57,7 +86,171 @@ def _mask(S: int, text_tokens: int, lengths: Tensor | None, device: torch.device
     return ((position < lengths[:, None]) | (position >= text_tokens))[:, None, None]
 
 
-register("joint_attention")
+def _configured(kernel: str, stream: Tensor) -> Configuration:
+    """The pinned configuration of a kernel for the number type and the width of a stream."""
+    width = sum(parts(stream.shape[4]))
+    if stream.dtype == torch.float32:
+        table = dict.fromkeys(_triton.ARCHITECTURES, FLOAT32["long_forward" if kernel == "forward" else kernel])
+    else:
+        table = next(table for most, table in CONFIGURATIONS[kernel] if width <= most)
+    return configuration(f"joint_attention_{kernel}", table, stream.device)
+
+
+def _pair(name: str, tensors: Sequence[Tensor]) -> dict[str, Tensor | None]:
+    """Arguments text{name} and image{name}; the latter is None where one array holds both."""
+    return {f"text{name}": tensors[0], f"image{name}": tensors[1] if len(tensors) == 2 else None}
+
+
+def _weights(letter: str, weights: Sequence[Tensor]) -> dict[str, Tensor]:
+    """The scales of q or k of both streams, which may be the same."""
+    return {f"text_{letter}": weights[0], f"image_{letter}": weights[-1]}
+
+
+def _common(
+    streams: Sequence[Tensor], cos: Tensor, sin: Tensor, text_tokens: int, eps: float, *others: Tensor
+) -> dict[str, Any]:
+    """What every kernel takes, by name; `ALIGN` divides the strides of the streams' rows and of the others'."""
+    _, _, _, H, D = streams[0].shape
+    vector = 16 // streams[0].element_size()
+    aligned = all(s % vector == 0 for x in (*streams, *others) for s in x.stride()[:-1])
+    MAIN, TAIL = parts(D)
+    strides = {
+        f"{name}_{axis}": stride
+        for name, x in (("text", streams[0]), ("image", streams[-1]))
+        for axis, stride in zip("bn3h", x.stride(), strict=False)
+    }
+    return {
+        **_pair("", streams),
+        **strides,
+        "cos": cos.contiguous(),
+        "sin": sin.contiguous(),
+        "L": text_tokens,
+        "N": sum(stream.shape[1] for stream in streams) - text_tokens,
+        "H": H,
+        "eps": eps,
+        "factor": D**-0.5 * LOG2_E,
+        "D": D,
+        "MAIN": MAIN,
+        "TAIL": TAIL,
+        "ALIGN": vector if aligned else 1,
+    }
+
+
+def _over_keys(common: dict[str, Any], lengths: Tensor | None, block: int) -> dict[str, Any]:
+    """The mask, and whether the keys of text and image fill blocks of a size."""
+    even = {"EVEN_L": lengths is None and common["L"] % block == 0, "EVEN_N": common["N"] % block == 0}
+    return {"lengths": lengths, **even}
+
+
+def _of_blocks(common: dict[str, Any], batch: int, block: int) -> tuple[int, int]:
+    """Programs that own a block of the text, and of the image."""
+    heads = batch * common["H"]
+    return heads * triton.cdiv(common["L"], block), heads * triton.cdiv(common["N"], block)
+
+
+@operator("joint_attention_triton")
+def _forward(
+    streams: list[Tensor],
+    q_weights: list[Tensor],
+    k_weights: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor | None,
+    text_tokens: int,
+    eps: float,
+) -> list[Tensor]:
+    """The results of every stream, and the base-2 logarithms of the softmax's denominators [B * H * S]."""
+    streams = [_unit_stride(stream) for stream in streams]
+    first, S = streams[0], sum(stream.shape[1] for stream in streams)
+    B, _, _, H, D = first.shape
+    outs = [first.new_empty((B, stream.shape[1], H * D)) for stream in streams]
+    lse = first.new_empty(B * H * S, dtype=torch.float32)
+    common = _common(streams, cos, sin, text_tokens, eps) | {"prepared": first.new_empty((1, B * H * S, D))}
+    weights = _weights("q", q_weights)
+    config = _configured("prepare", first)
+    grid = (sum(_of_blocks(common, B, config["BLOCK"])), 1)
+    launch(wrap_triton(_joint_prepare_kernel), grid, **common, **weights, **_weights("k", k_weights), **config)
+    config = _configured("forward", first)
+    results = {**_pair("_out", outs), "lse": lse, "TOGETHER": len(outs) == 1, "PRECISION": dot_precision(first.dtype)}
+    inputs = weights | _over_keys(common, lengths, config["BLOCK_K"])
+    grid = (sum(_of_blocks(common, B, config["BLOCK_Q"])),)
+    launch(wrap_triton(_joint_forward_kernel), grid, **common, **inputs, **results, **config)
+    return [*outs, lse]
+
+
+@operator("joint_attention_triton_backward")
+def _backward(
+    douts: list[Tensor],
+    streams: list[Tensor],
+    outs: list[Tensor],
+    lse: Tensor,
+    q_weights: list[Tensor],
+    k_weights: list[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Tensor | None,
+    text_tokens: int,
+    eps: float,
+) -> list[Tensor]:
+    """The gradient of every stream, then the scales' [streams, D] in fp32: q's, k's."""
+    streams, douts = [_unit_stride(stream) for stream in streams], [_unit_stride(dout) for dout in douts]
+    first, S = streams[0], sum(stream.shape[1] for stream in streams)
+    B, _, _, H, D = first.shape
+    dqkv = [first.new_empty(stream.shape) for stream in streams]
+    common = _common(streams, cos, sin, text_tokens, eps, *douts) | {"prepared": first.new_empty((2, B * H * S, D))}
+    of_q, of_k = _weights("q", q_weights), _weights("k", k_weights)
+    config = _configured("prepare", first)
+    grid = (sum(_of_blocks(common, B, config["BLOCK"])), 2)
+    launch(wrap_triton(_joint_prepare_kernel), grid, **common, **of_q, **of_k, **config)
+    dout_strides = {
+        f"{name}_dout_{axis}": stride
+        for name, x in (("text", douts[0]), ("image", douts[-1]))
+        for axis, stride in zip("bn", x.stride(), strict=False)
+    }
+    upstream = {**_pair("_dout", douts), **dout_strides, "lse": lse, "scale": D**-0.5}
+    results = {**_pair("_dqkv", dqkv), "delta": torch.empty_like(lse), "TOGETHER": len(dqkv) == 1}
+    results["PRECISION"] = dot_precision(first.dtype)
+    config = _configured("dq", first)
+    blocks = _of_blocks(common, B, config["BLOCK_Q"])
+    dq_weight = first.new_empty((sum(blocks), D), dtype=torch.float32)
+    inputs = {**of_q, **_pair("_out", outs), **_over_keys(common, lengths, config["BLOCK_K"]), "dweight": dq_weight}
+    launch(wrap_triton(_joint_dq_kernel), (sum(blocks),), **common, **inputs, **upstream, **results, **config)
+    dweights = [_summed(dq_weight, blocks, len(streams))]
+    config = _configured("dkv", first)
+    blocks = _of_blocks(common, B, config["BLOCK_K"])
+    dk_weight = first.new_empty((sum(blocks), D), dtype=torch.float32)
+    inputs = {**of_k, "lengths": lengths, "dweight": dk_weight}
+    launch(wrap_triton(_joint_dkv_kernel), (sum(blocks),), **common, **inputs, **upstream, **results, **config)
+    return [*dqkv, *dweights, _summed(dk_weight, blocks, len(streams))]
+
+
+def _summed(partial: Tensor, blocks: tuple[int, int], streams: int) -> Tensor:
+    """The sums [streams, D] of what each block adds to the gradient of a stream's scale."""
+    return torch.stack([part.sum(0) for part in (partial.split(blocks) if streams == 2 else [partial])])
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: list[Tensor]) -> None:
+    streams, q_weights, k_weights, cos, sin, lengths, ctx.text_tokens, ctx.eps = inputs
+    ctx.streams = len(streams)
+    ctx.save_for_backward(*streams, *output, *q_weights, *k_weights, cos, sin, lengths)
+    ctx.mark_non_differentiable(output[-1])
+
+
+def _autograd(ctx: Any, douts: list[Tensor]) -> tuple:
+    saved, n = list(ctx.saved_tensors), ctx.streams  # to be asked for once: checkpointing refuses a second time
+    streams, outs, lse, saved = saved[:n], saved[n : 2 * n], saved[2 * n], saved[2 * n + 1 :]
+    q_weights, k_weights, tables = saved[:n], saved[n : 2 * n], saved[2 * n :]
+    arguments = (q_weights, k_weights, *tables, ctx.text_tokens, ctx.eps)
+    *dqkv, dq_weights, dk_weights = _backward(douts[:n], streams, outs, lse, *arguments)
+    scales = [
+        [one.to(weight.dtype) for one, weight in zip(found, weights, strict=True)]
+        for found, weights in ((dq_weights, q_weights), (dk_weights, k_weights))
+    ]
+    return dqkv, *scales, None, None, None, None, None
+
+
+_forward.register_autograd(first_derivative_only("joint_attention", _autograd), setup_context=_setup_context)
+register("joint_attention", triton=_triton.refusal)
 
 
 def joint_attention(
@@ -84,16 +277,21 @@ def joint_attention(
         text_tokens: L, at least 1, with at least one image token behind it.
         lengths: [B] int32 or int64, 0 to L: text tokens from there on are not attended to. None: all are.
         eps: of the RMSNorm.
-        implementation: "auto" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
+        implementation: "auto", "triton" or "reference"; None follows `use_implementation` and ALIGNTOK_KERNELS.
 
     Returns:
         for each stream its results [B, N_i, H * D], contiguous, in the streams' dtype, ready for the output projection.
+        The Triton implementation differentiates once, in the streams and the weights.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; `implementation` is unknown or cannot run here.
     """
     _check(streams, q_weights, k_weights, cos, sin, text_tokens, lengths)
-    select("joint_attention", streams[0].device.type, implementation)
+    first = streams[0]
+    unfit = _unfit(first.dtype, first.shape[4])
+    if select("joint_attention", first.device.type, implementation, unfit) == "triton":
+        scales = list(q_weights), list(k_weights)
+        return tuple(_forward(list(streams), *scales, cos, sin, lengths, text_tokens, eps)[:-1])
     options = {"text_tokens": text_tokens, "lengths": lengths, "eps": eps}
     with sdpa_kernel(SDPBackend.MATH):  # the others have neither forward mode nor second derivatives
         return joint_attention_reference(streams, q_weights, k_weights, cos, sin, **options)

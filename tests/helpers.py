@@ -6,7 +6,15 @@ import numpy as np
 import torch
 from PIL import Image
 
-from aligntok.config import AdapterConfig, DecoderConfig, EncoderConfig, Recipe, TokenizerConfig
+from aligntok.config import (
+    AdapterConfig,
+    DecoderConfig,
+    EncoderConfig,
+    FluxTransformerConfig,
+    Recipe,
+    TextEncoderConfig,
+    TokenizerConfig,
+)
 from aligntok.config.from_dict import from_dict
 from aligntok.models.tokenizer import AlignTok
 
@@ -70,6 +78,23 @@ def tiny_recipe(folder: Path, images: Path, **stages: dict) -> Recipe:
     made = from_dict(Recipe, recipe)
     made.tokenizer.model = tiny_config()
     return made
+
+
+def caption(pictures: Path) -> Path:
+    """A caption beside every picture of `write_pictures`: a word of its class, and a second one for every other."""
+    for number, file in enumerate(sorted(pictures.rglob("*.png"))):
+        lines = [f"a {'red cat' if file.parent.name == 'disc' else 'blue dog'}"] + ["on the mat"] * (number % 2)
+        file.with_suffix(".txt").write_text("\n".join(lines))
+    return pictures
+
+
+def of_text(recipe: Recipe, encoder: Path) -> Recipe:
+    """The recipe with a text-to-image transformer of two blocks in the place of its LightningDiT, in place."""
+    config = recipe.generator
+    config.condition = "text"
+    config.text.encoder = TextEncoderConfig(str(encoder), width=32, tokens=8)
+    config.text.model = FluxTransformerConfig(width=32, heads=2, double_blocks=1, single_blocks=1, pad_to=2)
+    return recipe
 
 
 def write_pictures(

@@ -82,9 +82,19 @@ def draws_otherwise(found: Outcome, plain: Outcome) -> None:
     assert stored != before
 
 
+def resized(found: Outcome, plain: Outcome) -> None:
+    """The same tensors in other shapes."""
+    assert found.weights.keys() == plain.weights.keys()
+    assert any(value.shape != plain.weights[name].shape for name, value in found.weights.items())
+
+
 def generator(check: Check, beside: dict[str, Any] | None = None, **fields: Any) -> Switch:
     named = {f"generator.{name.replace('__', '.')}": value for name, value in fields.items()}
     return Switch("generator", named, check, {f"generator.{k}": v for k, v in (beside or {}).items()})
+
+
+def text(check: Check, **fields: Any) -> Switch:
+    return Switch("text", {f"generator.text.{name.replace('__', '.')}": value for name, value in fields.items()}, check)
 
 
 def data(check: Check, beside: dict[str, Any] | None = None, **fields: Any) -> Switch:
@@ -177,6 +187,33 @@ GENERATOR = [
     generator(draws_otherwise, GUIDED, sampler__guidance_channels=3),
     generator(draws_otherwise, GUIDED, sampler__guidance_interval=[0.0, 0.5]),
 ]
+TEXT = [
+    text(says("more than 4 tokens and are cut"), encoder__tokens=4),
+    text(other, encoder__layer=1),
+    text(stops("text.encoder.width is 48, but the features"), encoder__width=48),
+    text(other, dropout=0.9),
+    text(resized, model__width=64),
+    text(other, model__heads=1),
+    text(other, model__double_blocks=2),
+    text(other, model__single_blocks=2),
+    text(other, model__mlp="gelu"),
+    text(other, model__mlp_ratio=4.0),
+    text(other, model__per_block_modulation=True),
+    text(other, model__patch_size=2),
+    text(other, model__rope_axes=[8, 4, 4]),
+    text(other, model__rope_theta=100.0),
+    text(other, model__centred_positions=True),
+    text(other, model__mask="none"),
+    text(other, model__pad_to=8),
+    text(same, model__attention="sdpa"),
+    text(stops("'fused', which cannot run here"), model__attention="fused"),
+    Switch("text", {"generator.training.checkpointing": "full"}, same),
+    Switch("text", {"generator.training.checkpointing": "selective"}, same),
+    Switch("text", {"generator.training.compile": True}, near),
+    Switch("text", {"generator.training.accumulate": 2}, near),
+    Switch("text", {"generator.training.parallel": "fsdp"}, same),
+    Switch("text", {"data.memory_limit_gib": 1e-5, "data.workers": 0}, says("frozen networks run in the loop", near)),
+]
 STREAMED = {"memory_limit_gib": 0.0, "workers": 0}
 DATA = [
     data(says("13 pictures of Fluent emoji"), path="embedded", max_images=16),
@@ -260,7 +297,7 @@ RIVAL = [
     rival(other, "vae", stage__ema_decay=None),
     rival(other, "vae", stage__gradient_clip=1e-3),
 ]
-SWITCHES = [*TRAINING, *GENERATOR, *DATA, *STAGE, *LOSSES, *MODEL, *RIVAL]
+SWITCHES = [*TRAINING, *GENERATOR, *TEXT, *DATA, *STAGE, *LOSSES, *MODEL, *RIVAL]
 
 
 def trunks(folder: Path) -> dict[str, str]:
@@ -282,8 +319,14 @@ def trunks(folder: Path) -> dict[str, str]:
 # Fields that no switch above turns, with the tests that do; a class stands for all of its fields
 ELSEWHERE: dict[Any, str] = {
     "output": "of every run another",
+    "data.captions": "data/test_captions.py: of text to image alone",
     "rival.kind": "all of them in RIVAL",
     "generator.tokenizer": "given to every run of a generator",
+    "generator.condition": "class in GENERATOR, text in TEXT",
+    "generator.start": "training/test_text_to_image.py",
+    "generator.text.features": "the same",
+    "generator.text.encoder.name": "models/test_text_encoder.py",
+    "generator.text.encoder.revision": "the same: of a hub, which no test reaches",
     "generator.latents": "test_switches.py, pairs with a latent cache",
     "tokenizer.stages.stage2.latents": "the same: Stage 3 alone takes it",
     "generator.training.wandb_project": "monitoring/test_trackers.py, with a package that stands in for wandb",

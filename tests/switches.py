@@ -9,6 +9,8 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
+import signal
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, dataclass, field
@@ -17,15 +19,22 @@ from typing import Any
 from unittest import mock
 
 import torch
-from helpers import tiny_recipe, write_pictures
+from helpers import caption, of_text, tiny_recipe, write_pictures
 from safetensors.torch import load_file
+from text_encoders import write_encoder
 from zoo_rivals import rival_recipe
 
 from aligntok.cli import main
 from aligntok.config import Recipe
 from aligntok.config.from_dict import from_dict
+from aligntok.training.monitoring.telemetry import PartLog
 
-COMMANDS = {"generator": "train-generator", "tokenizer": "train-tokenizer", "rival": "train-rival"}
+COMMANDS = {
+    "generator": "train-generator",
+    "text": "train-generator",
+    "tokenizer": "train-tokenizer",
+    "rival": "train-rival",
+}
 
 
 @dataclass
@@ -61,7 +70,7 @@ class Switch:
     """One or several fields of a recipe turned, and what has to come of it.
 
     Args:
-        command: "generator", "tokenizer" (Stage 2 alone) or "rival".
+        command: "generator", "text" (a generator that reads captions), "tokenizer" (Stage 2 alone) or "rival".
         fields: dotted names and their values.
         check: called with the outcome and that of the same command without the fields.
         beside: what both have, for the effect to show.
@@ -83,7 +92,8 @@ class Bench:
     """Pictures, a finished tokenizer with a cache of its latents, and outcomes to compare with."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.pictures, self._plain, self._runs = folder, write_pictures(folder / "pictures", 20), {}, 0
+        self.folder, self.pictures, self._plain, self._runs = folder, caption(write_pictures(folder / "p", 20)), {}, 0
+        self.encoder = write_encoder(folder / "encoder", "bert")
         done = self.run("tokenizer", {})
         assert done.status == 0, done.said
         self._plain["tokenizer", "{}", "vae"] = done
@@ -104,8 +114,10 @@ class Bench:
             recipe = tiny_recipe(folder, self.pictures, stage1={"steps": 0}, stage2=stage2, stage3={"steps": 0})
         recipe.generator.learning_rate = 1e-2  # samples then show what the sampler does
         recipe.generator.model.classes = None
-        if command == "generator":
+        if command in ("generator", "text"):
             recipe.generator.tokenizer = str(self.tokenizer)
+        if command == "text":
+            of_text(recipe, self.encoder)
         return turn(recipe, fields)
 
     def run(self, command: str, fields: dict[str, Any], kind: str = "vae", output: Path | None = None) -> Outcome:
@@ -128,6 +140,23 @@ class Bench:
         if switch.check.__name__ != "refused":
             sound(found)
         switch.check(found, self.plain(switch.command, switch.beside, switch.kind))
+
+
+def interrupted(bench: Bench, command: str, fields: dict[str, Any], monkeypatch) -> Outcome:
+    """A run that SIGTERM stops after its second step, and the same command again."""
+    original, folder = PartLog.step, bench.folder / f"interrupted-{len(list(bench.folder.iterdir()))}"
+
+    def step_then_signal(self, done, values, images):
+        original(self, done, values, images)
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PartLog, "step", step_then_signal)
+        stopped = bench.run(command, fields, output=folder)
+    assert stopped.status == 128 + signal.SIGTERM, stopped.said
+    torch._dynamo.reset()  # another process would begin with nothing compiled
+    return bench.run(command, fields, output=folder)
 
 
 def sound(found: Outcome) -> None:

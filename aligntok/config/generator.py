@@ -57,6 +57,7 @@ class GeneratorTrainingConfig:
     """LightningDiT on the latents of a trained tokenizer; images are always centre-cropped."""
 
     tokenizer: str | None = None  # folder of the tokenizer; None = OUTPUT/tokenizer
+    start: str | None = None  # folder of a generator with the same network, whose weights training begins with
     condition: Literal["class", "text"] = "class"  # text: `text` says everything, `model` nothing
     model: LightningDiTConfig = field(default_factory=LightningDiTConfig)
     text: TextConfig = field(default_factory=TextConfig)

@@ -74,7 +74,7 @@ class MetaAutocast(TorchFunctionMode):
     def _lowered(self, tensor: Tensor) -> Tensor:
         if tensor.dtype != torch.float32:
             return tensor
-        if not (tensor.is_leaf and tensor.requires_grad):
+        if not (tensor.is_leaf and tensor.requires_grad) or tensor._is_view():  # as autocast itself decides
             return tensor.to(self.dtype)
         if id(tensor) not in self._copies:
             self._copies[id(tensor)] = tensor.to(self.dtype)

@@ -212,6 +212,8 @@ def check_classes(model: LightningDiTConfig, classes: list[str]) -> None:
 def decisive(config: GeneratorTrainingConfig, text: Text | None) -> dict[str, object]:
     """Of the configuration what decides the course of training, captions and their encoder by what they are."""
     values = {key: value for key, value in dataclasses.asdict(config).items() if key not in INDIFFERENT}
+    if config.start is not None:
+        values["start_weights"] = str(Path(config.start) / "model.safetensors")  # known by their content
     if text is None:
         return values
     of_text = dataclasses.asdict(config.text)
@@ -221,4 +223,4 @@ def decisive(config: GeneratorTrainingConfig, text: Text | None) -> dict[str, ob
 
 
 # Of the configuration, to the course of training; see `course`. `condition` and `text`: see `decisive`
-INDIFFERENT = ("tokenizer", "sampler", "training", "latents", "snapshot_every", "condition", "text")
+INDIFFERENT = ("tokenizer", "sampler", "training", "latents", "snapshot_every", "start", "condition", "text")

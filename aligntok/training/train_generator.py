@@ -7,6 +7,7 @@ OUTPUT/checkpoints/generator/step-N                 while it runs
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from functools import partial
 from pathlib import Path
@@ -17,13 +18,14 @@ from aligntok.config import Recipe
 from aligntok.config.ranges import check_ranges
 from aligntok.data.frozen import FrozenNetwork
 from aligntok.diffusion.sampler import check_sampler
-from aligntok.models.generator import network_name, network_of, save_generator
+from aligntok.errors import UserError
+from aligntok.models.generator import Generator, Network, network_name, network_of, save_generator
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.runtime.collectives import on_main
 from aligntok.runtime.devices import choose_precision
 from aligntok.runtime.files import remove_unfinished
 from aligntok.training import distributed
-from aligntok.training.generator_inputs import decisive, generator_inputs
+from aligntok.training.generator_inputs import Text, decisive, generator_inputs
 from aligntok.training.generator_objective import GeneratorObjective
 from aligntok.training.loop import train
 from aligntok.training.monitoring import cost
@@ -63,7 +65,10 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     size = recipe.data.image_size
     grid = tokenizer.grid(torch.empty(1, 3, size, size, device="meta"))  # (h, w) of the latents
     torch.manual_seed(training.seed)
-    model = network_of(config, tokenizer.latent_channels, grid).to(precision.device)
+    model = network_of(config, tokenizer.latent_channels, grid)
+    if config.start is not None:
+        start_from(model, config.start, inputs.text)
+    model = model.to(precision.device)
 
     def keep(place: Path) -> None:
         """Write the averaged weights as a generator."""
@@ -108,6 +113,25 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     keep(folder)
     on_main(checkpoints.remove)
     return folder
+
+
+def start_from(model: Network, folder: str, text: Text | None) -> None:
+    """Give the network the weights of a trained one; its latents may have another height and width.
+
+    Raises:
+        UserError: no generator there, or one with another network, other channels or another text encoder.
+    """
+    given = Generator(folder)
+    same = {
+        "network": (dataclasses.asdict(given.model.config), dataclasses.asdict(model.config)),
+        "latent channels": (given.latent_shape[0], model.latent_channels),
+        "text encoder": (given.text and given.text.fingerprint, text and text.made_by.fingerprint),
+    }
+    for what, (found, expected) in same.items():
+        if found != expected:
+            raise UserError(f"generator.start is {folder}, which has another {what}: {found}, expected {expected}")
+    own = {name: value for name, value in model.state_dict().items() if name == "positions"}  # a table of its grid
+    model.load_state_dict(given.model.state_dict() | own)
 
 
 def snapshot_folder(output: Path, steps: int) -> Path:

@@ -6,8 +6,6 @@ code; `test_inductor_trains` takes the default.
 
 import dataclasses
 import json
-import os
-import signal
 from functools import partial
 from typing import Any, get_type_hints
 
@@ -15,12 +13,11 @@ import apex_stand_in
 import pytest
 import torch
 from switch_table import ELSEWHERE, HEAD, SWITCHES, WORDS_ELSEWHERE, trunks
-from switches import Bench, Outcome, Switch, near, same, sound
+from switches import Bench, Switch, interrupted, near, same, sound
 
 from aligntok.config import Recipe, SpikeConfig
 from aligntok.config.from_dict import from_dict
 from aligntok.config.ranges import _words
-from aligntok.training.monitoring.telemetry import PartLog
 
 
 @pytest.fixture(scope="module")
@@ -102,23 +99,6 @@ def test_stage_3_on_a_latent_cache(fields, bench):
     for name in ("stage3", "tokenizer/model.safetensors"):
         assert (found.folder / name).exists()
     (found.folder / "stage3").rename(found.folder / f"stage3-{len(fields)}")
-
-
-def interrupted(bench: Bench, command: str, fields: dict[str, Any], monkeypatch) -> Outcome:
-    """A run that SIGTERM stops after its second step, and the same command again."""
-    original, folder = PartLog.step, bench.folder / f"interrupted-{len(list(bench.folder.iterdir()))}"
-
-    def step_then_signal(self, done, values, images):
-        original(self, done, values, images)
-        if done == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(PartLog, "step", step_then_signal)
-        stopped = bench.run(command, fields, output=folder)
-    assert stopped.status == 128 + signal.SIGTERM, stopped.said
-    torch._dynamo.reset()  # another process would begin with nothing compiled
-    return bench.run(command, fields, output=folder)
 
 
 @pytest.mark.parametrize("command", ["generator", "tokenizer"])

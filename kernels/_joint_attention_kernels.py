@@ -152,8 +152,8 @@ def _joint_dq_kernel(
     lse += programs * before
     delta += programs * before
     prologue = (q_weight, eps, cos + before * (D // 2), sin + before * (D // 2), factor)
-    inputs, strides = (qkv, out, lse, dout), ((b, n, part, h), (held * H * D, H * D, D), (dout_b, dout_n, D))
-    own = _dq_rows(first, head, inputs, strides, delta, prologue, D, MAIN, TAIL, 1, ALIGN, BLOCK_Q)
+    inputs, strides = (qkv, out, lse, dout), ((b, n, part, h), (dout_b, dout_n, D))
+    own = _dq_rows(first, head, held, inputs, strides, delta, prologue, D, MAIN, TAIL, 1, ALIGN, BLOCK_Q)
     _, _, v_rows = _packed(text, text_head, (text_b, text_n, text_3, text_h), ALIGN)
     keys, length = _dense(prepared, text_head, D), _length(lengths, program // H, L)
     dq = _dq_all(_zeros(own[0]), own, keys, v_rows, length, D, MAIN, TAIL, PRECISION, EVEN_L, BLOCK_K)
@@ -161,8 +161,7 @@ def _joint_dq_kernel(
     keys = _dense(prepared + (programs * L).to(tl.int64) * D, image_head, D)
     dq = _dq_all(dq, own, keys, v_rows, N, D, MAIN, TAIL, PRECISION, EVEN_N, BLOCK_K)
     q_rows, _, _ = _packed(qkv, head, (b, n, part, h), ALIGN)
-    strides = (3 * held * H * D, 3 * H * D, H * D, D)
-    _store_dq(dq, first, block, head, q_rows, dqkv, strides, dweight, prologue, scale, D, MAIN, TAIL, 1, BLOCK_Q)
+    _store_dq(dq, first, block, head, held, q_rows, dqkv, dweight, prologue, scale, D, MAIN, TAIL, 1, BLOCK_Q)
 
 
 @triton.jit
@@ -210,8 +209,5 @@ def _joint_dkv_kernel(
     )  # fmt: skip
     if lengths is not None:
         dk, dv = _kept(dk, first, end), _kept(dv, first, end)
-    strides = (3 * held * H * D, 3 * H * D, H * D, D)
-    _store_dkv(
-        (dk, dv), first, block, head, k_rows, dqkv, strides, dweight, prologue, scale / factor,
-        D, MAIN, TAIL, 1, BLOCK_K,
-    )  # fmt: skip
+    sums, scale = (dk, dv), scale / factor
+    _store_dkv(sums, first, block, head, held, k_rows, dqkv, dweight, prologue, scale, D, MAIN, TAIL, 1, BLOCK_K)

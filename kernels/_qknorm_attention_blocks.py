@@ -4,7 +4,7 @@ A loop runs over one matrix of keys, or of queries: `joint_attention` has two of
 travel in the groups that `_qknorm_attention_tiles` names, and these:
 
     inputs      where a block's rows are read from, addresses that `_matrix` and `_packed` take
-    strides     of each of them, in the same order
+    held        tokens for each of the batch in the arrays of results, which are dense: N, or more where others' lie too
     rows        (q', dout, lse, delta) of a block of queries
     sums        in the loops over queries: (dk', dv) of a block of keys, without the scale
 """
@@ -42,19 +42,19 @@ def _attend_all(
 
 @triton.jit
 def _dq_rows(
-    first, head, inputs, strides, delta, prologue,
+    first, head, held, inputs, strides, delta, prologue,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr, ALIGN: tl.constexpr,
     BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """q', dout, lse and delta = rowsum(out * dout) of the block of queries at `first`; dk and dv need delta next."""
-    program, N, _ = head
+    program, N, H = head
     qkv, out, lse, dout = inputs
-    qkv_strides, out_strides, dout_strides = strides
+    qkv_strides, dout_strides = strides
     q_rows, _, _ = _packed(qkv, head, qkv_strides, ALIGN)
     q = _load(q_rows, first, N, D, MAIN, TAIL, BLOCK_Q)
     q = _prepare(q, first, N, prologue, D, ROPE)
     do = _load(_matrix(dout, head, dout_strides, ALIGN), first, N, D, MAIN, TAIL, BLOCK_Q)
-    o = _load(_matrix(out, head, out_strides, 8), first, N, D, MAIN, TAIL, BLOCK_Q)
+    o = _load(_matrix(out, head, (held * H * D, H * D, D), 8), first, N, D, MAIN, TAIL, BLOCK_Q)
     row = first + tl.arange(0, BLOCK_Q)[:, None]
     per_row = program.to(tl.int64) * N + row
     log = tl.load(lse + per_row, mask=row < N, other=0.0)
@@ -80,14 +80,14 @@ def _dq_all(
 
 @triton.jit
 def _store_dq(
-    dq, first, block, head, q_rows, dqkv, strides, dweight, prologue, scale,
+    dq, first, block, head, held, q_rows, dqkv, dweight, prologue, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr, BLOCK_Q: tl.constexpr,
 ):  # fmt: skip
     """Write dq and, into row `block` of dweight [., D], the block's share of the weight's gradient."""
-    _, N, _ = head
+    _, N, H = head
     q = _load(q_rows, first, N, D, MAIN, TAIL, BLOCK_Q)
     dq, share = _unprepare(dq, q, first, N, prologue, scale, D, ROPE)
-    dq_rows, _, _ = _packed(dqkv, head, strides, 8)
+    dq_rows, _, _ = _packed(dqkv, head, (3 * held * H * D, 3 * H * D, H * D, D), 8)
     _store(dq_rows, first, N, dq, D)
     _store_vector(dweight + block.to(tl.int64) * D, share, D)
 
@@ -113,13 +113,13 @@ def _dkv_all(
 
 @triton.jit
 def _store_dkv(
-    sums, first, block, head, k_rows, dqkv, strides, dweight, prologue, scale,
+    sums, first, block, head, held, k_rows, dqkv, dweight, prologue, scale,
     D: tl.constexpr, MAIN: tl.constexpr, TAIL: tl.constexpr, ROPE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Write dk and dv; `block` and `dweight` as in `_store_dq`."""
-    _, N, _ = head
+    _, N, H = head
     dk, dv = sums
-    _, dk_rows, dv_rows = _packed(dqkv, head, strides, 8)
+    _, dk_rows, dv_rows = _packed(dqkv, head, (3 * held * H * D, 3 * H * D, H * D, D), 8)
     _store(dv_rows, first, N, dv, D)
     k = _load(k_rows, first, N, D, MAIN, TAIL, BLOCK_K)
     dk, share = _unprepare(dk, k, first, N, prologue, scale, D, ROPE)

@@ -99,21 +99,18 @@ def _dq_block(
 
     `block` is the row of dweight [.., D] that takes the block's share of the weight's gradient.
     """
-    _, N, H = head
+    _, N, _ = head
     qkv, keys, out, lse, dout = inputs
-    qkv_strides, dout_strides = strides
+    qkv_strides, _ = strides
     dqkv, delta, dweight = outputs
-    of_rows = (qkv_strides, (N * H * D, H * D, D), dout_strides)
     rows = _dq_rows(
-        first, head, (qkv, out, lse, dout), of_rows, delta, prologue, D, MAIN, TAIL, ROPE, ALIGN, BLOCK_Q
+        first, head, N, (qkv, out, lse, dout), strides, delta, prologue, D, MAIN, TAIL, ROPE, ALIGN, BLOCK_Q
     )  # fmt: skip
+    dq = _zeros(rows[0])
     _, _, v_rows = _packed(qkv, head, qkv_strides, ALIGN)  # not with q's above: up to four registers less
-    dq = _dq_all(_zeros(rows[0]), rows, keys, v_rows, N, D, MAIN, TAIL, PRECISION, EVEN, BLOCK_K)
+    dq = _dq_all(dq, rows, keys, v_rows, N, D, MAIN, TAIL, PRECISION, EVEN, BLOCK_K)
     q_rows, _, _ = _packed(qkv, head, qkv_strides, ALIGN)
-    dqkv_strides = (3 * N * H * D, 3 * H * D, H * D, D)
-    _store_dq(
-        dq, first, block, head, q_rows, dqkv, dqkv_strides, dweight, prologue, scale, D, MAIN, TAIL, ROPE, BLOCK_Q
-    )  # fmt: skip
+    _store_dq(dq, first, block, head, N, q_rows, dqkv, dweight, prologue, scale, D, MAIN, TAIL, ROPE, BLOCK_Q)
 
 
 @triton.jit
@@ -123,7 +120,7 @@ def _dkv_block(
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of the block of keys at `first` of a head, over blocks of queries; `block` as in `_dq_block`."""
-    _, N, H = head
+    _, N, _ = head
     qkv, queries, lse, dout, delta = inputs
     qkv_strides, dout_strides = strides
     dqkv, dweight = outputs
@@ -134,10 +131,7 @@ def _dkv_block(
     v = _load(v_rows, first, N, D, MAIN, TAIL, BLOCK_K)
     sums = _zeros(k), _zeros(v)
     sums = _dkv_all(sums, k, v, queries, do_rows, head, N, lse, delta, D, MAIN, TAIL, PRECISION, BLOCK_Q)
-    dqkv_strides = (3 * N * H * D, 3 * H * D, H * D, D)
-    _store_dkv(
-        sums, first, block, head, k_rows, dqkv, dqkv_strides, dweight, prologue, scale, D, MAIN, TAIL, ROPE, BLOCK_K
-    )  # fmt: skip
+    _store_dkv(sums, first, block, head, N, k_rows, dqkv, dweight, prologue, scale, D, MAIN, TAIL, ROPE, BLOCK_K)
 
 
 @triton.jit

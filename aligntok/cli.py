@@ -26,6 +26,7 @@ from aligntok.config.options import (
     StudyConfig,
 )
 from aligntok.config.parsing import at_home, nearest, parse_options, parse_recipe
+from aligntok.config.text_options import EvaluateTextConfig
 from aligntok.errors import UserError
 from aligntok.runtime.world import refuse_several
 
@@ -42,7 +43,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   study             every rival and ablation at a laptop's size, with tables and plots; hours on two cores
   sample            pictures from a trained generator
   reconstruct       pictures through a tokenizer and back
-  evaluate          reconstruction, generation or probe of a tokenizer, each number with its protocol; self-test
+  evaluate          reconstruction, generation, probe, text-to-image, each number with its protocol; self-test
   statistics        latent statistics for a tokenizer that has none
   doctor            what is installed, built and selected here, and why not otherwise
 
@@ -244,20 +245,23 @@ usage: aligntok evaluate PART [options]        aligntok evaluate PART --help exp
   reconstruction    rFID, PSNR, SSIM, LPIPS of images and what a tokenizer makes of them
   generation        gFID, sFID, IS, precision, recall of a generator or of a file of samples, by ADM's protocol
   probe             linear probe of the latents, and their alignment with an encoder (CKNNA)
+  text-to-image     pictures with their prompts: CLIP score, HPSv2, PickScore, ImageReward, gFID, retrieval of captions
   self-test         every metric on distributions with a known answer; needs no weights and no images
 
 FID, sFID, IS, precision and recall are those of the Inception network, whose weights no package carries: --inception.
-Without them, distances are taken from EfficientNet-Lite0 and say so in their names.
+Without them, distances are taken from EfficientNet-Lite0 and say so in their names. Nor does any carry weights of CLIP,
+HPSv2, PickScore or ImageReward: each is measured where they are given, by path or by the hub's name.
 Under torchrun all processes draw the samples of `generation`, which are the same however many there are.
 """
 
 
 def _evaluate(arguments: list[str]) -> None:
     parts: dict[str, tuple[str, type | None]] = {
-        "reconstruction": ("evaluate_reconstruction", EvaluateReconstructionConfig),
-        "generation": ("evaluate_generation", EvaluateGenerationConfig),
-        "probe": ("evaluate_probe", EvaluateProbeConfig),
-        "self-test": ("evaluate_self_test", None),
+        "reconstruction": ("evaluate.evaluate_reconstruction", EvaluateReconstructionConfig),
+        "generation": ("evaluate.evaluate_generation", EvaluateGenerationConfig),
+        "probe": ("evaluate.evaluate_probe", EvaluateProbeConfig),
+        "text-to-image": ("evaluate_text.evaluate_text", EvaluateTextConfig),
+        "self-test": ("evaluate.evaluate_self_test", None),
     }
     part, rest = (arguments[0], arguments[1:]) if arguments else ("--help", [])
     if part in ("-h", "--help") or (part == "self-test" and rest):
@@ -265,11 +269,12 @@ def _evaluate(arguments: list[str]) -> None:
         raise SystemExit(0)
     if part not in parts:
         raise UserError(f"evaluate {part!r}: expected one of {', '.join(parts)}{nearest(part, parts)}")
-    name, options_class = parts[part]
+    place, options_class = parts[part]
     options = {} if options_class is None else asdict(parse_options(f"evaluate {part}", options_class, rest))
-    import aligntok.commands.evaluate
+    from importlib import import_module
 
-    getattr(aligntok.commands.evaluate, name)(**options)
+    module, name = place.split(".")
+    getattr(import_module(f"aligntok.commands.{module}"), name)(**options)
 
 
 def _statistics(arguments: list[str]) -> None:

@@ -61,7 +61,7 @@ def evaluate_reconstruction(
     check_size(image_size, tok.downsample, "image_size")
     training, kept = open_images(images, say=telemetry.say).split(held_out)
     originals = kept if len(kept) else training
-    network = _inception(inception, precision, telemetry)
+    network = inception_given(inception, precision, telemetry)
     extractors: list[FeatureExtractor] = [] if network is None else [network]
     extractors.append(EfficientNetLite0().to(precision.device))
     distance = None
@@ -71,7 +71,7 @@ def evaluate_reconstruction(
         measured = stream_reconstruction(tok, (pixels for pixels, _ in batches), precision, distance, extractors)
     share = f"held-out share {held_out:g} of {images}" if len(kept) else f"all of {images}"
     measured.protocol += f"; centre crops of {share}; {precision}"
-    return _report({"reconstruction": measured}, output)
+    return report({"reconstruction": measured}, output)
 
 
 def evaluate_generation(
@@ -115,7 +115,7 @@ def evaluate_generation(
         if isinstance(samples, DrawnSamples) and not world.main:
             samples.hand_over()
             return {}
-        network = _inception(inception, precision, telemetry)
+        network = inception_given(inception, precision, telemetry)
         if fidelity and (network is None or (samples_file is None and npz is None)):
             raise UserError("--fidelity true needs Inception weights (--inception) and samples on the disk (--npz)")
         real = RealImages(reference, samples.size, network, precision, telemetry)
@@ -133,7 +133,7 @@ def evaluate_generation(
             )
         for measured in found.values():
             measured.protocol += f"; reference: {reference}; samples: {samples.protocol}"
-        return _report(found, output)
+        return report(found, output)
 
 
 def _given(
@@ -188,7 +188,7 @@ def evaluate_probe(
     aligned = alignment.measure()
     if aligned is None and alignment_images:
         telemetry.say("no CKNNA: this tokenizer has no pretrained encoder to compare with; name one with --encoder")
-    return _report(found | ({} if aligned is None else {"alignment": aligned}), output)
+    return report(found | ({} if aligned is None else {"alignment": aligned}), output)
 
 
 def evaluate_self_test() -> None:
@@ -210,7 +210,8 @@ def evaluate_self_test() -> None:
         raise SystemExit(1)
 
 
-def _inception(given: str | None, precision: Precision, telemetry: Telemetry) -> Inception | None:
+def inception_given(given: str | None, precision: Precision, telemetry: Telemetry) -> Inception | None:
+    """The network of --inception on the run's device; without it the reason is said."""
     network, why = find_inception(given)
     if network is None:
         telemetry.say(why)
@@ -220,7 +221,7 @@ def _inception(given: str | None, precision: Precision, telemetry: Telemetry) ->
     return network.to(precision.device)
 
 
-def _report(found: Numbers, output: str | None) -> Numbers:
+def report(found: Numbers, output: str | None) -> Numbers:
     """Print tables with their protocols; write the same as JSON."""
     console = _console()
     for name, measured in found.items():

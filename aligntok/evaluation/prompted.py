@@ -120,7 +120,7 @@ def _of_list(folder: Path) -> PromptedPictures:
     if missing:
         raise UserError(
             f"{len(missing)} of the pictures that {folder / LIST} names are not there ({few(missing)}): give the same "
-            "aligntok sample command again, which draws what is missing"
+            "aligntok sample command again"
         )
     records = [{key: value for key, value in record.items() if key != "pictures"} for record in prompts.records]
     prompts = replace(prompts, name=f"{folder.resolve().name}/{LIST}", records=records)
@@ -174,3 +174,11 @@ def _matched(found: PromptedPictures, prompts: Prompts) -> PromptedPictures:
         chosen=chosen or prompts.chosen,
     )
     return PromptedPictures(found.name, taken, [found.files[i] for i in order], places)
+
+
+def refuse_unreadable(images: ImageSet) -> None:
+    """UserError where a generated picture could not be read: it would be missing from every count."""
+    for name, reason in images.skipped.items():
+        raise UserError(
+            f"{len(images.skipped)} pictures cannot be read, {name} for example ({reason}): draw them again"
+        )

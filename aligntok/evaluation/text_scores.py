@@ -14,6 +14,7 @@ Weights are never looked for: each score is there only if its weights are given.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -22,6 +23,8 @@ from PIL import Image
 from torch import Tensor
 
 from aligntok.errors import UserError
+from aligntok.evaluation.hps import HumanPreferenceScore, refuse_one_for_both
+from aligntok.evaluation.image_reward import ImageReward
 from aligntok.evaluation.prompted import PromptedPictures
 from aligntok.evaluation.scorer_weights import Place, from_pretrained, place_of, told_pretrained
 from aligntok.evaluation.tokenizer import Measured
@@ -30,17 +33,19 @@ BATCH = 32
 
 
 class TextScorer(Protocol):
-    """A network that gives numbers for pairs of a picture and a prompt.
+    """A network that gives numbers for pairs of a picture and a prompt."""
 
-    Attributes:
-        names: what the numbers are called, scale included.
-        floor: mean below which the first one is reported as this; None = no such bound.
-        cut: pictures so far whose prompt was longer than the network's text.
-    """
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What the numbers are called, scale included."""
 
-    names: tuple[str, ...]
-    floor: float | None
-    cut: int
+    @property
+    def floor(self) -> float | None:
+        """Mean below which the first one is reported as this; None = no such bound."""
+
+    @property
+    def cut(self) -> int:
+        """Pictures so far whose prompt was longer than the network's text."""
 
     @property
     def protocol(self) -> str:
@@ -87,6 +92,56 @@ def _summed_up(scorer: TextScorer, values: Tensor, counts: list[int], prompts: s
     protocol = f"{scorer.protocol}; {prompts}; mean over {len(values)} pictures, standard error over prompts {told}"
     protocol += f"; {scorer.cut} of them with prompts that were cut to the network's length" if scorer.cut else ""
     return Measured(numbers, protocol, {"scores": values})
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What the published scores are taken with, as given on the command line."""
+
+    clip: str | None = None
+    hpsv2: str | None = None
+    hpsv2_1: str | None = None
+    pickscore: str | None = None
+    pickscore_processor: str | None = None
+    image_reward: str | None = None
+    image_reward_tokenizer: str = "bert-base-uncased"
+
+
+def open_scorers(weights: Weights, device: torch.device, say: Callable[[str], None]) -> list[TextScorer]:
+    """The scores whose weights are given; of the others it is said what they lack.
+
+    Raises:
+        UserError: weights that cannot be had, or one file for both versions of HPSv2.
+    """
+    found: list[TextScorer] = []
+    absent = []
+    if weights.clip is not None:
+        found.append(ClipScore(weights.clip, device))
+    else:
+        absent.append("CLIP score (--clip, openai/clip-vit-large-patch14 on the hub)")
+    preferences = []
+    if weights.hpsv2 is not None:
+        preferences.append(HumanPreferenceScore("2.0", weights.hpsv2, device))
+    else:
+        absent.append("HPSv2.0 (--hpsv2, xswu/HPSv2)")
+    if weights.hpsv2_1 is not None:
+        preferences.append(HumanPreferenceScore("2.1", weights.hpsv2_1, device))
+    else:
+        absent.append("HPSv2.1 (--hpsv2_1, xswu/HPSv2)")
+    if len(preferences) == 2:
+        refuse_one_for_both(*preferences)
+    found += preferences
+    if weights.pickscore is not None:
+        found.append(PickScore(weights.pickscore, weights.pickscore_processor, device))
+    else:
+        absent.append("PickScore (--pickscore, yuvalkirstain/PickScore_v1)")
+    if weights.image_reward is not None:
+        found.append(ImageReward(weights.image_reward, weights.image_reward_tokenizer, device))
+    else:
+        absent.append("ImageReward (--image_reward, THUDM/ImageReward)")
+    if absent:
+        say(f"not measured, for no weights were given and no package carries them: {', '.join(absent)}")
+    return found
 
 
 class ClipCosines:

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 
 from aligntok.config.options import (
     CacheLatentsConfig,
+    CacheTextConfig,
     ConvertConfig,
     EvaluateGenerationConfig,
     EvaluateProbeConfig,
@@ -37,6 +38,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   train-tokenizer   a pretrained vision encoder becomes a tokenizer, in three stages
   train-generator   LightningDiT on the latents of a trained tokenizer
   cache-latents     latents of an image set, computed once: Stage 3 and the generator then need no encoder
+  cache-text        features of an image set's captions, computed once, for text to image
   plan              what a recipe will take: parameters, memory per GPU, FLOPs, hours, before anything runs
   train-rival       VAE, VA-VAE, FLUX's, RAE, MAETok or REPA-E instead, in the same loop on the same images
   convert           published weights of VA-VAE, LightningDiT, RAE, DiT^DH, FLUX, SD become folders for all commands
@@ -194,6 +196,13 @@ def _cache_latents(arguments: list[str]) -> None:
     cache_latents(**asdict(options))
 
 
+def _cache_text(arguments: list[str]) -> None:
+    options = parse_options("cache-text", CacheTextConfig, arguments)
+    from aligntok.commands.cache_text import cache_text
+
+    cache_text(**asdict(options))
+
+
 def _plan(arguments: list[str]) -> None:
     options, arguments = take_plan_options(arguments)
     recipe = parse_recipe("plan", arguments, epilog=PLAN_HELP)
@@ -301,12 +310,21 @@ def _doctor(arguments: list[str]) -> None:
 
 
 # Commands for as many processes as torchrun starts; the others refuse to run in several.
-TOGETHER = ("train-tokenizer", "train-generator", "train-rival", "cache-latents", "plan", "evaluate generation")
+TOGETHER = (
+    "train-tokenizer",
+    "train-generator",
+    "train-rival",
+    "cache-latents",
+    "cache-text",
+    "plan",
+    "evaluate generation",
+)
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "quickstart": _quickstart,
     "train-tokenizer": _train_tokenizer,
     "train-generator": _train_generator,
     "cache-latents": _cache_latents,
+    "cache-text": _cache_text,
     "plan": _plan,
     "train-rival": _train_rival,
     "convert": _convert,

@@ -39,7 +39,8 @@ from aligntok.config import (
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, latents_in_batch
 from aligntok.data.images import load_center_crops, open_images
 from aligntok.data.latent_cache import CachedLatentSource, LatentCache, LatentsBeside
-from aligntok.data.latent_format import FORMAT, MANIFEST, VERSION, Origin, shard_file
+from aligntok.data.latent_format import FORMAT, VERSION, Origin, shard_file
+from aligntok.data.shard_store import MANIFEST
 from aligntok.data.sources import MemorySource, Source
 from aligntok.models.discriminator import PatchDiscriminator
 from aligntok.models.tokenizer import AlignTok

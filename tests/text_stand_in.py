@@ -11,7 +11,7 @@ from torch import Tensor
 class WordEncoder:
     """One token for each word after one for the beginning."""
 
-    name = "words"
+    name, precision = "words", "fp32"
 
     def __init__(self, width: int = 8, tokens: int = 6, layer: int = -1) -> None:
         self.width, self.tokens, self.layer = width, tokens, layer

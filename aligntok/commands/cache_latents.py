@@ -1,52 +1,35 @@
 """`aligntok cache-latents`: encode an image set once, so that Stage 3 and the generator need no encoder.
 
 Images are decoded by worker processes while the network encodes; the latents of a shard are collected, written with its
-record, and forgotten. Under torchrun, process r of n makes the shards r, r + n, ...; none waits for another before the
-end, when the first of them puts cache.json together.
+record, and forgotten. Under torchrun the processes share the shards out.
 
-A shard whose record and checksum are right is never made again; one that is missing, truncated or damaged is. Giving
-the command again therefore continues an interrupted cache, at the loss of the shard in work, and checks a finished one.
+Giving the command again continues an interrupted cache, at the loss of the shard in work, and checks a finished one
+(aligntok.data.shard_store).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
-from safetensors.torch import save
 from torch import Tensor, distributed
 
 from aligntok.data.crop_reader import Crops, read_crops
 from aligntok.data.found import unreadable
 from aligntok.data.geometry import check_size, to_unit_range
 from aligntok.data.images import ImageSet, open_images
-from aligntok.data.latent_format import (
-    FORMAT,
-    MANIFEST,
-    VERSION,
-    Origin,
-    images_fingerprint,
-    origin_of,
-    read_manifest,
-    record_file,
-    shard_file,
-    shard_problem,
-)
+from aligntok.data.latent_format import LAYOUT, Origin, images_fingerprint
+from aligntok.data.shard_store import MANIFEST, Progress, Record, ShardStore
 from aligntok.errors import UserError
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer
 from aligntok.runtime.devices import Precision, choose_precision
-from aligntok.runtime.files import digest, remove_unfinished, write_bytes
 from aligntok.runtime.world import World
 from aligntok.training.distributed import LONG_TIMEOUT, start
 from aligntok.training.monitoring.telemetry import Telemetry
 
-Progress = Callable[[int, int], None]
-Record = dict[str, Any]
 _NAMED = 5  # unreadable images that are named on the screen; cache.json names all
 
 
@@ -77,16 +60,32 @@ def cache_latents(
         found = open_images(images, say=telemetry.say)
         origin = describe(network, found, image_size, flip, chosen.name, shard_size)
         writer = Writer(Path(output), origin, network, found, chosen, batch_size, workers, telemetry.say)
-        writer.claim()
-        if world.main:
-            with telemetry.bar("latents") as update:
-                writer.write(world, update)
-        else:
-            writer.write(world, lambda done, total: None)
-        if world.size > 1:
-            distributed.barrier()
-        if world.main:
-            report(writer.finish(), output, telemetry)
+        manifest = make_together(writer, world, telemetry, "latents")
+        if manifest is not None:
+            report(manifest, output, telemetry)
+
+
+class ShardWriter(Protocol):
+    """What makes the shards of a cache."""
+
+    def claim(self) -> None: ...
+
+    def write(self, world: World, progress: Progress) -> None: ...
+
+    def finish(self) -> Record: ...
+
+
+def make_together(writer: ShardWriter, world: World, telemetry: Telemetry, title: str) -> Record | None:
+    """Have all processes make their shards; the finished cache.json for the first of them, None for the others."""
+    writer.claim()
+    if world.main:
+        with telemetry.bar(title) as update:
+            writer.write(world, update)
+    else:
+        writer.write(world, lambda done, total: None)
+    if world.size > 1:
+        distributed.barrier()
+    return writer.finish() if world.main else None
 
 
 def describe(
@@ -127,30 +126,16 @@ class Writer:
     workers: int
     say: Callable[[str], None]
 
-    def claim(self) -> None:
-        """Leave `origin` in the folder, or find it there.
+    def __post_init__(self) -> None:
+        self.store = ShardStore(self.folder, LAYOUT, self.origin, self.say)
 
-        Raises:
-            UserError: the folder has a cache with another origin.
-        """
-        manifest = read_manifest(self.folder)
-        if manifest is None:
-            write_bytes(self.folder / MANIFEST, _manifest(self.origin, complete=False))
-        else:
-            origin_of(manifest).check(self.origin, self.folder)
+    def claim(self) -> None:
+        """See ShardStore.claim."""
+        self.store.claim()
 
     def write(self, world: World, progress: Progress) -> None:
         """Make this process's shards, except those that are there and sound."""
-        own = range(world.rank, self.origin.shards, world.size)
-        total, done = sum(len(self.origin.numbers(shard)) for shard in own), 0
-        progress(done, total)
-        missing = []
-        for shard in own:
-            if self._is_sound(shard):
-                done += len(self.origin.numbers(shard))
-                progress(done, total)
-            else:
-                missing.append(shard)
+        missing, done, total = self.store.missing(world, progress)
         plans = [_batches(self.origin.numbers(shard), self.batch_size) for shard in missing]
         crops = read_crops(self.images, self.origin.image_size, [b for plan in plans for b in plan], self.workers)
         for shard, plan in zip(missing, plans, strict=True):
@@ -168,10 +153,9 @@ class Writer:
         Raises:
             UserError: not a single image could be read, or a shard has vanished in the meantime.
         """
-        records = [json.loads((self.folder / record_file(n)).read_text()) for n in range(self.origin.shards)]
-        problems = [f"{r['file']} {problem}" for r in records if (problem := shard_problem(self.folder, r))]
-        if problems:
-            raise UserError(f"{self.folder}: {problems[0]}; give the same command again to make it anew")
+        return self.store.finish(self._summary)
+
+    def _summary(self, records: list[Record]) -> Record:
         skipped = [entry for record in records for entry in record["skipped"]]
         count = sum(record["rows"] for record in records)
         if not count:
@@ -180,34 +164,7 @@ class Writer:
                 f"none of the {self.origin.image_count} images of {self.origin.image_set} could be read; the first, "
                 f"{first['name']}: {first['reason']}"
             )
-        document = _manifest(
-            self.origin,
-            complete=True,
-            count=count,
-            **_moments(records),
-            shards=[{key: record[key] for key in ("file", "rows", "bytes", "sha256")} for record in records],
-            skipped=skipped,
-        )
-        write_bytes(self.folder / MANIFEST, document)
-        remove_unfinished(self.folder, lambda name: name == MANIFEST or name.startswith("latents-"))
-        return json.loads(document)
-
-    def _is_sound(self, shard: int) -> bool:
-        """Whether a shard is finished and has the checksum that its record says; a damaged one is named."""
-        try:
-            record = json.loads((self.folder / record_file(shard)).read_text())
-            problem = shard_problem(self.folder, record)
-            if record["origin"] != self.origin.fingerprint():
-                problem = "is a shard of another cache"
-            elif problem is None and digest(self.folder / record["file"]) != record["sha256"]:
-                problem = "differs from its checksum"
-        except FileNotFoundError:
-            return False
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problem = f"has a record that cannot be read ({type(error).__name__}: {error})"
-        if problem is not None:
-            self.say(f"{shard_file(shard)} {problem}; it is made anew")
-        return problem is None
+        return {"count": count, **_moments(records), "skipped": skipped}
 
     @torch.no_grad()
     def _encode(self, read: Crops) -> dict[str, Tensor]:
@@ -231,18 +188,8 @@ class Writer:
         moments = torch.stack([_sums(part) for part in parts]).sum(0)
         if not torch.isfinite(moments).all():
             raise UserError(f"latents of {self.origin.image_set} are not finite: this tokenizer cannot be used")
-        data = save(rows)
-        write_bytes(self.folder / shard_file(shard), data)
-        record = {
-            "origin": self.origin.fingerprint(),
-            "file": shard_file(shard),
-            "rows": len(rows["index"]),
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "skipped": [{"index": i, "name": self.images.entries[i].name, "reason": why} for i, why in skipped],
-            "moments": moments.tolist(),
-        }
-        write_bytes(self.folder / record_file(shard), json.dumps(record).encode())
+        named = [{"index": i, "name": self.images.entries[i].name, "reason": why} for i, why in skipped]
+        self.store.save(shard, rows, len(rows["index"]), skipped=named, moments=moments.tolist())
 
 
 def report(manifest: Record, output: str, telemetry: Telemetry) -> None:
@@ -261,11 +208,6 @@ def report(manifest: Record, output: str, telemetry: Telemetry) -> None:
         f"{len(skipped)} skipped, {len(manifest['shards'])} shards, {gib:.2f} GiB; channel means {mean.min():.2f} to "
         f"{mean.max():.2f}, standard deviations {std.min():.2f} to {std.max():.2f}"
     )
-
-
-def _manifest(origin: Origin, complete: bool, **contents: Any) -> bytes:
-    document = {"format": FORMAT, "version": VERSION, "complete": complete, **asdict(origin), **contents}
-    return json.dumps(document, indent=1).encode()
 
 
 def _batches(numbers: range, size: int) -> list[range]:

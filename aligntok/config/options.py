@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from aligntok.config.run import PrecisionChoice
+from aligntok.config.text import TextEncoderConfig
 from aligntok.config.tokenizer import PerceptualKind
 
 
@@ -255,6 +256,40 @@ class CacheLatentsConfig:
     shard_size: int = 4096
     batch_size: int = 64
     workers: int = 8
+    precision: PrecisionChoice = "auto"
+    device: str = "auto"
+
+
+@dataclass
+class CacheTextConfig:
+    """`aligntok cache-text`: features of the captions of an image set, computed once, for training without the encoder.
+
+    Args:
+        images: folder, .tar or "embedded".
+        output: folder of the cache: what generator.text.features asks for. The same command again continues an
+            interrupted cache, and checks a finished one. A token of Qwen3-0.6B takes 2 KiB, one of T5-XXL 8 KiB.
+        captions: null = NAME.txt beside each NAME.jpg, in folders and tars; or a .jsonl, .json (COCO's too) or
+            .parquet file, or a folder of .parquet or .txt files.
+        encoder: folder or hub name of a language model; minilm-l6 = all-MiniLM-L6-v2 as a package carries it.
+        revision: of the hub.
+        layer: whose hidden states: -1 the last, as the model gives it, -2 the one before, 0 the embeddings.
+        tokens: of a caption at most; the rest is cut off and counted.
+        shard_size: captions per file; what an interruption costs at most.
+        batch_size: captions encoded at once, by each of the processes that torchrun starts.
+        precision: of the encoder: bf16, tf32, fp32, or auto = bf16 where the device has it; of minilm-l6 not bf16.
+            Features are stored as bf16.
+        device: auto, cpu, cuda or cuda:N.
+    """
+
+    images: str
+    output: str
+    captions: str | None = None
+    encoder: str = TextEncoderConfig.name
+    revision: str | None = None
+    layer: int = TextEncoderConfig.layer
+    tokens: int = TextEncoderConfig.tokens
+    shard_size: int = 4096
+    batch_size: int = 64
     precision: PrecisionChoice = "auto"
     device: str = "auto"
 

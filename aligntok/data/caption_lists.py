@@ -189,7 +189,9 @@ def _of_json(path: Path) -> Iterator[Row]:
         held = json.loads(path.read_bytes().decode("utf-8-sig"))
         if isinstance(held, dict) and {"images", "annotations"} <= held.keys():
             names = {image["id"]: image["file_name"] for image in held["images"]}
-            rows = [(names.get(one["image_id"]), clean(one["caption"])) for one in held["annotations"]]
+            rows: list[tuple[Any, list[str] | None]] = [
+                (names.get(one["image_id"]), clean(one["caption"])) for one in held["annotations"]
+            ]
         elif isinstance(held, dict):
             rows = [(name, caption_of(own) if isinstance(own, dict) else clean(own)) for name, own in held.items()]
         else:

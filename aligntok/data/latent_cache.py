@@ -1,18 +1,12 @@
 """Reading a latent cache (aligntok.data.latent_format) without ever holding more of it than a batch.
 
-The shards are mapped into memory and the rows of a batch are copied out of them, in the order of the files. Pages of
-the files belong to the kernel, which drops them when somebody else needs the memory. The rows of a batch are announced
-to the kernel together before the first of them is touched, so that the disk works on all of them at once, and those of
-the next batch while the present one is trained on.
+The shards are mapped into memory (aligntok.data.mapped) and the rows of a batch are copied out of them, in the order of
+the files. The rows of the next batch are announced to the kernel while the present one is trained on.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import math
-import mmap
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +16,13 @@ from torch import Tensor
 
 from aligntok.config import DataConfig
 from aligntok.data.images import ImageSet, limit_numbers, split_numbers
-from aligntok.data.latent_format import (
-    MANIFEST,
-    Origin,
-    images_fingerprint,
-    make_command,
-    origin_of,
-    read_manifest,
-    shard_problem,
-)
+from aligntok.data.latent_format import Origin, images_fingerprint, make_command, origin_of, read_manifest
+from aligntok.data.mapped import DAMAGED, MappedTensor, map_tensors
+from aligntok.data.shard_store import MANIFEST, shard_problem
 from aligntok.data.sources import Batch, MemorySource, Order, Source
 from aligntok.errors import UserError
 from aligntok.runtime.world import World
 
-_CAN_ANNOUNCE = hasattr(mmap, "MADV_WILLNEED")  # everywhere but on Windows
 Place = tuple[int, int, int, str]  # position in the batch, shard, row of the shard, tensor
 
 
@@ -139,12 +126,12 @@ class LatentCache:
                 f"name another folder and make one with: {self.command}"
             )
 
-    def _open(self, record: dict[str, Any]) -> dict[str, _Tensor]:
+    def _open(self, record: dict[str, Any]) -> dict[str, MappedTensor]:
         problem = shard_problem(self.folder, record)
         if problem is None:
             try:
-                tensors = _map_tensors(self.folder / record["file"], record["rows"], self.origin)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                tensors = _map_shard(self.folder / record["file"], record["rows"], self.origin)
+            except DAMAGED as error:
                 problem = f"has a damaged header ({type(error).__name__}: {error})"
             else:
                 self._check_labels(record["file"], tensors["labels"].rows)
@@ -177,42 +164,11 @@ class LatentCache:
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
 
-@dataclass(frozen=True)
-class _Tensor:
-    """One tensor of a mapped file."""
-
-    file: mmap.mmap
-    begin: int  # of its bytes in the file
-    row_bytes: int
-    rows: np.ndarray  # [n, ...]; bfloat16, which numpy has not, as its bits
-
-    def announce(self, first: int, count: int) -> None:
-        """Ask the kernel to read `count` rows from `first` on, where the system can be asked."""
-        if _CAN_ANNOUNCE and count:
-            begin = self.begin + first * self.row_bytes
-            page = begin - begin % mmap.PAGESIZE
-            self.file.madvise(mmap.MADV_WILLNEED, page, begin - page + count * self.row_bytes)
-
-
-def _map_tensors(file: Path, rows: int, origin: Origin) -> dict[str, _Tensor]:
-    """The tensors of a shard; ValueError, KeyError, TypeError or AttributeError where its header is not what it was."""
-    with open(file, "rb") as opened:
-        mapped = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
-    data = 8 + int.from_bytes(mapped[:8], "little")
-    if data > len(mapped):
-        raise ValueError(f"it is said to have {data} bytes")
-    header = json.loads(mapped[8:data])
-    latents, numbers = ("BF16", np.uint16, [rows, *origin.latent_shape]), ("I64", np.int64, [rows])
+def _map_shard(file: Path, rows: int, origin: Origin) -> dict[str, MappedTensor]:
+    """The tensors of a shard; an exception of `DAMAGED` where its header is not what it was."""
+    latents, numbers = ("BF16", [rows, *origin.latent_shape]), ("I64", [rows])
     expected = {"latents": latents, "labels": numbers, "index": numbers} | ({"flipped": latents} if origin.flip else {})
-    tensors = {}
-    for name, (kind, dtype, shape) in expected.items():
-        begin, end = header[name]["data_offsets"]
-        row_bytes = math.prod(shape[1:]) * np.dtype(dtype).itemsize
-        if [header[name]["dtype"], header[name]["shape"], end] != [kind, shape, begin + rows * row_bytes] or begin < 0:
-            raise ValueError(f"{name} is said to be {header[name]}")
-        tensors[name] = _Tensor(mapped, data + begin, row_bytes, np.ndarray(shape, dtype, mapped, data + begin))
-    if _CAN_ANNOUNCE:  # reading ahead of a row would fetch others that nobody has asked for
-        mapped.madvise(mmap.MADV_RANDOM)
+    tensors = map_tensors(file, expected)
     tensors["labels"].announce(0, rows)
     tensors["index"].announce(0, rows)
     return tensors

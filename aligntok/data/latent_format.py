@@ -6,27 +6,27 @@
 
 Shard k has the readable ones of images k * shard_size ... (k+1) * shard_size - 1, in order; `index` is the number of
 the image in its set. bfloat16 keeps 8 significant bits: a cached value differs from what `encode` gives by at most 2^-8
-of its magnitude, 0.4 %. `aligntok.commands.cache_latents` writes caches, `aligntok.data.latent_cache` reads them.
+of its magnitude, 0.4 %. `aligntok.commands.cache_latents` writes caches, `aligntok.data.latent_cache` reads them, and
+`aligntok.data.shard_store` has what they share with other caches.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from aligntok.data.images import ImageSet
-from aligntok.errors import UserError
+from aligntok.data.shard_store import Layout, Record, ShardedOrigin, origin_from
 
 FORMAT, VERSION = "aligntok.latents", 1
-MANIFEST = "cache.json"
+LAYOUT = Layout(FORMAT, VERSION, "latents")
+shard_file, record_file, read_manifest = LAYOUT.shard_file, LAYOUT.record_file, LAYOUT.read_manifest
 
 
 @dataclass(frozen=True)
-class Origin:
-    """Everything that decides what is in a cache. It is written first, so that an unfinished cache has it too."""
+class Origin(ShardedOrigin):
+    """Everything that decides what is in a cache."""
 
     tokenizer: str  # AlignTok.fingerprint()
     latent_mean: list[float]  # [d], of the tokenizer
@@ -41,40 +41,21 @@ class Origin:
     precision: str
     shard_size: int
 
+    TOLD = ("image_set",)  # what the folder of the images was called
+
     @property
-    def shards(self) -> int:
-        return -(-self.image_count // self.shard_size)
+    def row_count(self) -> int:
+        return self.image_count
 
-    def numbers(self, shard: int) -> range:
-        """Numbers of the images that a shard is made of."""
-        return range(shard * self.shard_size, min((shard + 1) * self.shard_size, self.image_count))
-
-    def fingerprint(self) -> str:
-        """Short hash of all of it."""
-        return hashlib.sha256(repr(self).encode()).hexdigest()[:16]
-
-    def check(self, wanted: Origin, folder: Path) -> None:
-        """Refuse to mix caches.
-
-        Raises:
-            UserError: `wanted` would put other numbers into `folder`.
-        """
-        told = ("image_set",)  # what the folder of the images was called: it decides nothing
-        names = [
-            f.name for f in fields(Origin) if f.name not in told and getattr(self, f.name) != getattr(wanted, f.name)
-        ]
-        if not names:
-            return
+    def told_apart(self, wanted: Origin, names: list[str]) -> str:
         if "tokenizer" in names:
-            what = f"by another tokenizer (fingerprint {self.tokenizer}, given {wanted.tokenizer})"
-        elif "images" in names:
-            what = (
+            return f"by another tokenizer (fingerprint {self.tokenizer}, given {wanted.tokenizer})"
+        if "images" in names:
+            return (
                 f"of other images ({self.image_set}, {self.image_count} images; "
                 f"given {wanted.image_set}, {wanted.image_count} images)"
             )
-        else:
-            what = "with " + ", ".join(f"{n} {getattr(self, n)} (given {getattr(wanted, n)})" for n in names)
-        raise UserError(f"{folder} has a cache that was made {what}: give another --output, or remove that folder")
+        return super().told_apart(wanted, names)
 
 
 def images_fingerprint(images: ImageSet) -> str:
@@ -83,14 +64,6 @@ def images_fingerprint(images: ImageSet) -> str:
     for entry in images.entries:
         digest.update(repr((entry.name, entry.label, entry.offset, entry.size)).encode())
     return digest.hexdigest()[:16]
-
-
-def shard_file(number: int) -> str:
-    return f"latents-{number:05d}.safetensors"
-
-
-def record_file(number: int) -> str:
-    return f"latents-{number:05d}.json"
 
 
 def make_command(
@@ -102,35 +75,5 @@ def make_command(
     )
 
 
-def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """cache.json, or None where there is none.
-
-    Raises:
-        UserError: it cannot be read, or is something else.
-    """
-    file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text())
-        if (manifest["format"], manifest["version"]) == (FORMAT, VERSION):
-            return manifest
-        found = f"format {manifest['format']!r} version {manifest['version']!r}"
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        found = f"nothing that can be read ({type(error).__name__}: {error})"
-    raise UserError(
-        f"{file} has {found}, expected {FORMAT!r} version {VERSION}: give another folder, or remove this one"
-    )
-
-
-def origin_of(manifest: dict[str, Any]) -> Origin:
-    return Origin(**{f.name: manifest[f.name] for f in fields(Origin)})
-
-
-def shard_problem(folder: Path, record: dict[str, Any]) -> str | None:
-    """What is wrong with a shard at first sight, None where nothing is; its contents are not read."""
-    try:
-        size = (folder / record["file"]).stat().st_size
-    except OSError as error:
-        return f"cannot be read ({error.strerror})"
-    return None if size == record["bytes"] else f"has {size} bytes, expected {record['bytes']}"
+def origin_of(manifest: Record) -> Origin:
+    return origin_from(Origin, manifest)

@@ -36,6 +36,7 @@ class Encoder(Protocol):
     name: str
     width: int
     tokens: int
+    precision: str
 
     def fingerprint(self) -> str: ...
 
@@ -149,7 +150,7 @@ def encode_captions(
     if gib > limit_gib:
         raise UserError(
             f"the features of {captions.count:,} captions take {gib:.2f} GiB, more than data.memory_limit_gib "
-            f"({limit_gib:g}): cache them with: {command}, and name its folder as text.features; or raise the limit"
+            f"({limit_gib:g}): cache them with: {command}, and name its folder as generator.text.features; or raise the limit"
         )
     values = torch.empty(int(offsets[-1]), encoder.width, dtype=torch.bfloat16)
     for place, features in encode_ragged(encoder, tokens.ids, batch_size, progress):
@@ -180,9 +181,15 @@ def encode_ragged(
             progress(start + len(places), len(ids))
 
 
-def report_cut(long: list[str], total: int, encoder: Encoder, say: Say | None) -> None:
-    """Say how many captions had more tokens than are kept, and which are the first."""
+def report_cut(long: list[str], total: int, encoder: Encoder, say: Say | None, count: int | None = None) -> None:
+    """Say how many captions had more tokens than are kept, and which are the first.
+
+    Args:
+        long: those, or the first of them...
+        count: ...where there are so many.
+    """
     if long and say is not None:
+        count = len(long) if count is None else count
         shown = ", ".join(repr(text if len(text) <= _LETTERS else text[:_LETTERS] + "...") for text in long[:_NAMED])
-        more = ", ..." if len(long) > _NAMED else ""
-        say(f"{len(long):,} of {total:,} captions have more than {encoder.tokens} tokens and are cut: {shown}{more}")
+        more = ", ..." if count > _NAMED else ""
+        say(f"{count:,} of {total:,} captions have more than {encoder.tokens} tokens and are cut: {shown}{more}")

@@ -64,6 +64,7 @@ class TextEncoder:
         name: as in `config`.
         width: D, of the features.
         tokens: T, of a caption at most.
+        precision: bf16, tf32 or fp32.
         cut: captions that were longer, of all that were encoded so far.
 
     Raises:
@@ -74,11 +75,12 @@ class TextEncoder:
     def __init__(self, config: TextEncoderConfig, precision: Precision) -> None:
         self.config, self.name, self.tokens, self.cut = config, config.name, config.tokens, 0
         self.device = precision.device
+        self.precision = "fp32" if config.name == SMALL and precision.name == "bf16" else precision.name
         with _transformers(config.name) as transformers:
             if config.name == SMALL:
                 self._tokenizer, self._model, files = _minilm(transformers)
             else:
-                dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
+                dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
                 self._tokenizer, self._model, files = _pretrained(transformers, config, dtype)
         self._weights, self._vocabulary = files
         self._model.eval().requires_grad_(False).to(self.device)

@@ -42,7 +42,11 @@ def _own(L, N, BLOCK: tl.constexpr):
 
 @triton.jit
 def _chosen(is_text, text, image):
-    """Of two tuples of the same make, that of the text or that of the image."""
+    """Of two tuples of the same make, that of the text or that of the image.
+
+    torch looks for what a kernel writes, and takes all that a call is given for written where one of its results is. So
+    numbers, what is read and what is written are chosen by calls of their own; else the compiler would copy the inputs.
+    """
     found = ()
     for i in tl.static_range(len(text)):
         found = found + (tl.where(is_text, text[i], image[i]),)  # type: ignore[assignment]  # unrolled
@@ -76,11 +80,9 @@ def _joint_prepare_kernel(
     """First launch: k' and, for the second row of programs, q' of all heads."""
     is_text, program, programs, first, _ = _own(L, N, BLOCK)
     image = _image_of(text, image, L * text_n)
-    before, rows, qkv, b, n, part, h, q_weight, k_weight = _chosen(
-        is_text,
-        (0, L, text, text_b, text_n, text_3, text_h, text_q, text_k),
-        (L, N, image, image_b, image_n, image_3, image_h, image_q, image_k),
-    )
+    text_strides, image_strides = (text_b, text_n, text_3, text_h), (image_b, image_n, image_3, image_h)
+    before, rows, b, n, part, h = _chosen(is_text, (0, L) + text_strides, (L, N) + image_strides)
+    qkv, q_weight, k_weight = _chosen(is_text, (text, text_q, text_k), (image, image_q, image_k))
     head = (program, rows, H)
     cos += before * (D // 2)
     sin += before * (D // 2)
@@ -107,21 +109,22 @@ def _joint_forward_kernel(
     """One program per (batch, head) and block of queries; online softmax over the text's keys, then the image's."""
     is_text, program, programs, first, _ = _own(L, N, BLOCK_Q)
     image, image_out = _image_of(text, image, L * text_n), _image_of(text_out, image_out, L * H * D)
+    text_strides, image_strides = (text_b, text_n, text_3, text_h), (image_b, image_n, image_3, image_h)
     text_held, image_held = _held(L, N, TOGETHER)
-    before, rows, held, qkv, b, n, part, h, q_weight, out = _chosen(
-        is_text,
-        (0, L, text_held, text, text_b, text_n, text_3, text_h, text_q, text_out),
-        (L, N, image_held, image, image_b, image_n, image_3, image_h, image_q, image_out),
-    )
+    before, rows, held, b, n, part, h = _chosen(
+        is_text, (0, L, text_held) + text_strides, (L, N, image_held) + image_strides
+    )  # fmt: skip
+    qkv, q_weight = _chosen(is_text, (text, text_q), (image, image_q))
+    out = tl.where(is_text, text_out, image_out)
     head, text_head, image_head = (program, rows, H), (program, L, H), (program, N, H)
     q_rows, _, _ = _packed(qkv, head, (b, n, part, h), ALIGN)
     q = _load(q_rows, first, rows, D, MAIN, TAIL, BLOCK_Q)
     prologue = (q_weight, eps, cos + before * (D // 2), sin + before * (D // 2), factor)
     q = _prepare(q, first, rows, prologue, D, 1)
-    _, _, v_rows = _packed(text, text_head, (text_b, text_n, text_3, text_h), ALIGN)
+    _, _, v_rows = _packed(text, text_head, text_strides, ALIGN)
     keys, length = _dense(prepared, text_head, D), _length(lengths, program // H, L)
     sums = _attend_all(_no_keys(q), q, keys, v_rows, length, D, MAIN, TAIL, PRECISION, EVEN_L, BLOCK_K)
-    _, _, v_rows = _packed(image, image_head, (image_b, image_n, image_3, image_h), ALIGN)
+    _, _, v_rows = _packed(image, image_head, image_strides, ALIGN)
     keys = _dense(prepared + (programs * L).to(tl.int64) * D, image_head, D)
     sums = _attend_all(sums, q, keys, v_rows, N, D, MAIN, TAIL, PRECISION, EVEN_N, BLOCK_K)
     _store_attended(sums, _matrix(out, head, (held * H * D, H * D, D), 8), lse + programs * before, head, first, D)
@@ -140,24 +143,27 @@ def _joint_dq_kernel(
     is_text, program, programs, first, block = _own(L, N, BLOCK_Q)
     image, image_dout = _image_of(text, image, L * text_n), _image_of(text_dout, image_dout, L * text_dout_n)
     image_out, image_dqkv = _image_of(text_out, image_out, L * H * D), _image_of(text_dqkv, image_dqkv, 3 * L * H * D)
+    text_strides, image_strides = (text_b, text_n, text_3, text_h), (image_b, image_n, image_3, image_h)
     text_held, image_held = _held(L, N, TOGETHER)
-    before, rows, held, qkv, b, n, part, h, q_weight, out, dout, dout_b, dout_n, dqkv = _chosen(
+    before, rows, held, dout_b, dout_n, b, n, part, h = _chosen(
         is_text,
-        (0, L, text_held, text, text_b, text_n, text_3, text_h, text_q)
-        + (text_out, text_dout, text_dout_b, text_dout_n, text_dqkv),
-        (L, N, image_held, image, image_b, image_n, image_3, image_h, image_q)
-        + (image_out, image_dout, image_dout_b, image_dout_n, image_dqkv),
+        (0, L, text_held, text_dout_b, text_dout_n) + text_strides,
+        (L, N, image_held, image_dout_b, image_dout_n) + image_strides,
     )
+    qkv, q_weight, out, dout = _chosen(
+        is_text, (text, text_q, text_out, text_dout), (image, image_q, image_out, image_dout)
+    )
+    dqkv = tl.where(is_text, text_dqkv, image_dqkv)
     head, text_head, image_head = (program, rows, H), (program, L, H), (program, N, H)
     lse += programs * before
     delta += programs * before
     prologue = (q_weight, eps, cos + before * (D // 2), sin + before * (D // 2), factor)
     inputs, strides = (qkv, out, lse, dout), ((b, n, part, h), (dout_b, dout_n, D))
     own = _dq_rows(first, head, held, inputs, strides, delta, prologue, D, MAIN, TAIL, 1, ALIGN, BLOCK_Q)
-    _, _, v_rows = _packed(text, text_head, (text_b, text_n, text_3, text_h), ALIGN)
+    _, _, v_rows = _packed(text, text_head, text_strides, ALIGN)
     keys, length = _dense(prepared, text_head, D), _length(lengths, program // H, L)
     dq = _dq_all(_zeros(own[0]), own, keys, v_rows, length, D, MAIN, TAIL, PRECISION, EVEN_L, BLOCK_K)
-    _, _, v_rows = _packed(image, image_head, (image_b, image_n, image_3, image_h), ALIGN)
+    _, _, v_rows = _packed(image, image_head, image_strides, ALIGN)
     keys = _dense(prepared + (programs * L).to(tl.int64) * D, image_head, D)
     dq = _dq_all(dq, own, keys, v_rows, N, D, MAIN, TAIL, PRECISION, EVEN_N, BLOCK_K)
     q_rows, _, _ = _packed(qkv, head, (b, n, part, h), ALIGN)
@@ -179,11 +185,11 @@ def _joint_dkv_kernel(
     image_dqkv = _image_of(text_dqkv, image_dqkv, 3 * L * H * D)
     text_held, image_held = _held(L, N, TOGETHER)
     length = _length(lengths, program // H, L)
-    before, rows, end, held, qkv, b, n, part, h, k_weight, dqkv = _chosen(
-        is_text,
-        (0, L, length, text_held, text, text_b, text_n, text_3, text_h, text_k, text_dqkv),
-        (L, N, N, image_held, image, image_b, image_n, image_3, image_h, image_k, image_dqkv),
-    )
+    before, rows, held, b, n, part, h = _chosen(
+        is_text, (0, L, text_held, text_b, text_n, text_3, text_h), (L, N, image_held, image_b, image_n, image_3, image_h)
+    )  # fmt: skip
+    end, qkv, k_weight = _chosen(is_text, (length, text, text_k), (N, image, image_k))
+    dqkv = tl.where(is_text, text_dqkv, image_dqkv)
     head, text_head, image_head = (program, rows, H), (program, L, H), (program, N, H)
     prologue = (k_weight, eps, cos + before * (D // 2), sin + before * (D // 2), 1.0)
     _, k_rows, v_rows = _packed(qkv, head, (b, n, part, h), ALIGN)

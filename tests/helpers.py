@@ -16,6 +16,7 @@ from aligntok.config import (
     TokenizerConfig,
 )
 from aligntok.config.from_dict import from_dict
+from aligntok.models.encoder import Encoder
 from aligntok.models.tokenizer import AlignTok
 
 # What a record of metrics.jsonl says of the machine and not of the training
@@ -29,6 +30,12 @@ def tiny_config() -> TokenizerConfig:
         adapter=AdapterConfig(latent_channels=8),
         decoder=DecoderConfig(base_channels=8, channel_multipliers=(1, 1, 1, 1, 2), blocks=0, groups=4),
     )
+
+
+def seeded_encoder(config: EncoderConfig) -> Encoder:
+    """The tiny encoder has no weights to read: without a seed, each call would align latents to another one."""
+    torch.manual_seed(0)
+    return Encoder(config)
 
 
 def tiny_tokenizer(seed: int = 0) -> AlignTok:

@@ -302,6 +302,8 @@ class StudyConfig:
         output: folder of the study. The same command continues an interrupted one. Several processes may share it when
             they have different seeds; one thread each (OMP_NUM_THREADS=1) makes the most of a processor.
         seeds: every row is trained once for each.
+        text: text to image: the generators read captions (the names of the pictures) instead of classes, the rows are
+            the paper's rivals there, and a caption retrieval is measured beside the distances. Another output folder.
         only: names of rows (recipes of configs/study); null = all.
         budget: factor on all numbers of training steps of the recipes, of tokenizers and generators alike; another one
             needs another output folder.
@@ -315,6 +317,7 @@ class StudyConfig:
 
     output: str = "runs/study"
     seeds: tuple[int, ...] = (0, 1, 2)
+    text: bool = False
     only: list[str] | None = None
     budget: int = 1
     samples: int = 192

@@ -121,6 +121,7 @@ class Reference:
 
     features: Tensor  # [n, dimension]
     labels: Tensor  # [n]
+    asked: Callable[[Tensor], Asked] | None = None  # numbers of images -> what to ask for; None = their labels
 
     @classmethod
     def of(cls, images: Tensor, labels: Tensor, extractor: FeatureExtractor) -> Reference:
@@ -139,18 +140,20 @@ def evaluate_generation(
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Measured:
-    """gFD and gKD of `count` samples; their labels are drawn from the reference's.
+    """gFD and gKD of `count` samples; what they are asked to show is what is said of images drawn from the reference.
 
-    `extra` holds the samples' "features" [count, dimension] and "labels" [count].
+    `extra` holds the samples' "features" [count, dimension], "labels" [count] and "order" [count], the images' numbers.
     """
     sampler = replace(generator.sampler, guidance=guidance)
     order = torch.randint(len(reference.labels), (count,), generator=torch.Generator().manual_seed(seed))
     labels = reference.labels[order]
-    samples = draw(generator, tokenizer, labels, sampler, precision, seed, progress)
+    asked = labels if reference.asked is None else reference.asked(order)
+    samples = draw(generator, tokenizer, asked, sampler, precision, seed, progress)
     made = extract(extractor, samples.split(BATCH))
     values, protocol = feature_distances(reference.features, made, extractor, prefix="g", seed=seed)
-    protocol = f"{protocol}; {describe(sampler)}; labels as in the reference, seed {seed}"
-    return Measured(values, protocol, {"features": made, "labels": labels})
+    what = "labels" if reference.asked is None else "captions"
+    protocol = f"{protocol}; {describe(sampler)}; {what} as in the reference, seed {seed}"
+    return Measured(values, protocol, {"features": made, "labels": labels, "order": order})
 
 
 def describe(sampler: SamplerConfig) -> str:

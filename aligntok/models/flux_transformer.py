@@ -253,6 +253,8 @@ class FluxTransformer(nn.Module):
         UserError: see `axes_of`; no block at all.
     """
 
+    _rope_cache: tuple[Tensor, Tensor]
+
     def __init__(
         self, config: FluxTransformerConfig, latent_channels: int, latent_size: tuple[int, int], text_width: int
     ) -> None:

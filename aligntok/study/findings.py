@@ -19,7 +19,20 @@ from dataclasses import dataclass
 
 from scipy import stats
 
-from aligntok.study.results import ABOVE, ABOVE_KD, CKNNA, GFD, GUIDED, PROBE, PSNR, RECOGNISED, RFD, Metric, Results
+from aligntok.study.results import (
+    ABOVE,
+    ABOVE_KD,
+    CKNNA,
+    FOUND,
+    GFD,
+    GUIDED,
+    PROBE,
+    PSNR,
+    RECOGNISED,
+    RFD,
+    Metric,
+    Results,
+)
 from aligntok.study.rows import NAMES, STAGE_BY_STAGE
 
 LEVEL = 0.05  # one-sided, of each test
@@ -81,8 +94,15 @@ GENERATION = (
     Claim("32 / 64 channels", "4.05 < 5.24", GFD, ("aligntok", "aligntok_d64")),
     Claim("encoder pretrained / random", "no such row", GFD, ("aligntok", "random_encoder")),
 )
+TEXT = (  # of a 2 B transformer on COCO captions, with guidance (its tables 5, 12 and 14)
+    Claim("AlignTok / FLUX's autoencoder", "30.27 < 35.78", GUIDED, ("aligntok", "flux")),
+    Claim("AlignTok / FLUX's autoencoder, no guidance", "33.46 < 48.76", GFD, ("aligntok", "flux")),
+    Claim("AlignTok / VA-VAE", "31.19 < 34.13", GUIDED, ("aligntok", "va_vae")),
+    Claim("AlignTok / VAE", "no such row", GUIDED, ("aligntok", "vae")),
+)
 # What each claim about generation is asked by, beside the distance to real pictures
 LEARNED = (ABOVE, ABOVE_KD, RECOGNISED)
+LEARNED_OF_TEXT = (*LEARNED, FOUND)
 
 
 @dataclass(frozen=True)

@@ -46,6 +46,7 @@ from aligntok.runtime.devices import Precision
 from aligntok.runtime.files import read_document, write_bytes
 from aligntok.runtime.machine import processor
 from aligntok.study.rows import Row
+from aligntok.study.words import Words
 
 Latents = Callable[[], Tensor]  # normalised latents [n, d, h, w] of all images, computed when first asked for
 
@@ -77,7 +78,7 @@ class Reconstructed(NamedTuple):
 
     reference: Tensor
     others: Tensor
-    labels: Tensor  # of both, in this order
+    order: Tensor  # numbers of the images of both, in this order
 
 
 class Measures:
@@ -111,6 +112,7 @@ class Bench:
         self.precision, self.samples = precision, samples
         data, self.encoder = recipe.data, recipe.tokenizer.model.encoder
         images = open_images(data.path, data.max_images, say=told_before)
+        self.words = Words(images, recipe, precision) if recipe.generator.condition == "text" else None
         self.held_out, _ = load_center_crops(images.split(data.held_out)[1], data.image_size)
         self.images, self.labels = load_center_crops(images, data.image_size)
         if samples > len(self.images) // 3:
@@ -130,6 +132,9 @@ class Bench:
         """Features of all images, computed when the first generator is measured."""
         if self._reference is None:
             self._reference = Reference.of(self.images, self.labels, self.extractor)
+            if self.words is not None:
+                self._reference.asked = self.words.asked
+                self.words.fit(self._reference.features)
         return self._reference
 
     @property
@@ -215,7 +220,11 @@ class Bench:
         reference = self._reconstructed(row, tokenizer).reference
         values, protocol = feature_distances(reference, made, self.extractor, prefix="own g", seed=row.seed)
         values["recognised"] = self._recognised(made, drawn.extra["labels"])
-        return Measured(values, f"reference: the tokenizer's own reconstructions; {protocol}")
+        protocol = f"reference: the tokenizer's own reconstructions; {protocol}"
+        if self.words is not None:
+            values["found"], told = self.words.found(made, drawn.extra["order"])
+            protocol += f"; {told}"
+        return Measured(values, protocol)
 
     def measure_perfect(self, row: Row) -> None:
         """The numbers of `measure_generator`, `closely`, with reconstructions of other real images as samples.
@@ -228,7 +237,10 @@ class Bench:
         tokenizer = load_tokenizer(row.folder / "tokenizer").to(self.precision.device)
         own = self._reconstructed(row, tokenizer)
         values, protocol = feature_distances(own.reference, own.others, self.extractor, prefix="own g", seed=row.seed)
-        values["recognised"] = self._recognised(torch.cat((own.reference, own.others)), own.labels)
+        every = torch.cat((own.reference, own.others))
+        values["recognised"] = self._recognised(every, self.labels[own.order])
+        if self.words is not None:
+            values["found"], _ = self.words.found(every, own.order)
         measures.values["perfect"], measures.values["protocols"]["perfect generator"] = values, protocol
         measures.save()
 
@@ -241,7 +253,7 @@ class Bench:
             chosen = order[: count + others]
             latents = encode_all(tokenizer, self.images[chosen], self.precision)
             made = extract(self.extractor, decode_all(tokenizer, latents, self.precision).split(BATCH))
-            self._own = row, Reconstructed(made[:count], made[count:], self.labels[chosen])
+            self._own = row, Reconstructed(made[:count], made[count:], chosen)
         return self._own[1]
 
     def _recognised(self, features: Tensor, labels: Tensor) -> float:
@@ -250,15 +262,15 @@ class Bench:
             self._classify = train_classifier(self.reference.features.double(), self.labels, int(self.labels.max()) + 1)
         return (self._classify(features.double()) == labels).double().mean().item()
 
-    def draw_classes(self, row: Row, folder: Path, guidance: float) -> None:
-        """One sample of every class, kept for the report; another guidance draws them anew."""
+    def draw_sheet(self, row: Row, folder: Path, guidance: float) -> None:
+        """One sample of every class or of every prompt, kept for the report; another guidance draws them anew."""
         measures, drawn_with = Measures(row), "guidance of the pictures"
         if "samples" in pictures_of(row) and measures.values.get(drawn_with, guidance) == guidance:
             return
         generator, tokenizer = self._pair(row, folder)
         sampler = replace(generator.sampler, guidance=guidance)
-        labels = torch.arange(len(generator.classes))
-        keep_pictures(row, samples=draw(generator, tokenizer, labels, sampler, self.precision, seed=row.seed))
+        asked = torch.arange(len(generator.classes)) if self.words is None else self.words.prompts()
+        keep_pictures(row, samples=draw(generator, tokenizer, asked, sampler, self.precision, seed=row.seed))
         measures.values[drawn_with] = guidance
         measures.save()
 

@@ -24,6 +24,7 @@ from aligntok.study.results import (
     GFD,
     LEARNED_METRICS,
     REAL_METRICS,
+    TEXT_METRICS,
     TOKENIZER_METRICS,
     Metric,
     Results,
@@ -31,6 +32,7 @@ from aligntok.study.results import (
 )
 from aligntok.study.rows import COMPARED, NAMES, STAGE_BY_STAGE, Row
 from aligntok.study.verdicts import findings, markdown, speed
+from aligntok.study.words import PROMPTS
 
 SHEET = 1_000_000  # bytes of a picture: all rows of the study fit in true colours
 PARTS = ("tokenizer", "generator")  # of training, as times.json has them
@@ -50,6 +52,13 @@ LEARNED_NOTE = (
     "How well a generator has learned its latents: distances of samples to the tokenizer's own reconstructions of real "
     "pictures, less those of a perfect generator (reconstructions of other real pictures). gFD rises with few samples "
     "and falls with samples that are too much alike; gKD does not."
+)
+
+
+TEXT_NOTE = (
+    "Whether a picture shows its caption: a linear map from the extractor's features to those of captions, fitted on "
+    "the real pictures that generators are trained on, picks one of ten captions; chance is 0.1. CLIP's score, which "
+    "is what others report, needs weights that no package carries."
 )
 
 
@@ -85,12 +94,14 @@ def _keep(file: Path, data: bytes | None) -> bool:
 
 
 def _sections(results: Results, folder: str, kept: list[str]) -> Iterator[str]:
-    yield "# The laptop study"
+    yield "# The laptop study of text to image" if results.text else "# The laptop study"
     yield _head(results)
     yield f"## Tokenizers\n\n{TOKENIZER_NOTE}\n\n" + _table(results, TOKENIZER_METRICS)
     yield from _image(folder, kept, "trade_off.png", "linear probe against PSNR, one point for each row")
     yield f"## Generators\n\n{REAL_NOTE}{_recognisable(results)}.\n\n" + _table(results, REAL_METRICS)
     yield f"{LEARNED_NOTE}\n\n" + _table(results, LEARNED_METRICS)
+    if results.text:
+        yield f"{TEXT_NOTE}\n\n" + _table(results, TEXT_METRICS)
     if results.seeds(STAGE_BY_STAGE):
         yield "## Stage by stage\n\n" + _stages(results)
     yield "## The paper's findings at this size\n\n" + findings(results)
@@ -105,7 +116,8 @@ def _sections(results: Results, folder: str, kept: list[str]) -> Iterator[str]:
     yield "## Cost\n\n" + _cost(results)
     yield "## Pictures"
     yield from _image(folder, kept, "reconstructions.png", "held-out pictures above their reconstructions, first seed")
-    yield from _image(folder, kept, "samples.png", "one sample of every class, first seed, with guidance")
+    shown = f"one sample of each of {', '.join(PROMPTS)}" if results.text else "one sample of every class"
+    yield from _image(folder, kept, "samples.png", f"{shown}, first seed, with guidance")
     yield "## Protocols\n\n" + "\n".join(f"- {name}: {text}" for name, text in results.protocols().items())
 
 
@@ -113,7 +125,8 @@ def _head(results: Results) -> str:
     recipe = results.recipe
     seeds = {name: len(results.seeds(name)) for name in NAMES}
     most = max(seeds.values())
-    command = "aligntok study" + (f" --budget {results.budget}" if results.budget > 1 else "")
+    command = "aligntok study" + (" --text true" if results.text else "")
+    command += f" --budget {results.budget}" if results.budget > 1 else ""
     pictures = open_images(recipe.data.path, say=told_before).name
     text = (
         f"Written by `{command}`; measured on {'; '.join(results.machines)}; training took "

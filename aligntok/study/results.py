@@ -11,7 +11,7 @@ from typing import Any
 from aligntok.errors import UserError
 from aligntok.runtime.files import read_document
 from aligntok.study.measure import Point
-from aligntok.study.rows import NAMES, Row, known_budget
+from aligntok.study.rows import NAMES, Row, known_budget, reads_captions
 
 EXTRACTOR = "EffNetLite0"
 
@@ -47,9 +47,13 @@ ABOVE_KD = Metric(
 )
 CEILING = Metric("class recognised, of a perfect generator", "perfect", "recognised", True)
 RECOGNISED = Metric("class recognised", "generation", "recognised", True)
+FOUND = Metric("caption found of 10", "generation", "found", True)
+FOUND_GUIDED = Metric("caption found of 10, guided", "generation", "found", True, guided=True)
+FOUND_CEILING = Metric("caption found, of a perfect generator", "perfect", "found", True)
 RECOGNISED_GUIDED = Metric("class recognised, guided", "generation", "recognised", True, guided=True)
 TOKENIZER_METRICS = (PSNR, SSIM, PERCEPTUAL, RFD, PROBE, FLATTENED, CKNNA)
 REAL_METRICS = (GFD, GUIDED, GKD, RECOGNISED, RECOGNISED_GUIDED, CEILING)
+TEXT_METRICS = (FOUND, FOUND_GUIDED, FOUND_CEILING)
 LEARNED_METRICS = (OWN, FLOOR, ABOVE, ABOVE_KD)
 
 
@@ -77,8 +81,8 @@ class Results:
         if not self._values:
             raise UserError(f"{output} holds no measured row of a study; run aligntok study --output {output} first")
         first = next(iter(self._values))
-        self.budget = known_budget(output)
-        self.recipe = Row(*first, output, self.budget).recipe()
+        self.budget, self.text = known_budget(output), reads_captions(output)
+        self.recipe = Row(*first, output, self.budget, self.text).recipe()
         config = self.recipe.generator
         self.plain = Point(config.steps, config.sampler.steps, 1.0)
         self.guided = Point(config.steps, config.sampler.steps, guidance)

@@ -11,7 +11,7 @@ from typing import Any
 
 from aligntok.config import Recipe
 from aligntok.config.from_dict import from_dict
-from aligntok.config.recipes import read_recipe, recipe_path
+from aligntok.config.recipes import merge, read_recipe, recipe_path
 from aligntok.errors import UserError
 from aligntok.runtime.files import read_document, unfinished_folder, write_bytes
 from aligntok.training.train_tokenizer import STAGES
@@ -39,6 +39,8 @@ ABLATIONS = {  # against "aligntok"
     "three_stages": "with Stage 3",
 }
 NAMES = COMPARED | ABLATIONS
+TEXT = ("vae", "va_vae", "flux", "aligntok")  # the rows of a study with captions: the paper's rivals there, and the VAE
+GENERATOR_OF_TEXT = "text"  # the recipe whose generator they have
 STAGE_BY_STAGE = "three_stages"  # the row whose stages are measured one by one
 STUDY = "study.json"  # in the study's folder
 
@@ -57,6 +59,7 @@ class Row:
     seed: int
     output: Path  # of the whole study
     budget: int = 1  # factor on the recipes' numbers of steps
+    text: bool = False  # whether its generator reads captions
 
     @property
     def folder(self) -> Path:
@@ -69,7 +72,10 @@ class Row:
 
     def recipe(self) -> Recipe:
         """The row's recipe, with its seed, folder and budget."""
-        recipe: Recipe = from_dict(Recipe, values_of(self.name))
+        values = values_of(self.name)
+        if self.text:
+            values = merge(values, {"generator": values_of(GENERATOR_OF_TEXT)["generator"]})
+        recipe: Recipe = from_dict(Recipe, values)
         _lengthen(recipe, self.budget)
         recipe.output = str(self.folder)
         for training in (recipe.tokenizer.training, recipe.generator.training, recipe.rival.training):
@@ -87,10 +93,10 @@ def _lengthen(recipe: Recipe, budget: int) -> None:
     recipe.generator.snapshot_every *= budget
 
 
-def remember(output: Path, budget: int, samples: int) -> None:
+def remember(output: Path, budget: int, samples: int, text: bool = False) -> None:
     """Write down what all numbers in the folder depend on; UserError where they were taken with something else."""
-    asked = {"budget": budget, "samples": samples}
-    known = {"budget": known_budget(output), "samples": _known(output).get("samples", samples)}
+    asked = {"budget": budget, "samples": samples} | ({"text": True} if text else {})
+    known = {"budget": 1, "samples": samples} | _known(output)
     if any(output.glob("*/seed-*")) and known != asked:
         told = [", ".join(f"{key} {value}" for key, value in values.items()) for values in (known, asked)]
         raise UserError(
@@ -104,18 +110,24 @@ def known_budget(output: Path) -> int:
     return _known(output).get("budget", 1)
 
 
+def reads_captions(output: Path) -> bool:
+    """Whether the generators of a folder do."""
+    return bool(_known(output).get("text", False))
+
+
 def _known(output: Path) -> dict[str, int]:
     return read_document(output / STUDY)
 
 
-def choose(names: list[str] | None) -> list[str]:
+def choose(names: list[str] | None, text: bool = False) -> list[str]:
     """Names of the rows to run, in the order of the tables; None = all. UserError for an unknown one, or for none."""
+    every = TEXT if text else tuple(NAMES)
     if names is not None and not names:
-        raise UserError(f"--only names no row: leave it out for all, or name some of {', '.join(NAMES)}")
-    unknown = [name for name in names or [] if name not in NAMES]
+        raise UserError(f"--only names no row: leave it out for all, or name some of {', '.join(every)}")
+    unknown = [name for name in names or [] if name not in every]
     if unknown:
-        raise UserError(f"no row {', '.join(unknown)} in the study; its rows are {', '.join(NAMES)}")
-    return [name for name in NAMES if names is None or name in names]
+        raise UserError(f"no row {', '.join(unknown)} in the study; its rows are {', '.join(every)}")
+    return [name for name in every if names is None or name in names]
 
 
 def borrow_stages(row: Row, others: list[Row]) -> None:

@@ -6,6 +6,7 @@ output folder when they work on different seeds.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,6 +23,7 @@ from aligntok.study.measure import Bench, Point, fingerprint
 from aligntok.study.report import report_file, write_report
 from aligntok.study.rows import (
     COMPARED,
+    GENERATOR_OF_TEXT,
     STAGE_BY_STAGE,
     Row,
     borrow_stages,
@@ -34,6 +36,8 @@ from aligntok.training.monitoring.telemetry import Telemetry
 from aligntok.training.train_generator import PART, snapshot_folder, train_generator
 from aligntok.training.train_tokenizer import STAGES, train_tokenizer
 from aligntok.zoo.train_rival import train_rival
+
+Part = Callable[[Row, list[Row], Bench, StudyConfig], None]
 
 
 def study(options: StudyConfig) -> None:
@@ -48,12 +52,14 @@ def study(options: StudyConfig) -> None:
 def run(options: StudyConfig, telemetry: Telemetry) -> None:
     """Train and measure what is missing."""
     output = Path(options.output)
-    rows = [Row(name, seed, output, options.budget) for seed in options.seeds for name in choose(options.only)]
-    base: Recipe = from_dict(Recipe, values_of("base"))
+    names = choose(options.only, options.text)
+    rows = [Row(name, seed, output, options.budget, options.text) for seed in options.seeds for name in names]
+    base: Recipe = from_dict(Recipe, values_of(GENERATOR_OF_TEXT if options.text else "base"))
     _check(options, rows, base)
-    remember(output, options.budget, options.samples)
+    remember(output, options.budget, options.samples, options.text)
     bench = Bench(base, choose_precision("auto"), options.samples)
-    for part in (_tokenizer, _generator, _convergence, _sampling):
+    parts: tuple[Part, ...] = (_tokenizer, _generator, _convergence)
+    for part in parts if options.text else (*parts, _sampling):
         for number, row in enumerate(rows):
             telemetry.say(f"study: {part.__name__[1:]} {number + 1} of {len(rows)}: {row.name}, seed {row.seed}")
             part(row, rows, bench, options)
@@ -108,7 +114,7 @@ def _generator(row: Row, rows: list[Row], bench: Bench, options: StudyConfig) ->
         point = Point(recipe.generator.steps, recipe.generator.sampler.steps, guidance)
         bench.measure_generator(row, folder, point, closely=True)
     bench.measure_perfect(row)
-    bench.draw_classes(row, folder, options.guidance)
+    bench.draw_sheet(row, folder, options.guidance)
 
 
 def _borrow_generator(row: Row, other: Row) -> None:

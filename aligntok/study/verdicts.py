@@ -8,8 +8,10 @@ from aligntok.study.findings import (
     CONTROL,
     GENERATION,
     LEARNED,
+    LEARNED_OF_TEXT,
     LEVEL,
     NOISE,
+    TEXT,
     TOKENIZERS,
     Comparison,
     compare,
@@ -17,11 +19,12 @@ from aligntok.study.findings import (
     surviving,
     verdict,
 )
-from aligntok.study.results import ABOVE, ABOVE_KD, GFD, Results
+from aligntok.study.results import ABOVE, ABOVE_KD, GFD, Metric, Results
 from aligntok.study.rows import NAMES
 from aligntok.study.speed import factors
 
 SPEED = (("aligntok", "va_vae"), ("aligntok", "vae"), ("va_vae", "vae"))  # the paper: about 5x for the first
+SPEED_OF_TEXT = (("aligntok", "flux"), ("aligntok", "va_vae"), ("aligntok", "vae"))
 
 
 def markdown(lines: list[list[str]]) -> str:
@@ -31,9 +34,10 @@ def markdown(lines: list[list[str]]) -> str:
 
 def findings(results: Results) -> str:
     """Two tables of verdicts: of tokenizers, and of generators by several numbers each."""
-    asked = [[c for c in claims if all(map(results.seeds, c.order))] for claims in (TOKENIZERS, GENERATION)]
+    claimed, learned = ((), TEXT) if results.text else (TOKENIZERS, GENERATION), _learned(results)
+    asked = [[c for c in claims if all(map(results.seeds, c.order))] for claims in claimed]
     tokenizers = {claim: compare(results, claim) for claim in asked[0]}
-    generation = {claim: [compare(results, claim, m) for m in (claim.metric, *LEARNED)] for claim in asked[1]}
+    generation = {claim: [compare(results, claim, m) for m in (claim.metric, *learned)] for claim in asked[1]}
     tested = [pair for pairs in tokenizers.values() for pair in pairs]
     tested += [pair for columns in generation.values() for pairs in columns for pair in pairs]
     firm = {id(pair) for pair in surviving(tested)}
@@ -42,13 +46,17 @@ def findings(results: Results) -> str:
     for claim, pairs in tokenizers.items():
         listed = "; ".join(f"{pair}{_star(pair, firm)}" for pair in pairs)
         first.append([claim.text, claim.paper, claim.metric.name, f"**{verdict(pairs)}**", listed])
-    heads = ["gFD to real pictures", *(metric.name for metric in LEARNED)]
+    heads = ["gFD to real pictures", *(metric.name for metric in learned)]
     second = [["the paper: generates better", "its gFID", *heads], ["---"] * (2 + len(heads))]
     for claim, columns in generation.items():
         cells = [f"**{pair.verdict}**{_star(pair, firm)} {pair.numbers}" for (pair,) in columns]
         second.append([claim.text, claim.paper, *cells])
-    parts = [_rule(results, tested, firm, len(TOKENIZERS) + len(GENERATION) - sum(map(len, asked)))]
+    parts = [_rule(results, tested, firm, sum(map(len, claimed)) - sum(map(len, asked)))]
     return "\n\n".join(parts + [markdown(lines) for lines in (first, second) if len(lines) > 2])
+
+
+def _learned(results: Results) -> tuple[Metric, ...]:
+    return LEARNED_OF_TEXT if results.text else LEARNED
 
 
 def _star(pair: Comparison, firm: set[int]) -> str:
@@ -64,7 +72,9 @@ def _rule(results: Results, tested: list[Comparison], firm: set[int], left_out: 
         "of them."
     )
     sizes = [f"{control(results, m):.{m.digits}f} by {m.name}" for m in LEARNED if m.above_perfect]
-    if all(map(results.seeds, CONTROL)):
+    if results.text:
+        text += " How much of a difference is the decoders' was not controlled for here."
+    elif all(map(results.seeds, CONTROL)):
         text += (
             " AlignTok and the row with Stage 3 have the same latents and the same generator, and still differ by up "
             f"to {' and '.join(sizes)}: that much is the decoders', and what is not larger counts as noise."
@@ -82,7 +92,7 @@ def speed(results: Results) -> str:
     """Figure 4's claim, seed by seed."""
     metrics = (GFD, ABOVE, ABOVE_KD)
     lines = [["sooner", *(metric.name for metric in metrics)], ["---"] * (1 + len(metrics))]
-    for faster, slower in SPEED:
+    for faster, slower in SPEED_OF_TEXT if results.text else SPEED:
         if results.seeds(faster) and results.seeds(slower):
             found = [factors(results, faster, slower, metric) for metric in metrics]
             cells = [
@@ -94,8 +104,9 @@ def speed(results: Results) -> str:
     text = (
         "How many times sooner a row's generator is for good where the other's ends, one factor for each seed, "
         "interpolated between snapshots; one that is there at the first snapshot counts from there; below 1: the other "
-        "one is sooner. The verdict is that on their logarithms. The paper: about five times against VA-VAE."
+        "one is sooner. The verdict is that on their logarithms."
     )
+    text += "" if results.text else " The paper: about five times against VA-VAE."
     return f"{text}\n\n{markdown(lines)}"
 
 

@@ -126,8 +126,8 @@ def _from_cache(
         source = TextBeside(source, text.features, None, training.seed)
     origin = cache.origin
     told = _told(config, origin.classes, text, numbers)
-    known = (origin.image_set, len(numbers), origin.images, cache.fingerprint, text)
-    return GeneratorInputs(source, latents_in_batch, *told, *known)
+    known = (origin.image_set, len(numbers), origin.images)
+    return GeneratorInputs(source, latents_in_batch, *told, *known, cache.fingerprint, text)
 
 
 def _captioned(numbers: Tensor, text: TextFeatures) -> Tensor:

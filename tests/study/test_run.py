@@ -5,13 +5,12 @@ import json
 
 import pytest
 import torch
-from helpers import tiny_config, tiny_recipe, write_pictures
+from helpers import seeded_encoder, tiny_config, tiny_recipe, write_pictures
 from zoo_rivals import tiny_vit
 
 from aligntok.cli import main
 from aligntok.config import DecoderConfig, RepaEConfig, VAEConfig
 from aligntok.config.recipes import merge
-from aligntok.models.encoder import Encoder
 from aligntok.models.generator import Generator
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.runtime.devices import choose_precision
@@ -23,12 +22,6 @@ from aligntok.training.train_generator import snapshot_folder
 SHOWN = ["vae", "repa_e", "aligntok", "three_stages"]
 DISTANCES = {"gFD-EffNetLite0", "gKD-EffNetLite0"}
 CLOSELY = DISTANCES | {f"own {name}" for name in DISTANCES} | {"recognised"}
-
-
-def seeded_encoder(config):
-    """The tiny encoder has no weights to read: without a seed, each call would align latents to another one."""
-    torch.manual_seed(0)
-    return Encoder(config)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,75 @@
+"""The captions of a study with text: what generators are asked for, and whether their pictures show it."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from aligntok.config import Recipe
+from aligntok.data.captions import read_captions
+from aligntok.data.images import ImageSet, split_numbers, told_before
+from aligntok.evaluation.asked import Captions
+from aligntok.evaluation.retrieval import CANDIDATES, CaptionMap, fit_caption_map, retrieval_accuracy
+from aligntok.evaluation.text_probes import mean_text_features
+from aligntok.models.text_encoder import TextEncoder
+from aligntok.runtime.devices import Precision
+
+# On the sheet: names of pictures that generators have seen, and others that they have not
+PROMPTS = (
+    "pizza",
+    "red apple",
+    "dog face",
+    "tulip",
+    "fire engine",
+    "older man",
+    "heart eyes",
+    "blue book",
+    "a green car",
+    "an angry cat",
+    "a purple flower",
+    "a house at night",
+)
+
+
+class Words:
+    """The first caption of every picture of a set.
+
+    `found` asks a linear map from the extractor's features to MiniLM's, fitted on the real pictures that generators are
+    trained on, which of ten captions a picture shows (aligntok.evaluation.retrieval).
+    """
+
+    def __init__(self, images: ImageSet, recipe: Recipe, precision: Precision) -> None:
+        read = read_captions(images, recipe.data.captions, say=told_before)
+        self.captions = [texts[0] for texts in read.texts]
+        self.encoder = TextEncoder(recipe.generator.text.encoder, precision)
+        self.trained_on = split_numbers(len(images), recipe.data.held_out)[0]
+        self._texts: Tensor | None = None
+        self._map: CaptionMap | None = None
+
+    @property
+    def texts(self) -> Tensor:
+        """Features [n, D] of the captions, computed once."""
+        if self._texts is None:
+            self._texts = mean_text_features(self.encoder, self.captions)
+        return self._texts
+
+    def asked(self, numbers: Tensor) -> Captions:
+        """The captions of pictures by their numbers."""
+        return Captions(self.encoder, [self.captions[number] for number in numbers.tolist()])
+
+    def prompts(self) -> Captions:
+        """Those of the sheet."""
+        return Captions(self.encoder, PROMPTS)
+
+    def fit(self, features: Tensor) -> None:
+        """Fit the map on features [n, P] of all real pictures, of which it sees those that generators train on."""
+        chosen = self.trained_on
+        captions = [self.captions[number] for number in chosen.tolist()]
+        self._map = fit_caption_map(features.cpu()[chosen], self.texts[chosen], captions)
+
+    def found(self, features: Tensor, numbers: Tensor) -> tuple[float, str]:
+        """(share of pictures [n, P] that find their caption among ten, how it was taken); chance is a tenth."""
+        assert self._map is not None  # fitted with the reference's features
+        captions = [self.captions[number] for number in numbers.tolist()]
+        pool = self.texts.double() - self._map.text_mean
+        told = retrieval_accuracy(self._map(features), captions, self.captions, pool, CANDIDATES)
+        return told.accuracy, f"found: the right caption of {CANDIDATES} out of {told.pool}; {self._map.protocol}"

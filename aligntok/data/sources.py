@@ -81,7 +81,8 @@ def generator_for(seed: int, purpose: int, number: int) -> torch.Generator:
     """Independent stream of random numbers for (seed, purpose, number), the same in every process.
 
     Args:
-        purpose: 0 the order of an epoch, 1 flips and crops of a step, 2 its captions (aligntok.data.text_beside).
+        purpose: 0 the order of an epoch, 1 flips and crops of a step, 2 its captions (aligntok.data.text_beside), 3 the
+            buckets of an epoch (aligntok.data.buckets).
         number: of the epoch or step.
     """
     state = np.random.SeedSequence([seed, purpose, number]).generate_state(2, np.uint32)

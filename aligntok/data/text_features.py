@@ -26,8 +26,12 @@ _NAMED, _LETTERS = 3, 40  # captions in a message, and how much of each
 class Tokenized(Protocol):
     """Captions as numbers of tokens."""
 
-    ids: list[list[int]]
-    cut: list[bool]  # which were longer
+    @property
+    def ids(self) -> list[list[int]]: ...
+
+    @property
+    def cut(self) -> list[bool]:
+        """Which were longer."""
 
 
 class Encoder(Protocol):

@@ -21,6 +21,7 @@ from aligntok.config import (
     Recipe,
     SamplerConfig,
     SpikeConfig,
+    TextEncoderConfig,
 )
 from aligntok.config.from_dict import from_dict
 from aligntok.config.ranges import RANGES, check_ranges
@@ -32,6 +33,7 @@ FREE = {
     (DataConfig, "image_size"): "a multiple of the tokenizer's downsampling: geometry.check_size",
     (DataConfig, "held_out"): "leaves images to train on: ImageSet.split",
     (EncoderConfig, "layer"): "a block of the network, from the end too: Encoder",
+    (TextEncoderConfig, "layer"): "a layer of the model, from the end too: TextEncoder",
     (EncoderConfig, "lora_rank"): "lora.add, where the encoder trains",
     (DecoderConfig, "attention_levels"): "levels that are not there have no attention",
     (SamplerConfig, "guidance"): "check_sampler",

@@ -292,8 +292,8 @@ def measure_class_agreement(fitted: Pictures, held_out: Pictures, generated: Pic
     classes of several members.
 
     Returns:
-        "class agreement" of the generated pictures, "... real pictures" of those held out, and "... chance", the share
-        of the most frequent class among the generated pictures.
+        "class agreement" of the generated pictures, "..., real pictures" of those held out, and "..., largest class",
+        the share of the class that was asked for most often among the generated ones.
     """
     if fitted.labels is None or held_out.labels is None or generated.labels is None:
         return None
@@ -311,14 +311,14 @@ def measure_class_agreement(fitted: Pictures, held_out: Pictures, generated: Pic
         shares.append((found == pictures.labels[taken]).double().mean().item())
         counts.append(int(taken.sum()))
     asked = generated.labels[torch.isin(generated.labels, known)]
-    chance = float(asked.bincount().max() / len(asked))
+    largest = float(asked.bincount().max() / len(asked))
     name = "class agreement"
     protocol = (
         f"logistic regression on {fitted.features.shape[1]} standardised features of n={len(fitted.captions)} real "
-        f"pictures, {len(known)} classes; {counts[0]} generated, {counts[1]} real pictures held out; chance: the most "
-        "frequent class asked for"
+        f"pictures, {len(known)} classes; {counts[0]} generated, {counts[1]} real pictures held out; largest class: "
+        "share of the one asked for most often, which a constant answer scores"
     )
-    return Measured({name: shares[0], f"{name}, real pictures": shares[1], f"{name}, chance": chance}, protocol)
+    return Measured({name: shares[0], f"{name}, real pictures": shares[1], f"{name}, largest class": largest}, protocol)
 
 
 def _numbers(texts: list[str]) -> Tensor:

@@ -137,7 +137,7 @@ def test_probes_of_real_pictures_beside_the_drawn_ones(small, tmp_path, capsys):
     assert list(found["captions"]["values"]) == names and found["captions"]["values"][names[2]] == 0.25
     for part in ("captions by minilm-l6, mean over tokens", "n=24 generated", "n=6 real held-out", "twelve numbers"):
         assert part in found["captions"]["protocol"]
-    agreement = ["class agreement", "class agreement, real pictures", "class agreement, chance"]
+    agreement = ["class agreement", "class agreement, real pictures", "class agreement, largest class"]
     assert list(found["classes"]["values"]) == agreement and "24 generated" in found["classes"]["protocol"]
     other = write_sampled(tmp_path / "other", [{"prompt": "unseen"}, {"prompt": "too", "class": "z"}])
     assert list(evaluate(other, *options, output=tmp_path / "numbers.json")) == ["captions"]

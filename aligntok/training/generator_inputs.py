@@ -7,6 +7,7 @@ opened, no caption read and neither encoder run.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,15 +15,17 @@ import torch
 from torch import Tensor
 
 from aligntok.config import GeneratorTrainingConfig, LightningDiTConfig, Recipe, TextEncoderConfig
-from aligntok.data.captions import Captions, read_captions
+from aligntok.data.captions import read_captions
 from aligntok.data.frozen import FrozenNetwork, FrozenOutput, latents_in_batch, tabulate
-from aligntok.data.images import ImageSet, open_images, split_numbers
+from aligntok.data.images import ImageSet, limit_numbers, open_images, split_numbers
 from aligntok.data.latent_cache import CachedLatentSource, LatentCache
 from aligntok.data.latent_format import make_command
 from aligntok.data.loading import build_source
 from aligntok.data.sources import MemorySource, Source
 from aligntok.data.text_beside import TextBeside, pictures_of
+from aligntok.data.text_cache import TextCache
 from aligntok.data.text_features import TextFeatures, encode_captions
+from aligntok.data.text_format import make_command as make_text_command
 from aligntok.errors import UserError
 from aligntok.models.generator import TextSource
 from aligntok.models.text_encoder import TextEncoder
@@ -40,7 +43,7 @@ class Text:
 
     features: TextFeatures
     made_by: TextSource
-    captions: Captions | None  # None where a cache has them
+    captions: Callable[[Tensor], list[str]]  # what the captions of rows [n] say
 
 
 @dataclass
@@ -77,8 +80,10 @@ def _from_images(
     recipe: Recipe, tokenizer: StoredTokenizer, precision: Precision, telemetry: Telemetry
 ) -> GeneratorInputs:
     data, training = recipe.data, recipe.generator.training
-    every = open_images(data.path, data.max_images, say=telemetry.say)
-    numbers, _ = split_numbers(len(every), data.held_out)
+    cached = recipe.generator.condition == "text" and recipe.generator.text.features is not None  # of the whole set
+    every = open_images(data.path, None if cached else data.max_images, say=telemetry.say)
+    numbers = limit_numbers(len(every), data.max_images)
+    numbers = numbers[split_numbers(len(numbers), data.held_out)[0]]
     text = _text(recipe, every, precision, telemetry)
     if text is not None:
         numbers = _captioned(numbers, text.features)
@@ -154,15 +159,23 @@ def _text(
     config, data = recipe.generator.text, recipe.data
     if recipe.generator.condition != "text":
         return None
+    command = make_text_command(data.path, config.features or "FOLDER", data.captions, config.encoder)
     if config.features is not None:
-        raise UserError("text.features is not wired in")
+        cache = TextCache(config.features, config.encoder, command)
+        given = images if images is not None else image_set
+        assert given is not None
+        cache.check_images(given)
+        check_width(config.encoder, cache.width)
+        return Text(cache, TextSource(config.encoder, cache.encoder_fingerprint), cache.captions)
     assert images is not None  # opened for their captions
     captions = read_captions(images, data.captions, telemetry.say)
     encoder = TextEncoder(config.encoder, precision)
     check_width(config.encoder, encoder.width)
     with telemetry.bar("captions") as update:
-        features = encode_captions(captions, encoder, update, telemetry.say, data.memory_limit_gib)
-    return Text(features, TextSource(config.encoder, encoder.fingerprint()), captions)
+        features = encode_captions(captions, encoder, update, telemetry.say, data.memory_limit_gib, command)
+    flat = captions.flat()
+    made_by = TextSource(config.encoder, encoder.fingerprint())
+    return Text(features, made_by, lambda rows: [flat[row] for row in rows.tolist()])
 
 
 def check_width(config: TextEncoderConfig, found: int) -> None:
@@ -192,8 +205,7 @@ def _shown_captions(text: Text, numbers: Tensor) -> Shown:
     count = min(CLASSES, len(numbers))
     chosen = numbers[torch.arange(count) * len(numbers) // count]
     rows = text.features.starts[chosen]  # the first caption of each
-    flat = None if text.captions is None else text.captions.flat()
-    names = [f"caption {row}" if flat is None else flat[row] for row in rows.tolist()]
+    names = text.captions(rows)
     features, lengths = text.features.features(rows.repeat_interleave(PER_CLASS))
     return captions_shown(names, features, lengths, *text.features.empty)
 

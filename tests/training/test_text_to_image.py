@@ -67,6 +67,49 @@ def test_latents_of_a_cache_beside_captions(bench):
         assert one["loss"] == pytest.approx(two["loss"], rel=2e-2)
 
 
+@pytest.fixture(scope="module")
+def text_cache(bench):
+    """A folder of `aligntok cache-text`."""
+    folder = bench.folder / "text"
+    given = {"images": bench.pictures, "output": folder, "encoder": bench.encoder, "tokens": 8, "precision": "fp32"}
+    assert main(["cache-text", *(f"--{name}={value}" for name, value in given.items())]) == 0
+    return folder
+
+
+def test_captions_of_a_cache_train_as_those_that_are_encoded_now(bench, text_cache):
+    """Both hold bfloat16; the seed chooses among a picture's captions all the same."""
+    cached = bench.run("text", {"generator.text.features": str(text_cache)})
+    sound(cached)
+    same(cached, bench.plain("text", {}))
+    limited = {"data.max_images": 12}
+    same(bench.run("text", {"generator.text.features": str(text_cache)} | limited), bench.plain("text", limited))
+
+
+def test_with_both_caches_no_picture_is_opened(bench, text_cache, monkeypatch):
+    both = {"generator.latents": str(bench.cache), "generator.text.features": str(text_cache)}
+    expected = bench.run("text", {"generator.latents": str(bench.cache)})
+    missing = bench.folder / "away"
+    bench.pictures.rename(missing)
+    try:
+        found = bench.run("text", both | {"data.path": str(bench.pictures)})
+    finally:
+        missing.rename(bench.pictures)
+    sound(found)
+    same(found, expected)
+
+
+def test_a_text_cache_that_does_not_fit(bench, text_cache, tmp_path):
+    cases = [
+        ({"generator.text.encoder.layer": 1}, "holds features of layer -1"),
+        ({"generator.text.encoder.tokens": 4}, "holds features of at most 8 tokens"),
+        ({"data.path": str(caption(write_pictures(tmp_path / "p", 8)))}, "was made of other images"),
+        ({"generator.text.features": str(tmp_path / "none")}, "no text cache at"),
+    ]
+    for fields, message in cases:
+        found = bench.run("text", {"generator.text.features": str(text_cache)} | fields)
+        assert found.status == 2 and message in found.said.splitlines()[-1], found.said.splitlines()[-1]
+
+
 def test_sampling_by_prompt(trained, bench, tmp_path, capsys):
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "a red cat", "id": 7}\n{"prompt": "a blue dog on the mat"}\n')

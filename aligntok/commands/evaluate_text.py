@@ -11,6 +11,7 @@ from aligntok.commands.evaluate import Numbers, inception_given, report
 from aligntok.config.text import TextEncoderConfig
 from aligntok.data.images import open_images
 from aligntok.errors import UserError
+from aligntok.evaluation.adm import sample_shape
 from aligntok.evaluation.benchmark_folders import check_dpg, check_geneval, write_dpg, write_geneval
 from aligntok.evaluation.checks import require_at_least, require_writable
 from aligntok.evaluation.counted import check_count, with_counts
@@ -19,6 +20,7 @@ from aligntok.evaluation.generated import KEPT_SAMPLES, ImageFeatures, require_e
 from aligntok.evaluation.inception import Inception
 from aligntok.evaluation.prompted import PromptedPictures, open_prompted, read_picture, refuse_unreadable
 from aligntok.evaluation.prompts import read_prompts
+from aligntok.evaluation.reference import read_reference
 from aligntok.evaluation.sample_sources import RealImages
 from aligntok.evaluation.text_probes import measure_probes, open_real
 from aligntok.evaluation.text_scores import Weights, measure_scores, open_scorers
@@ -99,8 +101,16 @@ def _check_before(
     if reference is not None:
         require_enough(len(drawn), "pictures")
         check_count(fid_count, len(drawn), "in --pictures", "draw as many, or leave --fid_count out")
-        if fid_count is not None and not reference.endswith(".npz"):
-            check_count(fid_count, len(open_images(reference, say=_unsaid)), "in --reference", "give as many real ones")
+        real = None if fid_count is None else _images_in(reference)
+        if real is not None:
+            check_count(fid_count, real, "in --reference", "give as many real ones")
+
+
+def _images_in(reference: str) -> int | None:
+    """Real pictures that are named or stored, readable or not; None = moments, which do not say of how many."""
+    if not reference.endswith(".npz"):
+        return len(open_images(reference, say=_unsaid))
+    return sample_shape(reference)[0] if read_reference(reference) is None else None
 
 
 def _unsaid(line: str) -> None:

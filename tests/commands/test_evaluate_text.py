@@ -116,7 +116,14 @@ def test_counts_other_than_the_names_are_refused(drawn, small, tmp_path, capsys)
     stored = tmp_path / "real.npz"
     write_samples(stored, torch.zeros(9, 3, 32, 32, dtype=torch.uint8))
     told = refusal(capsys, "--pictures", drawn, "--reference", stored, "--fid_count", "8")
-    assert "there are 9 readable ones in --reference" in told
+    assert "there are 9 in --reference" in told
+    write_real(real, 8)
+    (real / "x/8.png").write_bytes(b"broken")
+    told = refusal(capsys, "--pictures", drawn, "--reference", real, "--fid_count", "9")
+    assert "names 9 pictures, and there are 8 in --pictures" in told
+    (real / "y/7.png").unlink()
+    told = refusal(capsys, *asked, "--fid_count", "8")
+    assert "there are 7 readable ones in --reference" in told
 
 
 def test_numbers_of_pictures():

@@ -14,9 +14,10 @@ file. Rows that name the same picture add captions to it.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from os.path import splitext
+from pathlib import Path
 from typing import Any
 
 from aligntok.data.found import EXTENSIONS, Found, is_hidden
@@ -31,23 +32,28 @@ AGAIN, NOTHING = "rows that say the same again", "rows without a caption"
 NO_NAME, FOREIGN = "rows without the name of a picture", "rows that are not UTF-8"
 NO_OBJECT = "rows that are no JSON objects"
 _AMBIGUOUS = -1
+_EVERY = 1000  # rows between two words of progress
+Progress = Callable[[int, int], None]
 Row = tuple[str, Any, list[str] | None]  # where it stands, name of the picture, captions
 
 
-def read_list(source: str, names: list[str], found: Found) -> list[list[str]]:
+def read_list(source: str, names: list[str], found: Found, progress: Progress | None = None) -> list[list[str]]:
     """The captions [pictures] of each picture, [] for none.
 
     Args:
         source: the list.
         names: of the pictures, in their order.
         found: takes what cannot be used, with the reasons.
+        progress: called now and then with (pictures that have a caption by now, all pictures).
 
     Raises:
         UserError: no such list, or one that cannot be read.
     """
     texts: list[list[str]] = [[] for _ in names]
-    pictures = _Pictures(names)
-    for where, name, captions in _rows(source, found):
+    pictures, captioned = _Pictures(names), 0
+    for read, (where, name, captions) in enumerate(_rows(source, found)):
+        if progress is not None and read % _EVERY == 0:
+            progress(captioned, len(names))
         number = pictures.find(str(name)) if name not in (None, "") else None
         shown = f"{name} ({where})"
         if name in (None, ""):
@@ -61,7 +67,10 @@ def read_list(source: str, names: list[str], found: Found) -> list[list[str]]:
         elif all(caption in texts[number] for caption in captions):
             found.leave_out(AGAIN, shown)
         else:
+            captioned += not texts[number]
             texts[number] += [caption for caption in captions if caption not in texts[number]]
+    if progress is not None:
+        progress(captioned, len(names))
     return texts
 
 
@@ -88,7 +97,7 @@ class _Pictures:
     def find(self, name: str) -> int | None:
         """A picture's number; None where there is none, _AMBIGUOUS where there are several."""
         name = _plain(name)
-        is_key = PurePosixPath(name).suffix.lower() not in EXTENSIONS
+        is_key = splitext(name)[1].lower() not in EXTENSIONS
         for table in (self.keys, self.ends_of_keys) if is_key else (self.whole, self.ends):
             if name in table:
                 return table[name]
@@ -113,7 +122,7 @@ def _plain(name: str) -> str:
 
 
 def _key(name: str) -> str:
-    return name[: len(name) - len(PurePosixPath(name).suffix)]
+    return splitext(name)[0]
 
 
 def _ends(name: str) -> Iterator[str]:

@@ -89,7 +89,7 @@ def read_captions(
         images: the whole set; of a part of it, take the captions by Captions.subset.
         source: None = beside the pictures; or a list.
         say: is told how many there are, and what cannot be used and why; None = warnings, and only of the latter.
-        progress: called with (done, total) pictures, of files beside them.
+        progress: called with (done, total) pictures; of a list, with those that have a caption by now.
 
     Raises:
         UserError: the list cannot be read, or not a single picture has a caption.
@@ -98,7 +98,7 @@ def read_captions(
     if source is None:
         texts, called = _beside(images, found, progress), "files beside the pictures"
     else:
-        texts, called = read_list(source, [entry.name for entry in images.entries], found), source
+        texts, called = read_list(source, [e.name for e in images.entries], found, progress), source
     _name_missing(images, texts, found)
     captions = Captions(texts, called)
     if not captions.count:

@@ -81,12 +81,13 @@ class TextCache:
 
     def features(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Features [n, T, D] float32, zero behind each caption's own, and lengths [n] int64, of rows [n]."""
-        bits = np.zeros((len(rows), self.tokens, self.width), np.uint16)
-        lengths = np.zeros(len(rows), np.int64)
+        features = torch.zeros(len(rows), self.tokens, self.width)
+        lengths = torch.zeros(len(rows), dtype=torch.int64)
         for position, tensors, begin, end in self._places(rows):
-            bits[position, : end - begin] = tensors["features"].rows[begin:end]
+            bits = torch.from_numpy(np.array(tensors["features"].rows[begin:end]))
+            features[position, : end - begin] = bits.view(torch.bfloat16)
             lengths[position] = end - begin
-        return torch.from_numpy(bits).view(torch.bfloat16).float(), torch.from_numpy(lengths)
+        return features, lengths
 
     def announce(self, rows: Tensor) -> None:
         """Ask the kernel to read the features of these rows from disk; returns before it has."""

@@ -154,7 +154,7 @@ def encode_captions(
     if gib > limit_gib:
         raise UserError(
             f"the features of {captions.count:,} captions take {gib:.2f} GiB, more than data.memory_limit_gib "
-            f"({limit_gib:g}): cache them with: {command}, and name its folder as generator.text.features; or raise the limit"
+            f"({limit_gib:g}): cache them with: {command}, and name its folder as generator.text.features"
         )
     values = torch.empty(int(offsets[-1]), encoder.width, dtype=torch.bfloat16)
     for place, features in encode_ragged(encoder, tokens.ids, batch_size, progress):

@@ -172,7 +172,10 @@ def as_list(path: Path, name: str, caption: str) -> Path:
     ("name", "caption"), [("file_name", "text"), ("path", "TEXT"), ("image", "caption"), ("image_path", "captions")]
 )
 def test_lists_of_all_layouts_and_columns(folder, tmp_path, layout, name, caption):
-    captions, said = read(folder, layout(tmp_path, name, caption))
+    source, done = str(layout(tmp_path, name, caption)), []
+    read_captions(open_images(str(folder), say=print), source, print, lambda *at: done.append(at))
+    assert done == [(0, 4), (3, 4)]
+    captions, said = read(folder, source)
     assert captions.texts == EXPECTED and said[1:] == ["  1 without a caption: square/003.png"]
 
 

@@ -6,7 +6,7 @@
         y = modulate(rms_norm(x), shift_1, scale_1);  x = x + gate_1 * out(attention(qkv(y)))
         x = x + gate_2 * mlp(modulate(rms_norm(x), shift_2, scale_2))
     single blocks, one set of weights for both streams in a row, attention and MLP side by side:
-        y = modulate(rms_norm(x), shift, scale);      x = x + gate * out(attention(qkv(y)), mlp_in(y))
+        y = modulate(rms_norm(x), shift, scale);      x = x + gate * (out(attention(qkv(y))) + mlp(y))
     v = linear(modulate(rms_norm(image), shift, scale))
 
 Attention has QK-norm and rotary positions on three axes: a caption's tokens count on the first, the image's rows and
@@ -89,7 +89,7 @@ def rope_pairs(config: FluxTransformerConfig, text_tokens: int, grid: tuple[int,
 
 
 class MLP(nn.Module):
-    """SwiGLU (FLUX.2) or GELU (FLUX.1) behind one projection; a single block holds both halves in wider layers."""
+    """SwiGLU (FLUX.2) or GELU (FLUX.1) between two projections."""
 
     def __init__(self, width: int, config: FluxTransformerConfig) -> None:
         super().__init__()
@@ -194,18 +194,22 @@ class DoubleBlock(nn.Module):
 
 
 class SingleBlock(nn.Module):
-    """Text and image in one sequence; attention and MLP read the same input and leave through one projection."""
+    """Text and image in one sequence; attention and MLP read the same input and are added.
+
+    FLUX packs both into one layer on each side. Here each has its own: as many weights and FLOPs, and no gradient that
+    is written out wide with zeros, or copied together, to be the gradient of a packed projection (docs/decisions.md).
+    """
 
     def __init__(self, config: FluxTransformerConfig) -> None:
         super().__init__()
-        self.width, self.heads, self.backend = config.width, config.heads, config.attention
-        head, hidden = config.width // config.heads, hidden_width(config)
-        self.activation = activation_of(config)
-        self.into = nn.Linear(self.width, 3 * self.width + hidden * (2 if config.mlp == "swiglu" else 1), bias=False)
+        width, head = config.width, config.width // config.heads
+        self.heads, self.backend = config.heads, config.attention
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_norm = nn.RMSNorm(head, eps=NORM_EPS)
         self.k_norm = nn.RMSNorm(head, eps=NORM_EPS)
-        self.out = nn.Linear(self.width + hidden, self.width, bias=False)
-        self.modulation = Modulation(self.width, 3) if config.per_block_modulation else None
+        self.proj = nn.Linear(width, width, bias=False)
+        self.mlp = MLP(width, config)
+        self.modulation = Modulation(width, 3) if config.per_block_modulation else None
 
     def forward(
         self, x: Tensor, pending: Pending, shared: Vectors, condition: Tensor, positions: Positions
@@ -213,17 +217,11 @@ class SingleBlock(nn.Module):
         """Stream x [B, L + N, width] without the previous block's branch, which is `pending` -> one block on."""
         shift, scale, gate = shared if self.modulation is None else self.modulation(condition)
         x, y = adaln(x, scale, shift, *pending, eps=NORM_EPS, dtype=compute_dtype(x))
-        packed = self.into(y)
-        qkv = packed[..., : 3 * self.width].unflatten(-1, (3, self.heads, -1))
+        qkv = self.qkv(y).unflatten(-1, (3, self.heads, -1))
         (attended,) = attend_jointly(
             (qkv,), (self.q_norm.weight,), (self.k_norm.weight,), *positions, eps=NORM_EPS, backend=self.backend
         )
-        return x, (self._leave(attended, self.activation(packed[..., 3 * self.width :])), gate)
-
-    def _leave(self, attended: Tensor, hidden: Tensor) -> Tensor:
-        """out(cat(attended, hidden)) without the concatenation, whose copy would be larger than the result."""
-        of_attention, of_hidden = self.out.weight.split([self.width, hidden.shape[-1]], dim=1)
-        return F.linear(attended, of_attention) + F.linear(hidden, of_hidden)
+        return x, (self.proj(attended) + self.mlp(y), gate)
 
 
 class FinalLayer(nn.Module):

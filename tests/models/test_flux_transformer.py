@@ -117,8 +117,8 @@ def their_names(ours: FluxTransformer) -> dict[str, torch.Tensor]:
             found[f"{there}.{mlp}.linear_out.weight"] = w[f"{here}.{stream}.mlp.out.weight"]
     for block in range(len(ours.single_blocks)):
         here, there = f"single_blocks.{block}", f"single_transformer_blocks.{block}.attn"
-        found |= {f"{there}.to_qkv_mlp_proj.weight": w[f"{here}.into.weight"]}
-        found |= {f"{there}.to_out.weight": w[f"{here}.out.weight"]}
+        found[f"{there}.to_qkv_mlp_proj.weight"] = torch.cat([w[f"{here}.{n}.weight"] for n in ("qkv", "mlp.into")])
+        found[f"{there}.to_out.weight"] = torch.cat([w[f"{here}.{n}.weight"] for n in ("proj", "mlp.out")], dim=1)
         found |= {f"{there}.norm_{name}.weight": w[f"{here}.{name}_norm.weight"] for name in "qk"}
     return found
 

@@ -109,9 +109,10 @@ def generator_kernels(model: LightningDiTConfig | FluxTransformerConfig, tokens:
     """The operators that the generator uses in training over so many tokens, and its attention backend."""
     dtype = torch.bfloat16 if precision.name == "bf16" else torch.float32
     if isinstance(model, FluxTransformerConfig):
-        chosen = choose_joint(model.attention, precision.device.type, dtype) or "the operator's own choice"
+        asked = choose_joint(model.attention, precision.device.type, dtype)
+        fused = (asked or explain("joint_attention", precision.device).name) == "triton"
         operators = ["adaln", *(["swiglu"] if model.mlp == "swiglu" else []), "joint_attention"]
-        return f"kernels: {_chosen([*operators, *_OF_FLOW], precision.device)}; attention: {chosen}"
+        return f"kernels: {_chosen([*operators, *_OF_FLOW], precision.device)}; attention: {'fused' if fused else 'sdpa'}"
     _, width, heads = dimensions(model)
     backend = choose(model.attention, precision.device.type, dtype, width // heads, tokens)
     of_attention = "qknorm_attention" if backend == "fused" else "qknorm_rope"

@@ -8,7 +8,7 @@ is not counted. Our formulas are registered with FlopCounterMode too, for whoeve
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from math import prod
 from typing import Any
 
@@ -34,6 +34,12 @@ def _attention_flops(qkv: Tensor, products: int) -> int:
     return 2 * products * batch * heads * tokens**2 * width
 
 
+def _joint_flops(streams: Sequence[Tensor], products: int) -> int:
+    """The same over the tokens of all streams [B, N_i, 3, H, D] together; what a mask leaves out is counted too."""
+    batch, _, _, heads, width = streams[0].shape
+    return 2 * products * batch * heads * sum(stream.shape[1] for stream in streams) ** 2 * width
+
+
 def _projection_backward_flops(p: Tensor, weight: Tensor, *others: Any) -> int:
     """Of the gradients at the weight and, where the last argument says so, at the input p [B, N, C]."""
     return 2 * p.numel() * weight.shape[0] * (2 if others[-1] else 1)
@@ -44,6 +50,8 @@ def _projection_backward_flops(p: Tensor, weight: Tensor, *others: Any) -> int:
 _FORMULAS: dict[Any, Callable[..., int]] = {
     _ops.qknorm_attention_triton: lambda qkv, *_, **__: _attention_flops(qkv, 2),
     _ops.qknorm_attention_triton_backward: lambda dout, qkv, *_, **__: _attention_flops(qkv, 4),
+    _ops.joint_attention_triton: lambda streams, *_, **__: _joint_flops(streams, 2),
+    _ops.joint_attention_triton_backward: lambda douts, streams, *_, **__: _joint_flops(streams, 4),
     _ops.adapter_projection_triton: lambda p, weight, *_, **__: 2 * p.numel() * weight.shape[0],
     _ops.adapter_projection_triton_backward: lambda *arguments, **_: _projection_backward_flops(*arguments),
     torch.ops.aten._scaled_dot_product_flash_attention: lambda q, *_, **__: 4 * q.numel() * q.shape[-2],
@@ -167,6 +175,21 @@ def _attention(qkv: tuple, *_: object, **__: object) -> int:
 @register_flop_formula(_ops.qknorm_attention_triton_backward)
 def _attention_backward(dout: tuple, qkv: tuple, *_: object, **__: object) -> int:
     return sdpa_backward_flop_count(*[_heads(qkv)] * 4)
+
+
+def _joint(streams: list[tuple]) -> tuple[int, int, int, int]:
+    B, _, _, H, D = streams[0]
+    return B, H, sum(stream[1] for stream in streams), D
+
+
+@register_flop_formula(_ops.joint_attention_triton)
+def _joint_attention(streams: list[tuple], *_: object, **__: object) -> int:
+    return sdpa_flop_count(*[_joint(streams)] * 3)
+
+
+@register_flop_formula(_ops.joint_attention_triton_backward)
+def _joint_attention_backward(douts: list[tuple], streams: list[tuple], *_: object, **__: object) -> int:
+    return sdpa_backward_flop_count(*[_joint(streams)] * 4)
 
 
 @register_flop_formula(_ops.adapter_projection_triton)

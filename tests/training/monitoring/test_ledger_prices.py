@@ -50,6 +50,8 @@ def test_fp32_products_take_tf32_unless_the_run_is_in_fp32():
 def test_attention_is_charged_what_it_executes():
     qkv = empty(2, 16, 3, 2, 72)
     assert kinds.attention_work(torch.ops.aligntok.qknorm_attention_triton.default, [qkv]) == pytest.approx(80 / 72)
+    joint, dout = torch.ops.aligntok.joint_attention_triton_backward.default, empty(2, 16, 144)
+    assert kinds.attention_work(joint, [dout, dout, qkv, qkv]) == pytest.approx(7 / 4 * 80 / 72)
     q = empty(2, 2, 16, 72)
     backward = torch.ops.aten._scaled_dot_product_flash_attention_backward.default
     assert kinds.attention_work(backward, [q, q]) == pytest.approx(1.25 * 96 / 72)

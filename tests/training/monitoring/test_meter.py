@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-from aligntok.kernels import adapter_projection, assume_device, qknorm_attention
+from aligntok.kernels import adapter_projection, assume_device, joint_attention, qknorm_attention
 from aligntok.training.monitoring.meter import Flops
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,6 +47,18 @@ def test_on_meta_the_backward_pass_of_attention_is_what_the_mathematics_needs():
     qkv = torch.empty(1, 20, 3, 2, 64, device="meta", requires_grad=True)
     found = counted_on_meta(lambda: qknorm_attention(qkv).sum().backward())
     assert found == 3 * sdpa_flop_count(*[(1, 2, 20, 64)] * 3)
+
+
+def test_joint_attention_counts_as_pytorchs_over_both_streams():
+    def streams(device):
+        return tuple(torch.zeros(1, n, 3, 2, 64, device=device, requires_grad=True) for n in (8, 12))
+
+    def run(device):
+        weights, tables = [torch.ones(64, device=device)] * 2, torch.zeros(20, 32, device=device)
+        outs = joint_attention(streams(device), weights, weights, tables, tables, text_tokens=8)
+        sum(out.sum() for out in outs).backward()
+
+    assert counted_on_meta(lambda: run("meta")) == 3 * sdpa_flop_count(*[(1, 2, 20, 64)] * 3)
 
 
 @pytest.mark.parametrize("input_gradient", [True, False])

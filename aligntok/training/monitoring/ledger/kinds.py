@@ -36,6 +36,7 @@ class Kind(enum.Enum):
 
 
 OWN = (Kind.OWN, Kind.OWN_ATTENTION)
+OWN_ATTENTIONS = ("qknorm_attention", "joint_attention")  # beginnings of their operators' names
 COMPUTES = (Kind.PRODUCT, Kind.CONVOLUTION, Kind.ATTENTION, Kind.OWN_ATTENTION)
 FUSIBLE = (Kind.POINTWISE, Kind.ROW)
 
@@ -52,6 +53,8 @@ GROUPS = (
 _PLACES = {
     "kernels/adaln": ADALN,
     "kernels/qknorm": ROPE,
+    "kernels/joint_attention": ROPE,
+    "models/joint_attention": ROPE,
     "models/attention": ROPE,
     "kernels/swiglu": SWIGLU,
     "kernels/group_norm": GROUP_NORM,
@@ -171,14 +174,17 @@ def launches(func: Any, found: Kind, args: tuple) -> int:
 def attention_work(func: Any, inputs: Sequence[Tensor]) -> float:
     """FLOPs that attention executes for each that is counted.
 
-    The backward pass multiplies five times where four are counted: the scores once more. Heads of D channels are
-    padded: to 64 + 16 for 72 in our kernels, to a multiple of 32 in FlashAttention-2.
+    The backward pass multiplies five times where four are counted: the scores once more; `joint_attention` seven times,
+    since its two launches each form scores and their gradient. Heads of D channels are padded: to 64 + 16 for 72 in our
+    kernels, to a multiple of 32 in FlashAttention-2.
     """
     name = func.overloadpacket.__name__
-    backward = name.endswith("backward")
-    D = inputs[1 if backward else 0].shape[-1]  # of qkv or q, behind the gradient
-    padded = sum(parts(D)) if name.startswith("qknorm") else -(-D // 32) * 32
-    return padded / D * (1.25 if backward else 1.0)
+    backward, ours = name.endswith("backward"), name.startswith(OWN_ATTENTIONS)
+    # Of a packed projection [B, N, 3, H, D], or of q behind the gradient
+    D = next(x for x in inputs if x.ndim == 5).shape[-1] if ours else inputs[1 if backward else 0].shape[-1]
+    padded = sum(parts(D)) if ours else -(-D // 32) * 32
+    products = (7 if name.startswith("joint") else 5) / 4 if backward else 1.0
+    return padded / D * products
 
 
 def operands(tensors: Sequence[Tensor]) -> str:

@@ -79,7 +79,7 @@ class _Own:
         self.known = known  # storages from this number on are made inside
         self.call: int | None = None  # where its first launches are written down
         self.name = func.overloadpacket.__name__
-        self.kind = Kind.OWN_ATTENTION if self.name.startswith("qknorm_attention") else Kind.OWN
+        self.kind = Kind.OWN_ATTENTION if self.name.startswith(kinds.OWN_ATTENTIONS) else Kind.OWN
 
 
 class Recorder(Flops):

@@ -183,10 +183,11 @@ def _joint_dkv_kernel(
     is_text, program, programs, first, block = _own(L, N, BLOCK_K)
     image, image_dout = _image_of(text, image, L * text_n), _image_of(text_dout, image_dout, L * text_dout_n)
     image_dqkv = _image_of(text_dqkv, image_dqkv, 3 * L * H * D)
+    text_strides, image_strides = (text_b, text_n, text_3, text_h), (image_b, image_n, image_3, image_h)
     text_held, image_held = _held(L, N, TOGETHER)
     length = _length(lengths, program // H, L)
     before, rows, held, b, n, part, h = _chosen(
-        is_text, (0, L, text_held, text_b, text_n, text_3, text_h), (L, N, image_held, image_b, image_n, image_3, image_h)
+        is_text, (0, L, text_held) + text_strides, (L, N, image_held) + image_strides
     )  # fmt: skip
     end, qkv, k_weight = _chosen(is_text, (length, text, text_k), (N, image, image_k))
     dqkv = tl.where(is_text, text_dqkv, image_dqkv)

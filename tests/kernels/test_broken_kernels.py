@@ -7,10 +7,13 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 from kernel_checks import check_kernel, normal
+from torch import Tensor
 
 import aligntok.kernels
 from aligntok.kernels import _dispatch
+from aligntok.kernels.joint_attention import joint_attention_reference
 from aligntok.kernels.qknorm_attention import qknorm_attention_reference
 from aligntok.kernels.swiglu import swiglu_reference
 from aligntok.models.lightning_dit import rope_table
@@ -63,7 +66,36 @@ def _check_attention(operator: Callable) -> None:
     check_kernel(lambda *x: operator(*x, implementation="triton"), qknorm_attention_reference, inputs, 1e-4)
 
 
-ATTENTION = ("_qknorm_attention_tiles", "_qknorm_attention_kernels", "qknorm_attention")
+def _check_joint(operator: Callable, streams: int = 2) -> None:
+    tokens = (40, 9) if streams == 2 else (49,)
+    packed = [normal(2, n, 3, 1, 32, seed=5 + i).requires_grad_() for i, n in enumerate(tokens)]
+    weights = [(1 + 0.3 * normal(32, seed=7 + i)).requires_grad_() for i in range(2 * streams)]
+    cos, sin = (table[:, ::2].to(packed[0].device) for table in rope_table((7, 7), 32, 7))
+    lengths = torch.tensor([35, 3], device=packed[0].device)
+
+    def called(function: Callable, **options: str) -> Callable:
+        def call(*x: Tensor) -> tuple[Tensor, ...]:
+            rest = (cos.to(x[-1].dtype), sin.to(x[-1].dtype))
+            parts = x[:streams], x[streams : 2 * streams], x[2 * streams :]
+            return function(*parts, *rest, text_tokens=40, lengths=lengths, **options)
+
+        return call
+
+    reference = called(joint_attention_reference)
+    check_kernel(called(operator, implementation="triton"), reference, [*packed, *weights], 1e-4)
+
+
+def _check_joint_in_one(operator: Callable) -> None:
+    _check_joint(operator, 1)
+
+
+ATTENTION = (
+    "_qknorm_attention_tiles",
+    "_qknorm_attention_blocks",
+    "_qknorm_attention_kernels",
+    "qknorm_attention",
+)
+JOINT = ("_qknorm_attention_tiles", "_qknorm_attention_blocks", "_joint_attention_kernels", "joint_attention")
 CASES = {
     "off-by-one mask": (
         ("swiglu",), "inside = column < H", "inside = column < H - 1", _check_swiglu,
@@ -76,6 +108,24 @@ CASES = {
     ),
     "two tables in each other's place": (
         ATTENTION, "eps, cos, sin, factor =", "eps, sin, cos, factor =", _check_attention,
+    ),
+    "the image turned as if it stood first": (
+        JOINT, "cos + before * (D // 2)", "cos", _check_joint,
+    ),
+    "masked keys are looked at": (
+        JOINT, "tl.minimum(tl.load(lengths + batch).to(tl.int32), L)", "L", _check_joint,
+    ),
+    "masked keys get the gradients of those that are looked at": (
+        JOINT, "dk, dv = _kept(dk, first, end), _kept(dv, first, end)", "pass", _check_joint,
+    ),
+    "the scales of the text for the image": (
+        JOINT, "(image, image_k))", "(image, text_k))", _check_joint,
+    ),
+    "both streams in one array, each result as if it were alone there": (
+        JOINT, "(L + N, L + N) if TOGETHER else (L, N)", "(L, N)", _check_joint_in_one,
+    ),
+    "partial sums of one stream counted for the other": (
+        JOINT, "partial.split(blocks)", "partial.split(blocks[::-1])", _check_joint,
     ),
 }  # fmt: skip
 

@@ -45,40 +45,39 @@ def check(L, row, tolerance):
     check_kernel(triton(L), called(joint_attention_reference, L), row, tolerance)
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
-    L=st.integers(1, 70),
-    N=st.integers(1, 70),
+    L=st.integers(1, 40),
+    N=st.integers(1, 20),
     D=st.sampled_from(HEAD_WIDTHS),
-    heads=st.integers(1, 2),
+    batch=st.integers(1, 2),
     streams=st.integers(1, 2),
     shares=st.none() | st.tuples(st.floats(0, 1), st.floats(0, 1)),
     dtype=st.sampled_from([torch.float32, torch.float16]),
     seed=st.integers(0, 1000),
 )
-def test_ragged_streams_and_masks_against_fp64(L, N, D, heads, streams, shares, dtype, seed):
-    lengths = None if shares is None else [round(share * L) for share in shares]
-    check(L, inputs(2, L, N, heads, D, streams, seed, lengths, dtype), LOOSE[dtype])
+def test_ragged_streams_and_masks_against_fp64(L, N, D, batch, streams, shares, dtype, seed):
+    lengths = None if shares is None else [round(share * L) for share in shares[:batch]]
+    check(L, inputs(batch, L, N, 3 - batch, D, streams, seed, lengths, dtype), LOOSE[dtype])
 
 
 @pytest.mark.parametrize(
     ("L", "N", "D", "streams", "length", "dtype"),
     [
-        (256, 256, 128, 2, 77, torch.float16),
-        (256, 128, 128, 1, None, torch.float16),
-        (128, 128, 64, 1, 128, torch.float32),
+        (136, 130, 128, 2, 77, torch.float16),
+        (128, 64, 64, 1, None, torch.float16),
         (16, 64, 64, 2, 0, torch.float16),
     ],
 )
-def test_lengths_of_models_against_fp64(L, N, D, streams, length, dtype):
+def test_several_blocks_against_fp64(L, N, D, streams, length, dtype):
     check(L, inputs(1, L, N, 1, D, streams, 7, None if length is None else [length], dtype), LOOSE[dtype])
 
 
 @pytest.mark.parametrize("streams", [1, 2])
 @pytest.mark.parametrize("implementation", ["triton", "reference"])
 def test_what_is_masked_changes_nothing_and_gets_no_gradient(implementation, streams):
-    L, N, lengths = 70, 9, [0, 40]
-    row = inputs(2, L, N, 2, 32, streams, 1, lengths)
+    L, N, lengths = 40, 5, [0, 34]
+    row = inputs(2, L, N, 1, 32, streams, 1, lengths)
     run = called(joint_attention, L, implementation=implementation)
     found = outputs_and_gradients(run, row)
     for b, length in enumerate(lengths):
@@ -102,7 +101,7 @@ def test_lengths_of_either_width_and_beyond_the_text():
 
 def test_one_stream_is_two_with_the_same_scales():
     L = 37
-    one = inputs(2, L, 21, 2, 64, 1, 3, [5, 37])
+    one = inputs(2, L, 21, 1, 64, 1, 3, [5, 37])
     whole, q_scale, k_scale, *others = one
     two = [whole[:, :L], whole[:, L:], q_scale, q_scale, k_scale, k_scale, *others]
     assert torch.equal(triton(L)(*one)[0], torch.cat(triton(L)(*two), dim=1))
@@ -119,8 +118,8 @@ def test_without_a_mask_it_is_qknorm_attention():
 @pytest.mark.parametrize("streams", [1, 2])
 def test_strided_inputs_and_gradients(streams):
     """Slices of a wider projection, whose rows begin anywhere; gradients of results that were transposed."""
-    B, L, N, H, D = 2, 5, 40, 3, 32
-    row = inputs(B, L, N, H, D, streams, 5, [2, 5])
+    B, L, N, H, D = 1, 5, 9, 2, 32
+    row = inputs(B, L, N, H, D, streams, 5, [2])
     for i, n in enumerate([L, N] if streams == 2 else [L + N]):
         wide = normal(B, n, 9 * H * D + i, seed=i)
         row[i] = wide[..., i : 3 * H * D + i].unflatten(2, (3, H, D)).requires_grad_()
@@ -129,9 +128,8 @@ def test_strided_inputs_and_gradients(streams):
     def transposed(function):
         return lambda *row: [one.transpose(1, 2) for one in function(*row)]
 
-    check_kernel(transposed(triton(L)), transposed(called(joint_attention_reference, L)), row, 1e-4)
     row[0] = row[0].detach().transpose(3, 4).contiguous().transpose(3, 4).requires_grad_()  # D is not dense
-    check(L, row, 1e-4)
+    check_kernel(transposed(triton(L)), transposed(called(joint_attention_reference, L)), row, 1e-4)
 
 
 def test_one_result_alone_has_its_gradients():
@@ -156,8 +154,7 @@ def test_results_are_contiguous_and_of_the_streams_dtype():
             assert one.is_contiguous() and one.dtype == torch.float16
 
 
-@pytest.mark.parametrize("streams", [1, 2])
-@pytest.mark.parametrize("lengths", [None, [2]])
+@pytest.mark.parametrize(("streams", "lengths"), [(1, [2]), (2, None)])
 def test_operator_contract(streams, lengths):
     *tensors, cos, sin, lengths = inputs(1, 4, 6, 2, 32, streams, 10, lengths)
     parts = tensors[:streams], tensors[streams : 2 * streams], tensors[2 * streams :]

@@ -94,10 +94,11 @@ def test_a_head_of_72_is_not_padded_to_128():
     assert parts(72) == (64, 16) and parts(64) == (64, 0) and parts(128) == (128, 0) and parts(96) == (64, 32)
 
 
-def test_no_argument_stands_in_anothers_place():
+@pytest.mark.parametrize("operator", ["qknorm_attention", "joint_attention"])
+def test_no_argument_stands_in_anothers_place(operator):
     """Kernels are launched by keyword; where functions hand on what they were given, every name is in its own place."""
     folder = Path(aligntok.kernels.__path__[0])
-    files = ("qknorm_attention", "_qknorm_attention_kernels", "_qknorm_attention_tiles")
+    files = (operator, f"_{operator}_kernels", "_qknorm_attention_blocks", "_qknorm_attention_tiles")
     nodes = [node for file in files for node in ast.walk(ast.parse((folder / f"{file}.py").read_text()))]
     parameters = {f.name: [a.arg for a in f.args.args] for f in nodes if isinstance(f, ast.FunctionDef)}
     calls = [node for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]

@@ -8,10 +8,12 @@ keeps its traceback.
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from itertools import takewhile
 from typing import Any, NoReturn
 
 from aligntok.config.options import (
@@ -52,6 +54,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   aligntok quickstart                                                     ten minutes on two cores, no GPU
   aligntok quickstart --data ~/pictures                                   the same on your own images
   aligntok quickstart --ablation                                          and Stage 2 without its semantic loss
+  aligntok quickstart --text "a green car" "a sad cat"                    text to image: captions in place of classes
   aligntok train-tokenizer --config imagenet256_f16d32 --data.path /data/imagenet/train
   torchrun --nproc-per-node 8 -m aligntok cache-latents --tokenizer T --images /data/imagenet/train --output CACHE
   aligntok train-tokenizer --config imagenet256_f16d32 --print_config     every value, with your overrides
@@ -66,10 +69,22 @@ command again; Ctrl-C and SIGTERM write a checkpoint first, a second one stops a
 
 
 def _quickstart(arguments: list[str]) -> None:
-    recipe = parse_recipe("quickstart", expand_short_options(arguments), default_recipe="quickstart")
+    text, rest = take_text(arguments)
+    default = "t2i_quickstart" if text else "quickstart"
+    recipe = parse_recipe("quickstart", expand_short_options(rest), default_recipe=default)
     from aligntok.commands.quickstart import quickstart
 
     quickstart(recipe, " ".join(["aligntok quickstart", *arguments]))
+
+
+def take_text(arguments: list[str]) -> tuple[bool, list[str]]:
+    """Whether --text is among the arguments, and the others; captions behind it become those of the page."""
+    if "--text" not in arguments:
+        return False, arguments
+    place = arguments.index("--text")
+    captions = list(takewhile(lambda word: not word.startswith("-"), arguments[place + 1 :]))
+    rest = arguments[:place] + arguments[place + 1 + len(captions) :]
+    return True, rest + ([f"--evaluation.prompts={json.dumps(captions)}"] if captions else [])
 
 
 def expand_short_options(arguments: list[str]) -> list[str]:

@@ -23,10 +23,12 @@ from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import load_center_crops, open_images, told_before
 from aligntok.diffusion.sampler import check_sampler
 from aligntok.errors import UserError
+from aligntok.evaluation.asked import Asked
 from aligntok.evaluation.features import EfficientNetLite0
 from aligntok.evaluation.generation import Reference, draw, evaluate_generation
 from aligntok.evaluation.probe import FOLDS, can_be_probed
 from aligntok.evaluation.tokenizer import encode_all, encoder_probe, evaluate_probe, evaluate_reconstruction
+from aligntok.evaluation.words import Words
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.generator import Generator
 from aligntok.models.tokenizer import AlignTok, load_tokenizer
@@ -61,14 +63,18 @@ def quickstart(recipe: Recipe, command: str) -> Path:
     training = TokenizerTraining(recipe, telemetry)
     check_evaluation(recipe, training)
     stages = run_tokenizer(training, recipe, clock)
-    generator_recipe = recipe if len(training.images.classes) > 1 else unconditional(recipe)
+    of_classes = recipe.generator.condition == "class"
+    generator_recipe = unconditional(recipe) if of_classes and len(training.images.classes) == 1 else recipe
     with clock.part("generator"):
         generator = Generator(train_generator(generator_recipe, telemetry))
     with clock.part("evaluation"):
         results = evaluate(training, stages, generator, recipe, telemetry)
     results.numbers |= facts(training, recipe, command, clock)
+    names = training.images.classes
+    if generator.text is not None:
+        names = results.numbers["prompts"] = list(recipe.evaluation.prompts)
     write_bytes(output / "results.json", json.dumps(results.numbers, indent=1).encode())
-    write_bytes(output / "overview.png", overview(results, training.images.classes))
+    write_bytes(output / "overview.png", overview(results, names))
     page = build_page(results.numbers, results.pictures, telemetry.records()).write(output / "report.html")
     telemetry.say(f"done in {sum(clock.seconds.values()) / 60:.1f} minutes: open {page}")
     return page
@@ -89,7 +95,7 @@ def check_evaluation(recipe: Recipe, training: TokenizerTraining) -> None:
 
 
 def overview(results: Results, classes: list[str]) -> bytes:
-    """One PNG: held-out pictures after every stage above samples of every class."""
+    """One PNG: held-out pictures after every stage above samples of every class or prompt."""
     names = {"originals": "Original", "stage1": "Stage 1", "stage2": "Stage 2", "stage3": "Stage 3"}
     rows = {names[key]: results.pictures[key] for key in names if key in results.pictures}
     samples = results.pictures.get("samples_guided", results.pictures["samples"])
@@ -162,7 +168,9 @@ def evaluate(
     with torch.no_grad():
         tokens = original.encoder(results.pictures["originals"].to(precision.device))
     results.pictures["encoder_tokens"] = tokens.float().cpu()
-    generation = _generation(generator, stages, everything, labels, recipe, extractor, training, results, telemetry)
+    words = None if generator.text is None else Words(images, recipe, precision)
+    reference = Reference.of(everything, labels, extractor, words)
+    generation = _generation(generator, reference, words, recipe, extractor, training, results, telemetry)
     protocols["generation"] = generation.pop("protocol")
     results.numbers = {
         "reconstruction": reconstruction,
@@ -178,9 +186,8 @@ def evaluate(
 
 def _generation(
     generator: Generator,
-    stages: dict[str, AlignTok],
-    images: Tensor,
-    labels: Tensor,
+    reference: Reference,
+    words: Words | None,
     recipe: Recipe,
     extractor: EfficientNetLite0,
     training: TokenizerTraining,
@@ -190,8 +197,9 @@ def _generation(
     tokenizer = load_tokenizer(training.output / "tokenizer").to(training.precision.device)
     precision = training.precision
     table: dict[str, Any] = {}
-    reference = Reference.of(images, labels, extractor)
-    classes = torch.arange(len(generator.classes)).repeat_interleave(SAMPLES_PER_CLASS)
+    asked: Asked = torch.arange(len(generator.classes)).repeat_interleave(SAMPLES_PER_CLASS)
+    if words is not None:
+        asked = words.several(recipe.evaluation.prompts, SAMPLES_PER_CLASS)
     scales = {"samples": 1.0, "samples_guided": recipe.evaluation.guidance}
     if len(generator.classes) == 1 or recipe.evaluation.guidance == 1.0:  # which is none
         del scales["samples_guided"]
@@ -209,8 +217,11 @@ def _generation(
                 progress=update,
             )
         table[name], table["protocol"] = measured.values, measured.protocol
+        if words is not None:
+            table[name]["caption found of 10"], told = words.found(measured.extra["features"], measured.extra["order"])
+            table["protocol"] += f"; {told}"
         sampler = replace(generator.sampler, guidance=guidance)
-        results.pictures[picture] = draw(generator, tokenizer, classes, sampler, precision, seed=1)
+        results.pictures[picture] = draw(generator, tokenizer, asked, sampler, precision, seed=1)
     return table
 
 

@@ -71,3 +71,18 @@ class EvaluationConfig:
     samples: int = 384  # generated pictures behind gFD and gKD
     guidance: float = 2.0  # the guided column, on all channels
     ablation: bool = False  # also train and evaluate a Stage-2 branch with w_sp = 0
+    # of text to image, on the page: names of pictures that a generator of the embedded set has seen, and others
+    prompts: tuple[str, ...] = (
+        "pizza",
+        "red apple",
+        "dog face",
+        "tulip",
+        "fire engine",
+        "older man",
+        "heart eyes",
+        "blue book",
+        "a green car",
+        "an angry cat",
+        "a purple flower",
+        "a house at night",
+    )

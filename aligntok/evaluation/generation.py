@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -115,6 +116,16 @@ def choose_labels(policy: str, count: int, classes: int, seed: int = 0) -> Tenso
     raise UserError(f"labels are {policy!r}, expected random or balanced")
 
 
+class Spoken(Protocol):
+    """`aligntok.evaluation.words.Words`, as far as it is needed here."""
+
+    def asked(self, numbers: Tensor) -> Asked:
+        """What is said of images by their numbers."""
+
+    def fit(self, features: Tensor) -> None:
+        """Take note of the features of all images."""
+
+
 @dataclass
 class Reference:
     """Real images that generated ones are compared with: their features and labels."""
@@ -124,9 +135,13 @@ class Reference:
     asked: Callable[[Tensor], Asked] | None = None  # numbers of images -> what to ask for; None = their labels
 
     @classmethod
-    def of(cls, images: Tensor, labels: Tensor, extractor: FeatureExtractor) -> Reference:
-        """From uint8 images [n, 3, H, W] and labels [n]."""
-        return cls(extract(extractor, (to_unit_range(batch) for batch in images.split(BATCH))), labels)
+    def of(cls, images: Tensor, labels: Tensor, extractor: FeatureExtractor, words: Spoken | None = None) -> Reference:
+        """From uint8 images [n, 3, H, W], labels [n] and, for a generator that reads them, the images' captions."""
+        features = extract(extractor, (to_unit_range(batch) for batch in images.split(BATCH)))
+        if words is None:
+            return cls(features, labels)
+        words.fit(features)
+        return cls(features, labels, words.asked)
 
 
 def evaluate_generation(

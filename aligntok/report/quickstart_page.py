@@ -60,8 +60,8 @@ def build_page(results: Results, pictures: Pictures, records: Records) -> Page:
     Args:
         results: what the run measured: "machine", "dataset", "config" (facts), "times" (seconds per part),
             "reconstruction" (part -> metrics), "probe" (part -> mean and std), "generation" (guidance ->
-            metrics), "protocols", "classes", "skipped_images", "command", "latents_unchanged", "encoder"
-            (what it is called).
+            metrics), "protocols", "classes", "prompts" (of text to image), "skipped_images", "command",
+            "latents_unchanged", "encoder" (what it is called).
         pictures: "originals", "stage1", "stage2", "stage3", "stage2_w_sp_0" [n, 3, H, W]; "samples" and
             "samples_guided" [classes * k, 3, H, W] class by class; "encoder_tokens" [n, h*w, C];
             "latents_stage1" and "latents_stage2" [n, d, h, w].
@@ -104,7 +104,12 @@ def _check(results: Results, pictures: Pictures) -> None:
         raise UserError(f"page: pictures of different counts {counts}; the rows must show the same images")
     for name in SAMPLED:
         if name in pictures:
-            pics.by_class(pictures[name], results.get("classes") or ["all"])
+            pics.by_class(pictures[name], _asked(results))
+
+
+def _asked(results: Results) -> list[str]:
+    """What samples are of: captions, or classes."""
+    return list(results.get("prompts") or results.get("classes") or ["all"])
 
 
 def _strip(label: str, images: Tensor, side: int, pixelated: bool = False) -> Row:
@@ -115,15 +120,16 @@ def _samples(page: Page, results: Results, pictures: Pictures, side: int) -> Non
     shown = [name for name in SAMPLED if name in pictures]
     if not shown:
         return
-    classes = list(results.get("classes") or ["all"])
+    classes, prompts = _asked(results), results.get("prompts")
     told = "is told a class and turns noise" if len(classes) > 1 else "turns noise"
+    told = "reads a caption and turns noise" if prompts else told
     text = f"The generator {told} into a grid of latents; the tokenizer's decoder makes a picture of them."
     page.section("Samples", text)
     guided = next((name for name in findings.table(results, "generation") if name != "no guidance"), "guidance")
     for name in shown:
         heading = f"With {guided}" if name == "samples_guided" else "Without guidance"
         if len(classes) > CLASSES:
-            heading += f", the first {CLASSES} of {len(classes)} classes"
+            heading += f", the first {CLASSES} of {len(classes)} {'captions' if prompts else 'classes'}"
         elif len(shown) == 1 and name == "samples":
             heading = ""  # no other row to tell it from
         rows = pics.by_class(pictures[name], classes)[:CLASSES]

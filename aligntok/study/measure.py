@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from aligntok.config import PerceptualConfig, Recipe
+from aligntok.config import EvaluationConfig, PerceptualConfig, Recipe
 from aligntok.data.images import load_center_crops, open_images, told_before
 from aligntok.errors import UserError
 from aligntok.evaluation.distances import feature_distances
@@ -38,6 +38,7 @@ from aligntok.evaluation.tokenizer import (
     evaluate_reconstruction,
     pooled_tokens,
 )
+from aligntok.evaluation.words import Words
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.encoder import Encoder
 from aligntok.models.generator import Generator
@@ -46,7 +47,6 @@ from aligntok.runtime.devices import Precision
 from aligntok.runtime.files import read_document, write_bytes
 from aligntok.runtime.machine import processor
 from aligntok.study.rows import Row
-from aligntok.study.words import Words
 
 Latents = Callable[[], Tensor]  # normalised latents [n, d, h, w] of all images, computed when first asked for
 
@@ -131,10 +131,7 @@ class Bench:
     def reference(self) -> Reference:
         """Features of all images, computed when the first generator is measured."""
         if self._reference is None:
-            self._reference = Reference.of(self.images, self.labels, self.extractor)
-            if self.words is not None:
-                self._reference.asked = self.words.asked
-                self.words.fit(self._reference.features)
+            self._reference = Reference.of(self.images, self.labels, self.extractor, self.words)
         return self._reference
 
     @property
@@ -269,7 +266,11 @@ class Bench:
             return
         generator, tokenizer = self._pair(row, folder)
         sampler = replace(generator.sampler, guidance=guidance)
-        asked = torch.arange(len(generator.classes)) if self.words is None else self.words.prompts()
+        asked = (
+            torch.arange(len(generator.classes))
+            if self.words is None
+            else self.words.several(EvaluationConfig().prompts)
+        )
         keep_pictures(row, samples=draw(generator, tokenizer, asked, sampler, self.precision, seed=row.seed))
         measures.values[drawn_with] = guidance
         measures.save()

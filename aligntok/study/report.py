@@ -8,6 +8,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from aligntok.config import EvaluationConfig
 from aligntok.config.options import StudyConfig
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import load_center_crops, open_images, told_before
@@ -32,7 +33,6 @@ from aligntok.study.results import (
 )
 from aligntok.study.rows import COMPARED, NAMES, STAGE_BY_STAGE, Row
 from aligntok.study.verdicts import findings, markdown, speed
-from aligntok.study.words import PROMPTS
 
 SHEET = 1_000_000  # bytes of a picture: all rows of the study fit in true colours
 PARTS = ("tokenizer", "generator")  # of training, as times.json has them
@@ -116,7 +116,11 @@ def _sections(results: Results, folder: str, kept: list[str]) -> Iterator[str]:
     yield "## Cost\n\n" + _cost(results)
     yield "## Pictures"
     yield from _image(folder, kept, "reconstructions.png", "held-out pictures above their reconstructions, first seed")
-    shown = f"one sample of each of {', '.join(PROMPTS)}" if results.text else "one sample of every class"
+    shown = (
+        f"one sample of each of {', '.join(EvaluationConfig().prompts)}"
+        if results.text
+        else "one sample of every class"
+    )
     yield from _image(folder, kept, "samples.png", f"{shown}, first seed, with guidance")
     yield "## Protocols\n\n" + "\n".join(f"- {name}: {text}" for name, text in results.protocols().items())
 

@@ -1,16 +1,19 @@
 """The whole pipeline on twenty small pictures: every command's work, end to end, in seconds."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_recipe, write_pictures
+from helpers import caption, of_text, tiny_recipe, write_pictures
 from PIL import Image
+from text_encoders import WORDS, write_encoder
 
-from aligntok.cli import main
+from aligntok.cli import main, take_text
 from aligntok.commands.quickstart import ABLATION, quickstart
+from aligntok.config.parsing import parse_recipe
 from aligntok.errors import UserError
 from aligntok.evaluation.generation import draw
 from aligntok.models.generator import Generator
@@ -33,6 +36,30 @@ def run(tmp_path_factory, pictures) -> Path:
     page = quickstart(recipe, "aligntok quickstart --data pictures")
     assert page == Path(recipe.output) / "report.html"
     return page.parent
+
+
+def test_text_to_image(tmp_path):
+    """Captions in the place of classes: what the page shows, and whether it is found in the pictures."""
+    images = caption(write_pictures(tmp_path / "pictures", 24))
+    for file, words in zip(sorted(images.rglob("*.txt")), itertools.permutations(WORDS[4:], 3), strict=False):
+        file.write_text(" ".join(words))
+    recipe = of_text(tiny_recipe(tmp_path / "run", images), write_encoder(tmp_path / "encoder", "bert"))
+    recipe.evaluation.prompts = ("a red cat", "the sky")
+    page = quickstart(recipe, "aligntok quickstart --text").read_text()
+    assert "reads a caption and turns noise" in page and "a red cat" in page and "the sky" in page
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    assert results["prompts"] == ["a red cat", "the sky"]
+    assert 0 <= results["generation"]["guidance 2"]["caption found of 10"] <= 1
+    assert "captions as in the reference" in results["protocols"]["generation"]
+    assert Image.open(tmp_path / "run" / "overview.png").size[0] > 4 * 32
+
+
+def test_text_of_the_command_line():
+    assert take_text(["--ablation"]) == (False, ["--ablation"]) and take_text(["--text"]) == (True, [])
+    given = ["--output", "x", "--text", "a cat", "the sky", "--ablation"]
+    found, rest = take_text(given)
+    assert found and rest == ["--output", "x", "--ablation", '--evaluation.prompts=["a cat", "the sky"]']
+    assert parse_recipe("quickstart", rest[-1:]).evaluation.prompts == ("a cat", "the sky")
 
 
 def test_results_have_every_table(run):

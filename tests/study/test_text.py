@@ -10,14 +10,14 @@ from helpers import caption, of_text, seeded_encoder, tiny_config, tiny_recipe, 
 from text_encoders import WORDS, write_encoder
 
 from aligntok.cli import main
-from aligntok.config import DecoderConfig, VAEConfig
+from aligntok.config import DecoderConfig, EvaluationConfig, VAEConfig
 from aligntok.errors import UserError
+from aligntok.evaluation.words import Words
 from aligntok.models.generator import Generator
 from aligntok.runtime.devices import choose_precision
 from aligntok.study import measure, rows, run
 from aligntok.study.measure import pictures_of
 from aligntok.study.rows import TEXT, Row, choose
-from aligntok.study.words import PROMPTS, Words
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +58,7 @@ def test_rows_read_captions_and_say_what_is_found(study):
         assert set(measures["generations"]) == {"2/4/1", "4/4/1", "4/4/2"}  # no sweep over sampling steps
         assert all(0 <= values["found"] <= 1 for values in (measures["perfect"], *measures["generations"].values()))
         assert Generator(row.folder / "generator").text is not None
-        assert len(pictures_of(row)["samples"]) == len(PROMPTS)
+        assert len(pictures_of(row)["samples"]) == len(EvaluationConfig().prompts)
         assert "captions as in the reference" in measures["protocols"]["generation"]
 
 

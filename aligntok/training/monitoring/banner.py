@@ -112,7 +112,9 @@ def generator_kernels(model: LightningDiTConfig | FluxTransformerConfig, tokens:
         asked = choose_joint(model.attention, precision.device.type, dtype)
         fused = (asked or explain("joint_attention", precision.device).name) == "triton"
         operators = ["adaln", *(["swiglu"] if model.mlp == "swiglu" else []), "joint_attention"]
-        return f"kernels: {_chosen([*operators, *_OF_FLOW], precision.device)}; attention: {'fused' if fused else 'sdpa'}"
+        return (
+            f"kernels: {_chosen([*operators, *_OF_FLOW], precision.device)}; attention: {'fused' if fused else 'sdpa'}"
+        )
     _, width, heads = dimensions(model)
     backend = choose(model.attention, precision.device.type, dtype, width // heads, tokens)
     of_attention = "qknorm_attention" if backend == "fused" else "qknorm_rope"

@@ -1,6 +1,8 @@
-"""The captions of a study with text: what generators are asked for, and whether their pictures show it."""
+"""The captions of a small set: what generators are asked for, and whether their pictures show it."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 from torch import Tensor
 
@@ -12,22 +14,6 @@ from aligntok.evaluation.retrieval import CANDIDATES, CaptionMap, fit_caption_ma
 from aligntok.evaluation.text_probes import mean_text_features
 from aligntok.models.text_encoder import TextEncoder
 from aligntok.runtime.devices import Precision
-
-# On the sheet: names of pictures that generators have seen, and others that they have not
-PROMPTS = (
-    "pizza",
-    "red apple",
-    "dog face",
-    "tulip",
-    "fire engine",
-    "older man",
-    "heart eyes",
-    "blue book",
-    "a green car",
-    "an angry cat",
-    "a purple flower",
-    "a house at night",
-)
 
 
 class Words:
@@ -56,9 +42,9 @@ class Words:
         """The captions of pictures by their numbers."""
         return Captions(self.encoder, [self.captions[number] for number in numbers.tolist()])
 
-    def prompts(self) -> Captions:
-        """Those of the sheet."""
-        return Captions(self.encoder, PROMPTS)
+    def several(self, prompts: Sequence[str], each: int = 1) -> Captions:
+        """So many pictures of each prompt, one after the other."""
+        return Captions(self.encoder, [prompt for prompt in prompts for _ in range(each)])
 
     def fit(self, features: Tensor) -> None:
         """Fit the map on features [n, P] of all real pictures, of which it sees those that generators train on."""

@@ -290,8 +290,8 @@ def joint_attention(
     first = streams[0]
     unfit = _unfit(first.dtype, first.shape[4])
     if select("joint_attention", first.device.type, implementation, unfit) == "triton":
-        scales = list(q_weights), list(k_weights)
-        return tuple(_forward(list(streams), *scales, cos, sin, lengths, text_tokens, eps)[:-1])
+        streams, q_weights, k_weights = list(streams), list(q_weights), list(k_weights)
+        return tuple(_forward(streams, q_weights, k_weights, cos, sin, lengths, text_tokens, eps)[:-1])
     options = {"text_tokens": text_tokens, "lengths": lengths, "eps": eps}
     with sdpa_kernel(SDPBackend.MATH):  # the others have neither forward mode nor second derivatives
         return joint_attention_reference(streams, q_weights, k_weights, cos, sin, **options)

@@ -119,7 +119,7 @@ CASES = {
         JOINT, "dk, dv = _kept(dk, first, end), _kept(dv, first, end)", "pass", _check_joint,
     ),
     "the scales of the text for the image": (
-        JOINT, "(image, image_k))", "(image, text_k))", _check_joint,
+        JOINT, "(N, image, image_k)", "(N, image, text_k)", _check_joint,
     ),
     "both streams in one array, each result as if it were alone there": (
         JOINT, "(L + N, L + N) if TOGETHER else (L, N)", "(L, N)", _check_joint_in_one,

@@ -43,5 +43,5 @@ class ByCaption:
 
     def __call__(self, batch: Batch, place: Place) -> tuple[Tensor, ...]:
         text, lengths = batch["text"], batch["text_lengths"]
-        nothing = (self.empty[None].to(text), lengths.new_full((1,), self.empty_length))
+        nothing = (self.empty[None].to(text.device, text.dtype), lengths.new_full((1,), self.empty_length))
         return dropped((text, lengths), nothing, self.dropout, place)

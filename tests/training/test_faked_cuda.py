@@ -16,14 +16,17 @@ from unittest import mock
 import pytest
 import torch
 from faked_cuda import OnCuda, faked_cuda
-from helpers import tiny_recipe, write_pictures
+from helpers import caption, of_text, tiny_recipe, write_pictures
 from switches import Outcome, sound, turn
+from text_encoders import write_encoder
 from torch import nn
 
 from aligntok.cli import main
+from aligntok.evaluation.asked import Asked, Captions
 from aligntok.evaluation.generation import draw
 from aligntok.kernels import _triton
 from aligntok.models.generator import Generator
+from aligntok.models.text_encoder import TextEncoder
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.runtime.devices import choose_precision
 
@@ -45,13 +48,16 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     _triton._capability.cache_clear()
 
 
-def run(command: str, folder: Path, pictures: Path, device: str) -> Outcome:
-    """A command on a recipe of a few thousand parameters, a step or two of every part, with every loss."""
+def run(command: str, folder: Path, pictures: Path, device: str, encoder: Path | None = None) -> Outcome:
+    """A command on a recipe of a few thousand parameters, a step or two of every part, with every loss; with a text
+    encoder its generator reads captions."""
     one, two = {"steps": 1, "gan_start": 0}, {"steps": STEPS, "gan_start": 1}
     recipe = tiny_recipe(folder, pictures, stage1=one, stage2=two, stage3=one)
     recipe.generator.model.classes, recipe.generator.steps, recipe.generator.model.width = None, STEPS, 64
     chosen = {"device": device, "precision": "bf16", "checkpoint_every": 1}
     fields = {f"{part}.training.{k}": v for part in ("tokenizer", "generator") for k, v in chosen.items()}
+    if encoder is not None:
+        of_text(recipe, encoder).generator.text.model.width, recipe.generator.text.model.heads = 64, 1
     recipe, said = turn(recipe, fields), io.StringIO()
     parsed = mock.patch("aligntok.cli.parse_recipe", lambda *_, **__: recipe)
     with parsed, redirect_stderr(said), redirect_stdout(said):
@@ -62,8 +68,11 @@ def run(command: str, folder: Path, pictures: Path, device: str) -> Outcome:
 def samples(folder: Path, device: str, guidance: float, cuda_graph: bool = True) -> torch.Tensor:
     generator, tokenizer = Generator(folder / "generator"), load_tokenizer(folder / "tokenizer")
     precision = choose_precision(device, "bf16")
+    asked: Asked = torch.tensor([0, 1, 1])
+    if generator.text is not None:
+        asked = Captions(TextEncoder(generator.text.encoder, precision), ["a red cat", "the sky", ""])
     sampler = replace(generator.sampler, steps=4, solver="heun", guidance=guidance, cuda_graph=cuda_graph)
-    return draw(generator, tokenizer.to(precision.device), torch.tensor([0, 1, 1]), sampler, precision, seed=0)
+    return draw(generator, tokenizer.to(precision.device), asked, sampler, precision, seed=0)
 
 
 def test_every_part_trains_and_samples_are_drawn(tmp_path: Path):
@@ -80,6 +89,21 @@ def test_every_part_trains_and_samples_are_drawn(tmp_path: Path):
         assert seen["graph"] == 2 and seen["replay"] == 4, seen  # with guidance and, past its interval, without
         assert torch.equal(recorded, samples(tmp_path / "run", "cuda", guidance=2.0, cuda_graph=False))
         assert recorded.device.type == "cpu" and recorded.isfinite().all()
+
+
+def test_text_to_image_trains_and_draws(tmp_path: Path):
+    """The text encoder on the device, captions beside pinned batches, and graphs over z, t, features and lengths."""
+    pictures = caption(write_pictures(tmp_path / "pictures", 12))
+    encoder = write_encoder(tmp_path / "encoder", "qwen3")
+    with faked_cuda() as seen:
+        assert run("train-tokenizer", tmp_path / "run", pictures, "cuda").status == 0
+        found = run("train-generator", tmp_path / "run", pictures, "cuda", encoder)
+        sound(found)
+        assert "12 images, from files beside the pictures" in found.said
+        seen.clear()
+        recorded = samples(tmp_path / "run", "cuda", guidance=2.0)
+        assert seen["graph"] == 2 and seen["replay"] == 4, seen
+        assert torch.equal(recorded, samples(tmp_path / "run", "cuda", guidance=2.0, cuda_graph=False))
 
 
 def test_what_a_gpu_refuses_is_refused():

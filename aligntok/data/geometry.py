@@ -4,7 +4,8 @@ center_crop: ADM's (guided-diffusion image_datasets.py): halve by box filter whi
              target, bicubic to the target, cut the middle. Latents, evaluation and generators use it.
 random_crop: short side to the target (bicubic), random position. Tokenizer training uses it (taming data/base.py).
 
-Both are a `Window`, a few numbers that a loader can hand to whatever resizes for it.
+Both are a `Window`, a few numbers that a loader can hand to whatever resizes for it. A size is a side of squares, or
+(height, width): then the picture is made to cover it, with the same filters, and what is beyond is cut off.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch import Tensor
 
 from aligntok.errors import UserError, near_multiples
 
+Size = tuple[int, int]  # height and width in pixels
+
 
 def check_size(size: int, factor: int, name: str = "data.image_size") -> None:
     """Raise UserError unless images of that side are a whole number of the downsampling `factor`; `name` is its key."""
@@ -30,32 +33,34 @@ def check_size(size: int, factor: int, name: str = "data.image_size") -> None:
 
 @dataclass(frozen=True)
 class Window:
-    """A crop: halve by box filter `halvings` times, resize to (width, height) by bicubic, cut size x size there."""
+    """A crop: halve by box filter `halvings` times, resize to (width, height) by bicubic, cut `size` there."""
 
     halvings: int
     width: int
     height: int
     left: int
     top: int
-    size: int
+    size: Size
 
 
-def center_window(width: int, height: int, size: int) -> Window:
+def center_window(width: int, height: int, size: int | Size) -> Window:
     """ADM's centre crop of a picture of this width and height."""
+    high, wide = _pair(size)
     halvings = 0
-    while min(width, height) >= 2 * size:
+    while width >= 2 * wide and height >= 2 * high:
         width, height, halvings = width // 2, height // 2, halvings + 1
-    width, height = _short_side(width, height, size)
-    return Window(halvings, width, height, (width - size) // 2, (height - size) // 2, size)
+    width, height = _cover(width, height, high, wide)
+    return Window(halvings, width, height, (width - wide) // 2, (height - high) // 2, (high, wide))
 
 
-def random_window(width: int, height: int, size: int, u: float, v: float) -> Window:
+def random_window(width: int, height: int, size: int | Size, u: float, v: float) -> Window:
     """The crop at the relative position (u, v) in [0, 1), left to right and top to bottom."""
-    width, height = _short_side(width, height, size)
-    return Window(0, width, height, int(u * (width - size + 1)), int(v * (height - size + 1)), size)
+    high, wide = _pair(size)
+    width, height = _cover(width, height, high, wide)
+    return Window(0, width, height, int(u * (width - wide + 1)), int(v * (height - high + 1)), (high, wide))
 
 
-def window(kind: str, width: int, height: int, size: int, u: float, v: float) -> Window:
+def window(kind: str, width: int, height: int, size: int | Size, u: float, v: float) -> Window:
     """The crop named "random" or "center"; (u, v) are for the random one."""
     return random_window(width, height, size, u, v) if kind == "random" else center_window(width, height, size)
 
@@ -65,13 +70,14 @@ def cut(image: Image.Image, place: Window) -> Image.Image:
     for _ in range(place.halvings):
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     across, down = image.width / place.width, image.height / place.height
-    right, bottom = place.left + place.size, place.top + place.size
+    high, wide = place.size
+    right, bottom = place.left + wide, place.top + high
     region = (place.left * across, place.top * down, min(right * across, image.width), min(bottom * down, image.height))
-    return image.resize((place.size, place.size), Image.Resampling.BICUBIC, region)
+    return image.resize((wide, high), Image.Resampling.BICUBIC, region)
 
 
-def center_crop(image: Image.Image, size: int) -> Image.Image:
-    """RGB picture -> size x size."""
+def center_crop(image: Image.Image, size: int | Size) -> Image.Image:
+    """RGB picture -> its middle."""
     return cut(image, center_window(*image.size, size))
 
 
@@ -90,6 +96,11 @@ def to_unit_range(images: Tensor) -> Tensor:
     return images.float().div(127.5).sub(1)
 
 
-def _short_side(width: int, height: int, size: int) -> tuple[int, int]:
-    scale = size / min(width, height)
-    return max(size, round(width * scale)), max(size, round(height * scale))
+def _pair(size: int | Size) -> Size:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _cover(width: int, height: int, high: int, wide: int) -> tuple[int, int]:
+    """(width, height) scaled until both sides reach (wide, high); of a square that is the short side."""
+    scale = max(wide / width, high / height)
+    return max(wide, round(width * scale)), max(high, round(height * scale))

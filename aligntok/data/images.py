@@ -22,7 +22,7 @@ from torch import Tensor
 from aligntok.data.decoding import decode, unreadable_because
 from aligntok.data.folders import scan_folder
 from aligntok.data.found import EXTENSIONS, Found, is_hidden
-from aligntok.data.geometry import center_crop, to_tensor
+from aligntok.data.geometry import Size, center_crop, to_tensor
 from aligntok.data.shards import Progress, expand_shards, scan_shards
 from aligntok.errors import UserError
 
@@ -214,31 +214,47 @@ def stream_crops(
     Raises:
         UserError: not a single picture could be read.
     """
+    crops: list[Tensor] = []
+    labels: list[int] = []
+    for index, crop in each_crop(images, lambda _: size, batch_size):
+        if crop is not None:
+            crops.append(crop)
+            labels.append(images.entries[index].label)
+        if crops and (len(crops) == batch_size or index + 1 == len(images)):
+            yield torch.stack(crops), torch.tensor(labels)
+            crops, labels = [], []
+        if progress is not None:
+            progress(index + 1, len(images))
+
+
+def each_crop(
+    images: ImageSet, size: Callable[[int], int | Size], ahead: int = CROPS
+) -> Iterator[tuple[int, Tensor | None]]:
+    """(number, its centre crop as uint8 [3, H, W], or None where it is unreadable) of every picture, in order.
+
+    Args:
+        images: the set; pictures that cannot be read are recorded in its `skipped`.
+        size: of a picture's crop, by its number.
+        ahead: pictures that are decoded before they are asked for.
+
+    Raises:
+        UserError: not a single picture could be read.
+    """
 
     def cut(index: int) -> Tensor | None:
         picture = images.open(index)
-        return None if picture is None else to_tensor(center_crop(picture, size))
+        return None if picture is None else to_tensor(center_crop(picture, size(index)))
 
-    pending: deque[tuple[int, Future[Tensor | None]]] = deque()
-    crops: list[Tensor] = []
-    labels: list[int] = []
-    found, started, done = 0, 0, 0
+    pending: deque[Future[Tensor | None]] = deque()
+    found, started = False, 0
     with ThreadPoolExecutor(DECODERS) as pool:
-        while done < len(images):
-            while started < len(images) and len(pending) < batch_size:
-                pending.append((started, pool.submit(cut, started)))
+        for index in range(len(images)):
+            while started < len(images) and len(pending) < ahead:
+                pending.append(pool.submit(cut, started))
                 started += 1
-            index, future = pending.popleft()
-            crop, done = future.result(), done + 1
-            if crop is not None:
-                crops.append(crop)
-                labels.append(images.entries[index].label)
-            if crops and (len(crops) == batch_size or done == len(images)):
-                found += len(crops)
-                yield torch.stack(crops), torch.tensor(labels)
-                crops, labels = [], []
-            if progress is not None:
-                progress(done, len(images))
+            crop = pending.popleft().result()
+            found |= crop is not None
+            yield index, crop
     if not found:
         name, reason = next(iter(images.skipped.items()))
         raise UserError(f"none of the {len(images)} images of {images.name} could be read; the first, {name}: {reason}")

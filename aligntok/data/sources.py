@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from aligntok.config import DataConfig
 from aligntok.data.found import SHRUNK, unreadable
-from aligntok.data.geometry import cut, to_tensor, to_unit_range, window
+from aligntok.data.geometry import Size, cut, to_tensor, to_unit_range, window
 from aligntok.data.images import ImageSet
 from aligntok.errors import UserError
 from aligntok.runtime.world import World
@@ -118,6 +118,10 @@ class StreamSource:
 
     An unreadable picture is replaced by the next readable one of its batch, recorded in `images.skipped` and named once
     to `say`.
+
+    Args:
+        order: None = Order.
+        size: of the crop of a picture, by its number; None = squares of data.image_size.
     """
 
     def __init__(
@@ -129,13 +133,15 @@ class StreamSource:
         seed: int,
         say: Callable[[str], None] = warnings.warn,
         world: World | None = None,
+        order: Order | None = None,
+        size: Callable[[int], Size] | None = None,
     ) -> None:
         self.images, self.data = images, data
-        self.order = Order(len(images), batch_size, seed, world)
+        self.order = Order(len(images), batch_size, seed, world) if order is None else order
         self.skips = Skips(images, say)
         # what each worker is reading now, -1 for nothing: a stalled one can then be asked for its file
         self.reading = torch.full((max(1, data.workers),), -1).share_memory_()
-        self.dataset = _Crops(images, data.image_size, crop, self.reading)
+        self.dataset = _Crops(images, size or partial(_square, data.image_size), crop, self.reading)
         self._batches: Iterator[dict[str, Any]] | None = None
         self._next_step = -1
 
@@ -242,8 +248,12 @@ def requests(order: Order, step: int, flip: bool) -> list[Request]:
     return [(i, f < 0.5 and flip, u, v) for i, (f, u, v) in zip(indices, numbers, strict=True)]
 
 
+def _square(side: int, index: int) -> Size:
+    return side, side
+
+
 class _Crops(Dataset):
-    def __init__(self, images: ImageSet, size: int, crop: str, reading: Tensor) -> None:
+    def __init__(self, images: ImageSet, size: Callable[[int], Size], crop: str, reading: Tensor) -> None:
         self.images, self.size, self.crop, self.reading = images, size, crop, reading
 
     def __len__(self) -> int:
@@ -258,7 +268,7 @@ class _Crops(Dataset):
         if picture is None:
             name = self.images.entries[index].name
             return name, self.images.skipped[name]
-        image = to_tensor(cut(picture, window(self.crop, *picture.size, self.size, u, v)))
+        image = to_tensor(cut(picture, window(self.crop, *picture.size, self.size(index), u, v)))
         return {
             "images": image.flip(-1) if flip else image,
             "labels": torch.tensor(self.images.entries[index].label),

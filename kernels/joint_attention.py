@@ -173,8 +173,8 @@ def _forward(
     config = _configured("forward", first)
     results = {**_pair("_out", outs), "lse": lse, "TOGETHER": len(outs) == 1, "PRECISION": dot_precision(first.dtype)}
     inputs = weights | _over_keys(common, lengths, config["BLOCK_K"])
-    grid = (sum(_of_blocks(common, B, config["BLOCK_Q"])),)
-    launch(wrap_triton(_joint_forward_kernel), grid, **common, **inputs, **results, **config)
+    programs = sum(_of_blocks(common, B, config["BLOCK_Q"]))
+    launch(wrap_triton(_joint_forward_kernel), (programs,), **common, **inputs, **results, **config)
     return [*outs, lse]
 
 
@@ -208,8 +208,8 @@ def _backward(
         for axis, stride in zip("bn", x.stride(), strict=False)
     }
     upstream = {**_pair("_dout", douts), **dout_strides, "lse": lse, "scale": D**-0.5}
-    results = {**_pair("_dqkv", dqkv), "delta": torch.empty_like(lse), "TOGETHER": len(dqkv) == 1}
-    results["PRECISION"] = dot_precision(first.dtype)
+    results = {**_pair("_dqkv", dqkv), "delta": torch.empty_like(lse)}
+    common |= {"TOGETHER": len(dqkv) == 1, "PRECISION": dot_precision(first.dtype)}
     config = _configured("dq", first)
     blocks = _of_blocks(common, B, config["BLOCK_Q"])
     dq_weight = first.new_empty((sum(blocks), D), dtype=torch.float32)
@@ -292,9 +292,10 @@ def joint_attention(
     if select("joint_attention", first.device.type, implementation, unfit) == "triton":
         streams, q_weights, k_weights = list(streams), list(q_weights), list(k_weights)
         return tuple(_forward(streams, q_weights, k_weights, cos, sin, lengths, text_tokens, eps)[:-1])
-    options = {"text_tokens": text_tokens, "lengths": lengths, "eps": eps}
     with sdpa_kernel(SDPBackend.MATH):  # the others have neither forward mode nor second derivatives
-        return joint_attention_reference(streams, q_weights, k_weights, cos, sin, **options)
+        return joint_attention_reference(
+            streams, q_weights, k_weights, cos, sin, text_tokens=text_tokens, lengths=lengths, eps=eps
+        )
 
 
 def _check(

@@ -30,10 +30,12 @@ from ._triton import configuration, dot_precision, launch, operator, triton, wra
 ACTIVATIONS = ("gelu", "none")
 LARGEST_D = 128  # dz's tile and dW's accumulator hold all d channels; wider ones would not stay in registers
 # Chosen from the machine code (benchmarks.aot), not from timings: no spills. 128 rows share each read of W; sm_80 takes
-# narrower columns, since its fragments of W fill more registers.
+# narrower columns, since its fragments of W fill more registers. On sm_100 the compiler of Triton 3.4 fails where a
+# pipelined loop carries a tile of a product from one round to the next (docs/kernels.md).
 FORWARD = {
     80: {"BLOCK_M": 128, "BLOCK_C": 32, "num_warps": 8, "num_stages": 3},
     90: {"BLOCK_M": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 2},
+    100: {"BLOCK_M": 128, "BLOCK_C": 64, "num_warps": 8, "num_stages": 2 if _triton.RELEASE > (3, 4) else 1},
 }
 # 16 warps are resident on a multiprocessor in each case, and PROGRAMS fill an A100 (108 of them) or an H100 (132) once.
 # sm_90 takes the 64 rows of wgmma. On sm_80 two blocks of 8 warps hide each other's barriers, but a snapshot or more

@@ -213,6 +213,8 @@ TEXT = [
     Switch("text", {"generator.training.accumulate": 2}, near),
     Switch("text", {"generator.training.parallel": "fsdp"}, same),
     Switch("text", {"data.memory_limit_gib": 1e-5, "data.workers": 0}, says("frozen networks run in the loop", near)),
+    Switch("text", {"data.buckets": "area"}, says("in 1 size: 16 of 32 x 32")),
+    Switch("text", {"data.buckets": "short_side"}, says("in 1 size: 16 of 32 x 32")),
 ]
 STREAMED = {"memory_limit_gib": 0.0, "workers": 0}
 DATA = [
@@ -351,6 +353,7 @@ WORDS_ELSEWHERE = {
     "fused": "CUDA only, refused here: models/test_attention.py",
     "flash-attn": "the same",
     "tf32": "CUDA only, fp32 with the reason here: runtime/test_devices.py",
+    "text": "what every switch in TEXT has: switches.Bench",
     "xformers": "the same",
     "S": "models/test_sizes.py",
     "B": "models/test_sizes.py",

@@ -22,6 +22,9 @@ class DataConfig:
     workers: int = 8
     memory_limit_gib: float = 2.0  # centre-cropped sets below this size are decoded once and kept in memory
     max_images: int | None = None
+    # of text to image: none = square centre crops; else each picture goes to the size that is nearest to its shape, a
+    # batch has one size (aligntok/data/buckets.py), and image_size is the side of the square one
+    buckets: Literal["none", "area", "short_side"] = "none"
     # what decodes streamed images; auto = DALI where it can be had and most images are JPEG, else Pillow in workers
     loader: Literal["auto", "dali", "torchvision"] = "auto"
     stall_timeout: float = 300.0  # seconds without a batch that end a run; 0 = never

@@ -7,7 +7,8 @@ A bucket is a size (height, width) whose sides are multiples of 16 and whose rat
 
 A picture goes to the bucket whose ratio is nearest to its own by |log(r / r')|; where even that one would crop away too
 much of it, it fits none, is left out, counted and named. `BucketOrder` gives every batch one bucket, each as often as
-it has pictures. Nothing is decoded here: sizes come from the pictures' headers.
+it has pictures. Nothing is decoded here: sizes come from the pictures' headers. What trains on them is in
+aligntok.data.bucket_sources.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import io
 import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -83,6 +85,35 @@ def bucket_table(mode: BucketMode, size: int, step: int | None = None) -> list[B
         if bucket.width <= LIMIT * bucket.height:
             wide.add(bucket)
     return sorted(wide | {Bucket(width, height) for height, width in wide}, key=lambda one: one.ratio)
+
+
+@dataclass(frozen=True)
+class Buckets:
+    """The bucket of every picture of a set.
+
+    Args:
+        table: the sizes.
+        numbers: int64 [pictures], into the table.
+    """
+
+    table: list[Bucket]
+    numbers: Tensor
+
+    def size(self, index: int) -> Bucket:
+        """Of a picture's crop."""
+        return self.table[int(self.numbers[index])]
+
+    @property
+    def gib(self) -> float:
+        """What the crops take as uint8."""
+        pixels = torch.tensor([height * width for height, width in self.table])
+        return 3 * int(pixels[self.numbers].sum()) / 2**30
+
+
+def told_sizes(pictures: dict[Bucket, int]) -> str:
+    """One line: how many pictures have which size, as width x height."""
+    each = ", ".join(f"{count:,} of {size.width} x {size.height}" for size, count in pictures.items())
+    return f"{len(pictures)} {'size' if len(pictures) == 1 else 'sizes'}: {each}"
 
 
 def nearest_bucket(height: int, width: int, table: list[Bucket], kept: float = KEPT) -> int:
@@ -178,6 +209,7 @@ class BucketOrder(Order):
             Order(len(members), batch_size, int(own), world) for members, own in zip(self._members, seeds, strict=True)
         ]
         self._ends = torch.tensor([len(members) for members in self._members]).cumsum(0)
+        self.pictures = {int(n): len(members) for n, members in zip(self.used, self._members, strict=True)}
         self.length = max(1, self.count // batch_size)  # batches of an epoch
         self._before = [torch.zeros(len(self.used), dtype=torch.int64)]  # batches of each bucket before each epoch
         self._schedule: tuple[int, Tensor] | None = None

@@ -10,10 +10,12 @@ way: batch in, tensor out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from aligntok.data.bucket_sources import BucketsInMemory
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.sources import Batch, MemorySource
 from aligntok.runtime.devices import Precision
@@ -30,6 +32,18 @@ class FrozenTable:
     def __call__(self, batch: Batch) -> Tensor:
         rows = self.values[batch["flip"].long().cpu(), batch["index"].cpu()]
         return rows.to(batch["images"].device, non_blocking=True).float()
+
+
+class BucketTables:
+    """Outputs of pictures of several sizes: a table for the pictures of each."""
+
+    def __init__(self, tables: dict[int, FrozenTable], source: BucketsInMemory) -> None:
+        self.tables, self.source = tables, source
+
+    def __call__(self, batch: Batch) -> Tensor:
+        index = batch["index"].cpu()
+        table = self.tables[int(self.source.buckets[index[0]])]  # all of a batch have the same
+        return table(batch | {"index": self.source.places[index]})
 
 
 class FrozenNetwork:
@@ -59,17 +73,51 @@ def tabulate(
     batch_size: int = 64,
 ) -> FrozenTable:
     """Table of network(image) over every picture of a source and, where it flips, its mirror image."""
-    mirrors = (False, True) if source.flip else (False,)
-    total = len(mirrors) * len(source.images)
+    return _table(network, source.images, source.flip, precision, dtype, progress, batch_size)
+
+
+@torch.no_grad()
+def tabulate_buckets(
+    network: Callable[[Tensor], Tensor],
+    source: BucketsInMemory,
+    precision: Precision,
+    progress: Callable[[int, int], None] | None = None,
+) -> BucketTables:
+    """As `tabulate`, of pictures of several sizes."""
+    done, every = 0, (2 if source.flip else 1) * sum(map(len, source.parts.values()))
+    tables = {}
+    for number, images in source.parts.items():
+        tell = None if progress is None else partial(_further, progress, done, every)
+        tables[number] = _table(network, images, source.flip, precision, torch.float32, tell, 64)
+        done += (2 if source.flip else 1) * len(images)
+    return BucketTables(tables, source)
+
+
+def _further(progress: Callable[[int, int], None], before: int, every: int, done: int, total: int) -> None:
+    """A part's progress as that of all of them."""
+    progress(before + done, every)
+
+
+def _table(
+    network: Callable[[Tensor], Tensor],
+    pixels: Tensor,
+    flip: bool,
+    precision: Precision,
+    dtype: torch.dtype,
+    progress: Callable[[int, int], None] | None,
+    batch_size: int,
+) -> FrozenTable:
+    """Of pictures of one size, uint8 [n, 3, H, W]."""
+    mirrors = (False, True) if flip else (False,)
     rows: list[Tensor] = []
     for mirrored in mirrors:
         outputs = []
-        for start in range(0, len(source.images), batch_size):
-            images = to_unit_range(source.images[start : start + batch_size])
+        for start in range(0, len(pixels), batch_size):
+            images = to_unit_range(pixels[start : start + batch_size])
             images = (images.flip(-1) if mirrored else images).to(precision.device)
             with precision.autocast():
                 outputs.append(network(images).to("cpu", dtype))
             if progress is not None:
-                progress(len(rows) * len(source.images) + start + len(images), total)
+                progress(len(rows) * len(pixels) + start + len(images), len(mirrors) * len(pixels))
         rows.append(torch.cat(outputs))
     return FrozenTable(torch.stack(rows))

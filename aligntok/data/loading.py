@@ -2,7 +2,7 @@
 
 memory       centre crops that fit into data.memory_limit_gib: decoded once, looked up afterwards
 DALI         everything else, where it can be had and most images are JPEG (aligntok.data.dali)
-torchvision  worker processes with Pillow, everywhere else
+torchvision  worker processes with Pillow, everywhere else, and for pictures of several sizes (data.buckets)
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from functools import partial
 import torch
 
 from aligntok.config import DataConfig
+from aligntok.data.bucket_sources import BucketsInMemory, BucketStream
+from aligntok.data.buckets import Buckets
 from aligntok.data.dali import DaliSource
 from aligntok.data.dali_graph import refusal
 from aligntok.data.found import unreadable
@@ -73,6 +75,35 @@ def build_source(
         return DaliSource(images, data, crop, batch_size, seed, device, name_skipped, world)
     say(f"loader: torchvision, {data.workers} worker processes with Pillow ({why})")
     return StreamSource(images, data, crop, batch_size, seed, name_skipped, world)
+
+
+def build_bucket_source(
+    images: ImageSet,
+    buckets: Buckets,
+    data: DataConfig,
+    batch_size: int,
+    seed: int,
+    say: Say,
+    bar: Bar,
+    world: World | None = None,
+) -> BucketsInMemory | BucketStream:
+    """The source of centre crops in their buckets' sizes that fits; `say` is told which and why.
+
+    Args: as of `build_source`, and the buckets of the images.
+    """
+    gib = buckets.gib
+    if gib <= data.memory_limit_gib:
+        with bar("reading images") as update:
+            source = BucketsInMemory(images, buckets, batch_size, seed, data.flip, world, update)
+        report_skipped(images, say)
+        say(f"loader: memory ({gib:.2f} GiB of centre crops, within data.memory_limit_gib)")
+        return source
+    why = "as data.loader says" if data.loader == "torchvision" else "DALI is not used with data.buckets"
+    exceeds = f"{gib:.1f} GiB exceed data.memory_limit_gib"
+    say(f"images are decoded as training goes ({exceeds}); frozen networks run in the loop")
+    say(f"loader: torchvision, {data.workers} worker processes with Pillow ({why})")
+    name_skipped = say if world is None or world.main else partial(_say_as, world.rank)
+    return BucketStream(images, buckets, data, batch_size, seed, name_skipped, world)
 
 
 def _say_as(rank: int, message: str) -> None:

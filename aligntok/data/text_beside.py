@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aligntok.data.bucket_sources import BucketsInMemory
 from aligntok.data.images import ImageSet
 from aligntok.data.latent_cache import CachedLatentSource, LatentsBeside
 from aligntok.data.sources import Batch, MemorySource, Source, generator_for
@@ -69,6 +70,6 @@ def pictures_of(source: Source, images: ImageSet, numbers: Tensor) -> Tensor:
         numbers: of the pictures of `images` in the whole set.
     """
     inner = source.source if isinstance(source, LatentsBeside) else source
-    if not isinstance(inner, MemorySource):
+    if not isinstance(inner, MemorySource | BucketsInMemory):
         return numbers
     return numbers[torch.tensor([entry.name not in images.skipped for entry in images.entries])]

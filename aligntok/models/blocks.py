@@ -4,7 +4,8 @@
     selective   it also keeps what matrix products and attention gave; norms, modulation and activations run again
 
 Either gives the gradients of "none" to the bit. Compilation takes every block as one graph, or fails with the reason;
-blocks of one kind share their graphs, however many there are.
+blocks of one kind share their graphs, however many there are. Where batches come in several shapes, every shape has
+graphs of its own.
 """
 
 from __future__ import annotations
@@ -20,12 +21,17 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from aligntok.errors import UserError
 
 MODES = ("none", "selective", "full")
+# PyTorch's limits, behind which a block would not be compiled any more: here for each shape
+_GRAPHS = {"recompile_limit": 8, "accumulated_recompile_limit": 256}
 _PRODUCTS = ("aten::mm", "aten::addmm", "aten::linear")  # a linear layer by any path through the dispatcher
 _ATTENTION = ("attention", "attn")  # in the names of PyTorch's, flash-attn's, xformers' and our own operators
 
 
-def prepare(blocks: Iterable[nn.Module], checkpointing: str, compile: bool) -> None:
+def prepare(blocks: Iterable[nn.Module], checkpointing: str, compile: bool, shapes: int = 1) -> None:
     """Let the blocks run as `training.checkpointing` and `training.compile` say, in place, until `restore`.
+
+    Args:
+        shapes: in how many of them batches come.
 
     Raises:
         UserError: an unknown mode.
@@ -35,6 +41,9 @@ def prepare(blocks: Iterable[nn.Module], checkpointing: str, compile: bool) -> N
     if compile:
         # What a part before this one has compiled counts against the limit of graphs, and is not needed any more
         torch.compiler.reset()
+        for name, allowed in _GRAPHS.items():
+            limit = max(getattr(torch._dynamo.config, name), allowed * shapes)
+            setattr(torch._dynamo.config, name, limit)
     for block in blocks:
         forward = block.forward
         if checkpointing != "none":

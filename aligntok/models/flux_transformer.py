@@ -34,6 +34,7 @@ from aligntok.kernels import adaln, swiglu, transformed
 from aligntok.models.joint_attention import attend_jointly
 from aligntok.models.lightning_dit import NORM_EPS, Pending, TimeEmbedding, compute_dtype
 
+GRIDS = 32  # whose rotary tables are kept: more than there are aspect-ratio buckets (aligntok.data.buckets)
 TIME_SCALE = 1000.0  # of t before its sinusoidal features (FLUX)
 Vectors = tuple[Tensor, ...]  # shift, scale, gate of every branch, [B, width] each
 
@@ -251,8 +252,6 @@ class FluxTransformer(nn.Module):
         UserError: see `axes_of`; no block at all.
     """
 
-    _rope_cache: tuple[Tensor, Tensor]
-
     def __init__(
         self, config: FluxTransformerConfig, latent_channels: int, latent_size: tuple[int, int], text_width: int
     ) -> None:
@@ -275,6 +274,7 @@ class FluxTransformer(nn.Module):
         self.double_blocks = nn.ModuleList(DoubleBlock(config) for _ in range(config.double_blocks))
         self.single_blocks = nn.ModuleList(SingleBlock(config) for _ in range(config.single_blocks))
         self.final = FinalLayer(width, patch)
+        self._ropes: dict[tuple[int, tuple[int, int], torch.device], tuple[Tensor, Tensor]] = {}
         self._initialise()
 
     def transformer_blocks(self) -> Iterator[nn.Module]:
@@ -335,12 +335,14 @@ class FluxTransformer(nn.Module):
 
     def _rope(self, tokens: int, grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
         key = (tokens, grid, device)
-        if getattr(self, "_rope_key", None) == key:
-            return self._rope_cache
+        if key in self._ropes:
+            return self._ropes[key]
         with torch.inference_mode(False):  # made under inference mode they must serve training too
             cos, sin = (table.to(device) for table in rope_pairs(self.config, tokens, grid))
         if not transformed():  # what is made inside torch.func belongs to it and cannot be copied afterwards
-            self._rope_cache, self._rope_key = (cos, sin), key
+            if len(self._ropes) == GRIDS:
+                del self._ropes[next(iter(self._ropes))]  # the oldest
+            self._ropes[key] = cos, sin
         return cos, sin
 
     def _initialise(self) -> None:

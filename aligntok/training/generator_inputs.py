@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from aligntok.config import GeneratorTrainingConfig, LightningDiTConfig, Recipe, TextEncoderConfig
+from aligntok.data.bucket_sources import BucketsInMemory
+from aligntok.data.buckets import Bucket
 from aligntok.data.captions import read_captions
-from aligntok.data.frozen import FrozenNetwork, FrozenOutput, latents_in_batch, tabulate
+from aligntok.data.frozen import FrozenNetwork, FrozenOutput, latents_in_batch, tabulate, tabulate_buckets
 from aligntok.data.images import ImageSet, limit_numbers, open_images, split_numbers
 from aligntok.data.latent_cache import CachedLatentSource, LatentCache
 from aligntok.data.latent_format import make_command
-from aligntok.data.loading import build_source
+from aligntok.data.loading import build_bucket_source, build_source
 from aligntok.data.sources import MemorySource, Source
 from aligntok.data.text_beside import TextBeside, pictures_of
 from aligntok.data.text_cache import TextCache
@@ -35,6 +37,7 @@ from aligntok.runtime.world import current
 from aligntok.training.conditions import ByCaption, ByLabel, Conditioning
 from aligntok.training.monitoring.previews import CLASSES, PER_CLASS, Shown, captions_shown, classes_shown
 from aligntok.training.monitoring.telemetry import Telemetry
+from aligntok.training.sizes import sort_pictures, table_for
 
 
 @dataclass
@@ -60,6 +63,7 @@ class GeneratorInputs:
     identity: str  # what they are, wherever they lie
     cache: str | None = None  # fingerprint of the latent cache
     text: Text | None = None
+    sizes: dict[Bucket, int] | None = None  # with data.buckets: how many of them have which size
 
 
 def generator_inputs(
@@ -69,7 +73,7 @@ def generator_inputs(
 
     Raises:
         UserError: labels beyond generator.model.classes; no captions, or features of another encoder; caches that do
-            not belong to the tokenizer or to the data.
+            not belong to the tokenizer or to the data; with data.buckets, see `table_for`.
     """
     if recipe.generator.latents is not None:
         return _from_cache(recipe, tokenizer, recipe.generator.latents, precision, telemetry)
@@ -80,6 +84,9 @@ def _from_images(
     recipe: Recipe, tokenizer: StoredTokenizer, precision: Precision, telemetry: Telemetry
 ) -> GeneratorInputs:
     data, training = recipe.data, recipe.generator.training
+    table = None
+    if data.buckets != "none":  # of text to image alone
+        table = table_for(data, tokenizer, recipe.generator.text.model.patch_size)
     cached = recipe.generator.condition == "text" and recipe.generator.text.features is not None  # of the whole set
     every = open_images(data.path, None if cached else data.max_images, say=telemetry.say)
     numbers = limit_numbers(len(every), data.max_images)
@@ -88,26 +95,30 @@ def _from_images(
     if text is not None:
         numbers = _captioned(numbers, text.features)
     images = every.subset(numbers.tolist())
-    source: Source = build_source(
-        images,
-        data,
-        "center",
-        training.batch_size,
-        training.seed,
-        telemetry.say,
-        telemetry.bar,
-        current(),
-        device=precision.device,
-    )
-    latents: FrozenOutput = FrozenNetwork(tokenizer.encode, precision)
-    if isinstance(source, MemorySource):
-        with telemetry.bar("latents") as update:
-            latents = tabulate(tokenizer.encode, source, precision, progress=update)
+    services = (training.batch_size, training.seed, telemetry.say, telemetry.bar, current())
+    source: Source
+    if table is None:
+        source, sizes = build_source(images, data, "center", *services, device=precision.device), None
+    else:
+        numbers, images, buckets = sort_pictures(images, numbers, table, telemetry)
+        source = build_bucket_source(images, buckets, data, *services)
+        sizes = source.sizes
+    latents = _latents(tokenizer, source, precision, telemetry)
     count = source.order.count
     if text is not None:
         source = TextBeside(source, text.features, pictures_of(source, images, numbers), training.seed)
     told = _told(recipe.generator, images.classes, text, numbers)
-    return GeneratorInputs(source, latents, *told, images.name, count, images.identity(), text=text)
+    return GeneratorInputs(source, latents, *told, images.name, count, images.identity(), text=text, sizes=sizes)
+
+
+def _latents(tokenizer: StoredTokenizer, source: Source, precision: Precision, telemetry: Telemetry) -> FrozenOutput:
+    """Of pictures in memory computed now, of others in the loop."""
+    if not isinstance(source, MemorySource | BucketsInMemory):
+        return FrozenNetwork(tokenizer.encode, precision)
+    with telemetry.bar("latents") as update:
+        if isinstance(source, BucketsInMemory):
+            return tabulate_buckets(tokenizer.encode, source, precision, update)
+        return tabulate(tokenizer.encode, source, precision, progress=update)
 
 
 def _from_cache(

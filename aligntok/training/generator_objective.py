@@ -26,6 +26,7 @@ class GeneratorObjective:
     network is told of its pictures.
 
     `snapshot(n)` is called after every `config.snapshot_every` steps, in every process; n steps are done by then.
+    Batches come in `shapes` shapes.
     """
 
     def __init__(
@@ -36,13 +37,14 @@ class GeneratorObjective:
         config: GeneratorTrainingConfig,
         precision: Precision,
         snapshot: Callable[[int], None] | None = None,
+        shapes: int = 1,
     ) -> None:
         self.snapshot, self._step = snapshot, 0
         self.model, self.latents, self.config, self.precision = model.train(), latents, config, precision
         self.condition = condition
         self.steps = config.steps
         self.ema = build_ema(model, config.ema_decay)
-        prepare(self.blocks(), config.training.checkpointing, config.training.compile)
+        prepare(self.blocks(), config.training.checkpointing, config.training.compile, shapes)
         if is_sharded(config.training.parallel):
             self.trained = shard({"model": model})
             shard({"model": self.ema.module})

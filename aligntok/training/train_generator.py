@@ -16,6 +16,7 @@ import torch
 
 from aligntok.config import Recipe
 from aligntok.config.ranges import check_ranges
+from aligntok.data.buckets import Bucket, told_sizes
 from aligntok.data.frozen import FrozenNetwork
 from aligntok.diffusion.sampler import check_sampler
 from aligntok.errors import UserError
@@ -34,6 +35,7 @@ from aligntok.training.monitoring.previews import GeneratorPreview
 from aligntok.training.monitoring.telemetry import Telemetry
 from aligntok.training.recovery.checkpoint import Checkpoints, discard
 from aligntok.training.recovery.course import course
+from aligntok.training.sizes import check_buckets
 
 PART = "generator"
 
@@ -50,6 +52,7 @@ def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
 
 def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     check_ranges(recipe)
+    check_buckets(recipe)
     config, output = recipe.generator, Path(recipe.output)
     distributed.check_batches(config.training)
     training, folder = config.training, output / PART
@@ -80,7 +83,9 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
 
     belongs = tokenizer.fingerprint()
     made_by = None if inputs.text is None else inputs.text.made_by
-    objective = GeneratorObjective(model, inputs.latents, inputs.condition, config, precision, snapshot)
+    objective = GeneratorObjective(
+        model, inputs.latents, inputs.condition, config, precision, snapshot, len(inputs.sizes or (1,))
+    )
     mark = course(
         training,
         precision,
@@ -101,18 +106,25 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
         PART,
         objective.steps,
         training,
-        f"{inputs.count:,} pictures of {inputs.name}",
+        f"{inputs.count:,} pictures of {inputs.name}{_in_sizes(inputs.sizes)}",
         inputs.source,
         {network_name(model): model, "tokenizer": tokenizer},
         generator_kernels(model.config, math.prod(grid) // model.patch_size**2, precision),
         checkpoints.fingerprint,
         output,
     )
+    if inputs.sizes is not None and mfu is not None:
+        mfu += f"; every size counted as {size} x {size}"
     telemetry.announce(machine_line(precision, telemetry.world), part_lines(facts, telemetry.world, mfu))
     train(PART, objective, inputs.source, training, precision.device, telemetry, checkpoints)
     keep(folder)
     on_main(checkpoints.remove)
     return folder
+
+
+def _in_sizes(sizes: dict[Bucket, int] | None) -> str:
+    """With data.buckets, how many pictures have which size."""
+    return "" if sizes is None else f" in {told_sizes(sizes)}"
 
 
 def start_from(model: Network, folder: str, text: Text | None) -> None:

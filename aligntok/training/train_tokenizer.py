@@ -47,6 +47,7 @@ from aligntok.training.monitoring.previews import TokenizerPreview
 from aligntok.training.monitoring.telemetry import Telemetry
 from aligntok.training.recovery.checkpoint import Checkpoints, discard
 from aligntok.training.recovery.course import FRESH, course
+from aligntok.training.sizes import refuse_buckets
 from aligntok.training.statistics import latent_statistics
 from aligntok.training.tokenizer_objective import FrozenInputs, TokenizerObjective, frozen_inputs
 
@@ -66,6 +67,7 @@ class TokenizerTraining:
         self.output = Path(recipe.output)
         training = self.config.training
         check_ranges(recipe)
+        refuse_buckets(recipe.data, "a tokenizer")
         check_size(self.data.image_size, self.config.model.encoder.downsample)
         distributed.check_batches(training)
         for name in STAGES:

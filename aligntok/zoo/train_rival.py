@@ -40,6 +40,7 @@ from aligntok.training.monitoring.previews import TokenizerPreview
 from aligntok.training.monitoring.telemetry import Telemetry
 from aligntok.training.recovery.checkpoint import Checkpoints, discard
 from aligntok.training.recovery.course import course
+from aligntok.training.sizes import refuse_buckets
 from aligntok.training.statistics import latent_statistics
 from aligntok.zoo.building import Builder, build_rival, check_size, rival_flops
 from aligntok.zoo.finished import check_finished
@@ -74,6 +75,7 @@ def train_rival(recipe: Recipe, telemetry: Telemetry | None = None) -> StoredTok
 
 def _train(recipe: Recipe, telemetry: Telemetry) -> StoredTokenizer:
     check_ranges(recipe)
+    refuse_buckets(recipe.data, "a rival")
     config, output = recipe.rival, Path(recipe.output)
     distributed.check_batches(config.training)
     training, folder = config.training, output / "tokenizer"

@@ -30,7 +30,7 @@ from aligntok.runtime.files import digest, remove_unfinished, unfinished_folder
 from aligntok.runtime.world import current
 from aligntok.training.objective import Objective, Values
 from aligntok.training.recovery.best import BestValue
-from aligntok.training.recovery.course import FRESH, by_content
+from aligntok.training.recovery.course import ADDED, FRESH, by_content
 from aligntok.training.recovery.state import (
     HostCopy,
     State,
@@ -220,6 +220,7 @@ class Checkpoints:
             if str(self.course.get("start")).startswith(FRESH):  # drawn weights were part of it
                 then["start"] = self.course["start"]
         then = {key: by_content(key, value) for key, value in then.items()}  # before 0.2: where weights lay
+        then = {key: value for key, value in ADDED.items() if key in self.course} | then
         differ = [key for key in {**then, **self.course} if then.get(key, absent) != self.course.get(key, absent)]
         if not differ:
             return None

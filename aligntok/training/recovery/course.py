@@ -20,6 +20,8 @@ from aligntok.runtime.files import digest
 FRESH = "new"  # what begins with this stands for networks that a part has not got from another
 # Of the data's configuration: where the images lie and how fast they come, not which they are
 INDIFFERENT = ("path", "workers", "loader", "stall_timeout")
+# Of the data's configuration what older runs did not know, with the value that does what they did
+ADDED = {"data.captions": None, "data.buckets": "none"}
 
 
 def course(training: TrainingConfig, precision: Precision, data: DataConfig, **others: Any) -> dict[str, Any]:

@@ -211,3 +211,14 @@ def test_every_environment_variable_is_documented():
     used -= {"ALIGNTOK_COMPILER", "ALIGNTOK_FLAGS"}
     assert "ALIGNTOK_KERNELS" in used
     assert not {name for name in used if name not in documented}
+
+
+def test_the_kernels_folder_by_its_bare_name_is_the_same_package():
+    """In the root of a checkout transformers finds the folder when it looks for a package `kernels` of others."""
+    code = (
+        "import kernels, aligntok.kernels; assert kernels.adaln is aligntok.kernels.adaln;"
+        "from transformers.modeling_utils import PreTrainedModel;"
+        "from transformers.utils.import_utils import is_kernels_available; assert not is_kernels_available()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

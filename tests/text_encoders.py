@@ -4,8 +4,6 @@ from pathlib import Path
 
 import torch
 
-from aligntok.runtime.foreign import without_our_kernels
-
 WORDS = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "a", "red", "blue", "cat", "dog", "on", "the", "mat", "under", "sky"]
 WIDTH, LAYERS = 32, 2
 ENDS = {"bert": "[CLS] $A [SEP]", "qwen3": "$A", "t5": "$A [SEP]", "gemma2": "[CLS] $A"}
@@ -15,8 +13,7 @@ CAUSAL = SIZES | {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddi
 
 def write_encoder(folder: Path, kind: str, seed: int = 0) -> Path:
     """A folder with model.safetensors, config.json and a tokenizer that pads on the wrong side."""
-    with without_our_kernels():
-        _write(folder, kind, seed)
+    _write(folder, kind, seed)
     return folder
 
 

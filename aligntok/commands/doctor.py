@@ -15,7 +15,6 @@ from importlib import metadata
 from typing import TYPE_CHECKING, NamedTuple
 
 from aligntok import _cuda_toolkit as cuda_toolkit
-from aligntok.runtime.foreign import without_our_kernels
 from aligntok.runtime.machine import devices, first_line
 
 if TYPE_CHECKING:
@@ -57,8 +56,7 @@ class Row(NamedTuple):
 
 def _import_error(module: str) -> str | None:
     try:
-        with without_our_kernels():
-            importlib.import_module(module)
+        importlib.import_module(module)
     except Exception as error:  # any failure of a foreign import is a finding, not our crash
         return first_line(error)
     return None

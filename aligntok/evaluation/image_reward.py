@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from aligntok.errors import UserError
 from aligntok.evaluation.hps import CLIP_MEAN, CLIP_STD
 from aligntok.evaluation.scorer_weights import asked_of_hub, from_pretrained, hub_file, place_of
-from aligntok.runtime.foreign import without_our_kernels
 from aligntok.runtime.published import read_published
 from aligntok.runtime.weights import load_strictly
 
@@ -50,10 +49,10 @@ class RewardNetwork(nn.Module):
 
     def __init__(self, state: dict[str, Tensor]) -> None:
         super().__init__()
-        with without_our_kernels():
-            from transformers import BlipTextConfig, BlipVisionConfig
-            from transformers.models.blip.modeling_blip import BlipVisionModel
-            from transformers.models.blip.modeling_blip_text import BlipTextModel
+        from transformers import BlipTextConfig, BlipVisionConfig
+        from transformers.models.blip.modeling_blip import BlipVisionModel
+        from transformers.models.blip.modeling_blip_text import BlipTextModel
+
         shapes = _Shapes(state)
         width, _, patch, _ = shapes["blip.visual_encoder.patch_embed.proj.weight"]
         grid = round((shapes["blip.visual_encoder.pos_embed"][1] - 1) ** 0.5)

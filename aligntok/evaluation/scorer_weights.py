@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 
 from aligntok.errors import UserError
 from aligntok.runtime.files import digest
-from aligntok.runtime.foreign import without_our_kernels
 from aligntok.runtime.published import weight_file
 from aligntok.runtime.weights import in_short
 
@@ -73,11 +72,10 @@ def from_pretrained(option: str, place: Place, kind: str) -> Any:
     """
 
     def load() -> Any:
-        with without_our_kernels():
-            import transformers
+        import transformers
 
-            more = {"local_files_only": True} if place.local else {"revision": place.revision}
-            return getattr(transformers, kind).from_pretrained(place.name, **more)
+        more = {"local_files_only": True} if place.local else {"revision": place.revision}
+        return getattr(transformers, kind).from_pretrained(place.name, **more)
 
     return asked_of_hub(option, place, load)
 

@@ -14,7 +14,6 @@ from torch import nn
 
 from aligntok.errors import UserError
 from aligntok.models.encoder import Encoder
-from aligntok.runtime.foreign import without_our_kernels
 
 
 def add(encoder: Encoder, rank: int) -> None:
@@ -34,8 +33,7 @@ def require_peft(rank: int) -> ModuleType:
     if rank < 1:
         raise UserError(f"encoder.lora_rank is {rank}, expected a positive number, e.g. 16, or null for no LoRA")
     try:
-        with without_our_kernels():
-            return import_module("peft")
+        return import_module("peft")
     except ImportError as error:
         raise UserError(
             f"encoder.lora_rank is {rank}, but peft cannot be imported ({error}): pip install 'aligntok[peft]'"

@@ -30,7 +30,6 @@ from aligntok.errors import UserError
 from aligntok.runtime.assets import fetch
 from aligntok.runtime.devices import Precision
 from aligntok.runtime.files import digest
-from aligntok.runtime.foreign import without_our_kernels
 from aligntok.runtime.weights import few, in_short
 
 SMALL = "minilm-l6"
@@ -184,24 +183,23 @@ def _transformers(name: str) -> Iterator[Any]:
     Raises:
         UserError: it cannot be imported.
     """
-    with without_our_kernels():
-        try:
-            import transformers
-        except Exception as error:  # ImportError, or whatever a broken environment raises
-            raise UserError(
-                f"the text encoder {name} needs transformers, which cannot be imported ({in_short(error)}): "
-                "pip install 'aligntok[t2i]'"
-            ) from error
-        talk = transformers.utils.logging
-        before, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
-        talk.set_verbosity_error()
-        talk.disable_progress_bar()
-        try:
-            yield transformers
-        finally:
-            talk.set_verbosity(before)
-            if bars:
-                talk.enable_progress_bar()
+    try:
+        import transformers
+    except Exception as error:  # ImportError, or whatever a broken environment raises
+        raise UserError(
+            f"the text encoder {name} needs transformers, which cannot be imported ({in_short(error)}): "
+            "pip install 'aligntok[t2i]'"
+        ) from error
+    talk = transformers.utils.logging
+    before, bars = talk.get_verbosity(), talk.is_progress_bar_enabled()
+    talk.set_verbosity_error()
+    talk.disable_progress_bar()
+    try:
+        yield transformers
+    finally:
+        talk.set_verbosity(before)
+        if bars:
+            talk.enable_progress_bar()
 
 
 def _minilm(transformers: Any) -> tuple[Any, Any, Files]:

@@ -38,7 +38,7 @@ RAGGED: dict[str, tuple[dict[str, int], ...]] = {
         {"B": 2, "C": 6, "side": 131, "groups": 1},
     ),
     "joint_attention": (
-        {"B": 1, "L": 1, "N": 1, "H": 2, "D": 64, "streams": 2, "masked": 0},
+        {"B": 3, "L": 1, "N": 1, "H": 4, "D": 64, "streams": 2, "masked": 0},
         {"B": 3, "L": 17, "N": 5, "H": 1, "D": 32, "streams": 1, "masked": 1},
         {"B": 2, "L": 131, "N": 77, "H": 1, "D": 128, "streams": 2, "masked": 1},
         {"B": 2, "L": 65, "N": 131, "H": 1, "D": 72, "streams": 1, "masked": 1},

@@ -13,6 +13,7 @@ in CUDA C++, DALI on a GPU, and the seconds of anything.
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -35,6 +36,12 @@ _here = threading.local()  # .stream, the current one of a thread
 
 # What PyTorch takes from both devices: copies, and numbers or indices from the host.
 _MIXING = {"copy_", "to", "__getitem__", "__setitem__", "index_select", "set_data", "type_as", "__get__", "__set__"}
+
+
+def _waits() -> bool:
+    """Whether a copy to the host is one on a GPU too. PyTorch's clipping asks C++ where gradients lie, which knows of no
+    faked device."""
+    return not sys._getframe(2).f_code.co_filename.endswith("clip_grad.py")
 
 
 def _is_cuda(device: Any) -> bool:
@@ -71,7 +78,7 @@ class OnCuda(Tensor):
         if args and isinstance(args[0], Tensor):
             args = (args[0].device, args[0].dtype, *args[1:])
         copy = kwargs.pop("copy", False)
-        device, dtype, _, memory_format = torch._C._nn._parse_to(*args, **kwargs)
+        device, dtype, non_blocking, memory_format = torch._C._nn._parse_to(*args, **kwargs)
         layout = {} if memory_format is None else {"memory_format": memory_format}
         if device is None or device.type == "cuda":
             return super().to(dtype or self.dtype, copy=copy, **layout)
@@ -79,6 +86,7 @@ class OnCuda(Tensor):
             "a gradient through a copy to the host is not faked"
         )
         assert not _recording, "a copy to the host while a CUDA graph is recorded"
+        _seen["read back"] += not non_blocking and _waits()
         return self.host.detach().clone().to(dtype or self.dtype, **layout)
 
     def cpu(self) -> Tensor:
@@ -91,6 +99,7 @@ class OnCuda(Tensor):
         raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
 
     def tolist(self) -> Any:
+        _seen["read back"] += 1
         return self.host.tolist()
 
     def data_ptr(self) -> int:
@@ -138,6 +147,7 @@ def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         raise AssertionError("a value is read while a CUDA graph is recorded")
     if _recording and not given and function is torch.ops.aten._to_copy.default:
         raise AssertionError("a copy from the host while a CUDA graph is recorded")
+    _seen["read back"] += on_cuda and function is torch.ops.aten._local_scalar_dense.default
     found = function(*args, **kwargs)
     if _recording and on_cuda:
         _recording[-1].operators.append((function, args, kwargs, found))

@@ -13,13 +13,17 @@ import torch
 
 from aligntok.data.sources import Batch, Source
 
+# What the host reads: row numbers, and where tables of frozen networks have a picture's output. On a GPU each would be
+# waited for, in every step.
+ON_HOST = ("rows", "index", "flip")
+
 
 class Feed:
     """`batch(step)` of a source, on `device`; a context whose end waits for the thread.
 
     Args:
         source: asked in order, and on CUDA for one step beyond the last that is asked for, up to `end`.
-        device: where batches go; row numbers stay on the host, which reads them.
+        device: where batches go, except what is ON_HOST.
         end: number of steps.
     """
 
@@ -55,11 +59,9 @@ class Feed:
     def _fetch(self, step: int) -> Batch:
         with torch.cuda.stream(self.stream):
             batch = self.source.batch(step)
-            return move(
-                {k: v.pin_memory() if k != "rows" and not v.is_cuda else v for k, v in batch.items()}, self.device
-            )
+            return move({k: v if k in ON_HOST or v.is_cuda else v.pin_memory() for k, v in batch.items()}, self.device)
 
 
 def move(batch: Batch, device: torch.device) -> Batch:
     """The batch's tensors on `device`, copied asynchronously where they are pinned."""
-    return {key: value if key == "rows" else value.to(device, non_blocking=True) for key, value in batch.items()}
+    return {key: value if key in ON_HOST else value.to(device, non_blocking=True) for key, value in batch.items()}

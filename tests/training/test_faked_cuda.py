@@ -29,6 +29,7 @@ from aligntok.models.generator import Generator
 from aligntok.models.text_encoder import TextEncoder
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.runtime.devices import choose_precision
+from aligntok.training.train_generator import train_generator
 
 EXECUTED = "ttsem" in sys.modules  # Triton's kernels are executed
 STEPS = 2
@@ -65,13 +66,14 @@ def run(command: str, folder: Path, pictures: Path, device: str, encoder: Path |
     return Outcome(status, said.getvalue(), folder, recipe)
 
 
-def samples(folder: Path, device: str, guidance: float, cuda_graph: bool = True) -> torch.Tensor:
-    generator, tokenizer = Generator(folder / "generator"), load_tokenizer(folder / "tokenizer")
+def samples(folder: Path, device: str, guidance: float, cuda_graph: bool = True, steps: int = 4) -> torch.Tensor:
+    place = folder if (folder / "tokenizer").exists() else folder.with_name("2")
+    generator, tokenizer = Generator(folder / "generator"), load_tokenizer(place / "tokenizer")
     precision = choose_precision(device, "bf16")
     asked: Asked = torch.tensor([0, 1, 1])
     if generator.text is not None:
         asked = Captions(TextEncoder(generator.text.encoder, precision), ["a red cat", "the sky", ""])
-    sampler = replace(generator.sampler, steps=4, solver="heun", guidance=guidance, cuda_graph=cuda_graph)
+    sampler = replace(generator.sampler, steps=steps, solver="heun", guidance=guidance, cuda_graph=cuda_graph)
     return draw(generator, tokenizer.to(precision.device), asked, sampler, precision, seed=0)
 
 
@@ -106,6 +108,26 @@ def test_text_to_image_trains_and_draws(tmp_path: Path):
         assert torch.equal(recorded, samples(tmp_path / "run", "cuda", guidance=2.0, cuda_graph=False))
 
 
+def test_a_step_of_training_reads_back_once_and_one_of_sampling_never(tmp_path: Path):
+    """The guard's two numbers; everything else that the host waits for comes once in a part, whatever its length."""
+    pictures, waits = write_pictures(tmp_path / "pictures", 12), []
+    with faked_cuda() as seen:
+        assert run("train-tokenizer", tmp_path / "2", pictures, "cuda").status == 0
+        for steps in (2, 6):
+            recipe = tiny_recipe(tmp_path / f"{steps}", pictures)
+            recipe.generator.tokenizer, recipe.generator.steps = str(tmp_path / "2" / "tokenizer"), steps
+            recipe.generator.training.device, recipe.generator.training.log_every = "cuda", 100
+            seen.clear()
+            train_generator(recipe)
+            waits.append(seen["read back"])
+        for steps in (4, 8):
+            seen.clear()
+            samples(tmp_path / "6", "cuda", guidance=2.0, cuda_graph=False, steps=steps)
+            waits.append(seen["read back"])
+    assert waits[1] - waits[0] == 4, waits
+    assert waits[2] == waits[3], waits
+
+
 def test_what_a_gpu_refuses_is_refused():
     """So that a copy that was forgotten fails here too."""
     with faked_cuda(), torch.no_grad():
@@ -131,4 +153,4 @@ def test_a_replay_repeats_the_operators_and_not_python():
         factor = 100.0
         graph.replay()
         assert found.tolist() == [10.0] * 3
-        assert seen == Counter({"graph": 1, "replay": 1})
+        assert seen == Counter({"graph": 1, "replay": 1, "read back": 1})

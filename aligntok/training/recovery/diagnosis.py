@@ -63,7 +63,7 @@ def locate(objective: Objective, phase: Phase, batch: Batch, random: RandomState
     for key, value in batch.items():
         if not _finite(value):
             rows = torch.nonzero(~value.reshape(len(value), -1).isfinite().all(1)).flatten()
-            pictures = batch["index"][rows].tolist()
+            pictures = batch["index"][rows.cpu()].tolist()
             return Finding(f"batch[{key!r}]", f"input, rows {rows.tolist()}, pictures {pictures}")
     if watch.found is not None:
         return _blame_weight(watch.found, {name: module for module, name in names.items()})

@@ -39,8 +39,8 @@ _MIXING = {"copy_", "to", "__getitem__", "__setitem__", "index_select", "set_dat
 
 
 def _waits() -> bool:
-    """Whether a copy to the host is one on a GPU too. PyTorch's clipping asks C++ where gradients lie, which knows of no
-    faked device."""
+    """Whether a copy to the host is one on a GPU too: PyTorch's clipping asks C++ where gradients lie, and C++ knows
+    nothing of a faked device."""
     return not sys._getframe(2).f_code.co_filename.endswith("clip_grad.py")
 
 

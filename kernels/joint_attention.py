@@ -37,17 +37,20 @@ from .qknorm_attention import EPS, FLOAT32, LOG2_E, _blocks, _prepared, _rows, _
 CONFIGURATIONS: dict[str, list[tuple[int, dict[int, Configuration]]]] = {
     "prepare": [(128, {80: _rows(64, 4), 90: _rows(64, 4)})],
     "forward": [
+        (48, {80: _blocks(64, 64, 4, 2), 90: _blocks(128, 64, 8, 2)}),
         (80, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)}),
         (128, {80: _blocks(128, 32, 8, 2), 90: _blocks(128, 64, 8, 2)}),
     ],
     "dq": [
-        (64, {80: _blocks(128, 32, 8, 2), 90: _blocks(128, 64, 8, 2)}),
         (80, {80: _blocks(128, 32, 8, 2), 90: _blocks(128, 64, 8, 2)}),
+        (96, {80: _blocks(64, 32, 8, 2), 90: _blocks(64, 64, 8, 2)}),
         (128, {80: _blocks(64, 64, 8, 2), 86: _blocks(64, 32, 8, 2), 90: _blocks(64, 64, 8, 2)}),
     ],
     "dkv": [
+        (48, {80: _blocks(32, 64, 8, 2), 90: _blocks(32, 64, 4, 2)}),
         (64, {80: _blocks(32, 64, 4, 2), 90: _blocks(32, 64, 4, 2)}),
         (80, {80: _blocks(16, 64, 4, 1), 90: _blocks(64, 64, 8, 2)}),
+        (96, {80: _blocks(16, 64, 8, 2), 90: _blocks(32, 64, 8, 2)}),
         (128, {80: _blocks(32, 64, 8, 2), 90: _blocks(32, 64, 8, 2)}),
     ],
 }

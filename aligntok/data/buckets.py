@@ -7,27 +7,25 @@ A bucket is a size (height, width) whose sides are multiples of 16 and whose rat
 
 A picture goes to the bucket whose ratio is nearest to its own by |log(r / r')|; where even that one would crop away too
 much of it, it fits none, is left out, counted and named. `BucketOrder` gives every batch one bucket, each as often as
-it has pictures. Nothing is decoded here: sizes come from the pictures' headers. What trains on them is in
+it has pictures. Nothing is decoded here: sizes come from the pictures' headers
+(aligntok.data.picture_sizes). What trains on them is in
 aligntok.data.bucket_sources.
 """
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from aligntok.data.decoding import orientation, unreadable_because
 from aligntok.data.found import Found
-from aligntok.data.images import Entry, ImageSet
+from aligntok.data.images import ImageSet
+from aligntok.data.picture_sizes import Sizes, read_sizes
 from aligntok.data.sources import Order, generator_for
 from aligntok.errors import UserError, near_multiples
 from aligntok.runtime.world import World
@@ -38,8 +36,7 @@ LIMIT = 2.0  # the longest side over the shortest
 KEPT = 0.75  # share of a picture that a crop to its bucket has to leave
 UNFITTING, UNREADABLE = "too long or too high for any bucket", "whose size cannot be read"
 NONE = -1
-_HEAD = 1 << 16  # bytes that hold most headers
-_READERS = 8
+_TOGETHER = 1 << 16  # pictures that are compared with the table at once
 _PURPOSE = 3  # of random numbers: aligntok.data.sources.generator_for
 
 
@@ -118,9 +115,19 @@ def told_sizes(pictures: dict[Bucket, int]) -> str:
 
 def nearest_bucket(height: int, width: int, table: list[Bucket], kept: float = KEPT) -> int:
     """The number of a picture's bucket in a table, NONE where a crop would leave less of it than the share `kept`."""
-    distances = [abs(math.log(height / width / bucket.ratio)) for bucket in table]
-    number = min(range(len(table)), key=distances.__getitem__)
-    return number if distances[number] <= -math.log(kept) + 1e-9 else NONE
+    return int(nearest_buckets(torch.tensor([[height, width]]), table, kept))
+
+
+def nearest_buckets(pixels: Tensor, table: list[Bucket], kept: float = KEPT) -> Tensor:
+    """`nearest_bucket`, int64 [N], of pictures of these heights and widths [N, 2]."""
+    ratios, numbers = np.array([bucket.ratio for bucket in table]), []
+    for part in pixels.double().split(_TOGETHER):
+        height, width = part.numpy().T
+        distances = np.abs(np.log((height / width)[:, None] / ratios))
+        nearest = distances.argmin(1)
+        fits = distances[np.arange(len(nearest)), nearest] <= -math.log(kept) + 1e-9
+        numbers.append(torch.from_numpy(np.where(fits, nearest, NONE)))
+    return torch.cat(numbers)
 
 
 def assign_buckets(
@@ -129,29 +136,29 @@ def assign_buckets(
     say: Callable[[str], None],
     progress: Callable[[int, int], None] | None = None,
     kept: float = KEPT,
+    sizes: Sizes | None = None,
 ) -> Tensor:
     """The bucket of every picture, int64 [N]; NONE for those that are left out, which `say` is told of.
 
     Args:
         progress: called with (done, total) pictures.
         kept: see `nearest_bucket`.
+        sizes: of the pictures; None = they are read.
 
     Raises:
         UserError: not a single picture fits a bucket.
     """
-    found, numbers = Found(), []
-    with ThreadPoolExecutor(_READERS) as pool:
-        for entry, size in zip(images.entries, pool.map(picture_size, images.entries), strict=True):
-            if isinstance(size, str):
-                found.leave_out(UNREADABLE, f"{entry.name} ({size})")
-                numbers.append(NONE)
-            else:
-                numbers.append(nearest_bucket(*size, table, kept))
-                if numbers[-1] == NONE:
-                    found.leave_out(UNFITTING, f"{entry.name} ({size.width} x {size.height})")
-            if progress is not None:
-                progress(len(numbers), len(images))
-    buckets = torch.tensor(numbers, dtype=torch.int64)
+    sizes = read_sizes(images, progress) if sizes is None else sizes
+    readable = sizes.pixels.all(1)
+    buckets = nearest_buckets(torch.where(readable[:, None], sizes.pixels, 1), table, kept)
+    buckets[~readable] = NONE
+    found = Found()
+    for number in torch.nonzero(buckets == NONE).flatten().tolist():
+        name, (height, width) = images.entries[number].name, sizes.pixels[number].tolist()
+        if height:
+            found.leave_out(UNFITTING, f"{name} ({width} x {height})")
+        else:
+            found.leave_out(UNREADABLE, f"{name} ({sizes.reasons[number]})")
     used = int((buckets != NONE).sum())
     if not used:
         told = "; ".join(line.strip() for line in found.reasons())
@@ -160,29 +167,6 @@ def assign_buckets(
     for line in found.reasons():
         say(line)
     return buckets
-
-
-def picture_size(entry: Entry) -> Bucket | str:
-    """Height and width of a picture as it is shown, from its header; or why it has none."""
-    try:
-        with open(entry.path, "rb") as file:
-            file.seek(entry.offset)
-            head = file.read(_HEAD if entry.size is None else min(_HEAD, entry.size))
-        try:
-            return _size(head)
-        except Exception:  # a header longer than that, or none: whoever has all of it can tell
-            return _size(entry.read_bytes())
-    except Exception as error:  # Pillow's parsers raise many kinds
-        return unreadable_because(error)
-
-
-def _size(data: bytes) -> Bucket:
-    with Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        # a PNG would be decoded in search of a tag behind its pixels, where hardly any has one
-        upright = image.format == "PNG" and not any("exif" in str(key) for key in image.info)
-        turned = not upright and orientation(image) in (5, 6, 7, 8)
-        return Bucket(width, height) if turned else Bucket(height, width)
 
 
 class BucketOrder(Order):

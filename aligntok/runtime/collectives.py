@@ -85,6 +85,16 @@ def on_main(work: Callable[[], T]) -> T:
     return box[0]
 
 
+def gathered(own: T) -> list[T]:
+    """What every process hands in, in the order of their ranks."""
+    world = current()
+    if world.size == 1:
+        return [own]
+    found: list[Any] = [None] * world.size
+    dist.all_gather_object(found, own)
+    return found
+
+
 def in_turns(own: Iterator[Tensor], shapes: Iterable[tuple[int, ...]], dtype: torch.dtype) -> Iterator[Tensor]:
     """Tensors that the processes make in turns, in the first process; nothing in the others.
 

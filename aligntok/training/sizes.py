@@ -10,10 +10,14 @@ from torch import Tensor
 from aligntok.config import DataConfig, Recipe
 from aligntok.data.buckets import NONE, STEP, Bucket, Buckets, assign_buckets, bucket_table
 from aligntok.data.images import ImageSet
+from aligntok.data.picture_sizes import Sizes, read_sizes, save_sizes, saved_sizes
 from aligntok.errors import UserError, near_multiples
 from aligntok.models.tokenizer import StoredTokenizer
-from aligntok.runtime.collectives import on_main
+from aligntok.runtime.collectives import gathered, on_main
+from aligntok.runtime.world import current
 from aligntok.training.monitoring.telemetry import Telemetry
+
+KEPT_IN = "picture_sizes.safetensors"  # in OUTPUT: what a resumed run need not read again
 
 
 def refuse_buckets(data: DataConfig, trained: str) -> None:
@@ -95,8 +99,6 @@ def sort_pictures(
 ) -> tuple[Tensor, ImageSet, Buckets]:
     """The pictures that have a bucket: (their numbers in the whole set, themselves, their buckets).
 
-    The first process reads their headers, so that all agree.
-
     Args:
         images: to train on.
         numbers: of them in the whole set.
@@ -105,12 +107,21 @@ def sort_pictures(
     Raises:
         UserError: none has one.
     """
-
-    def assign() -> Tensor:
-        with telemetry.bar("sizes of pictures") as update:
-            return assign_buckets(images, table, telemetry.say, update)
-
-    found = on_main(assign)
+    found = assign_buckets(images, table, telemetry.say, sizes=_sizes(images, telemetry))
     fits = found != NONE
     kept = torch.nonzero(fits).flatten().tolist()
     return numbers[fits], images.subset(kept), Buckets(table, found[fits])
+
+
+def _sizes(images: ImageSet, telemetry: Telemetry) -> Sizes:
+    """Of all pictures: those that this run has read before, or read now, a share in every process."""
+    file, identity, world = telemetry.folder / KEPT_IN, images.identity(), current()
+    known = on_main(lambda: saved_sizes(file, identity))
+    if known is not None:
+        telemetry.say(f"sizes of {len(images):,} pictures read from {file}, where this run has kept them")
+        return known
+    share = range(world.rank * len(images) // world.size, (world.rank + 1) * len(images) // world.size)
+    with telemetry.bar("sizes of pictures") as update:
+        read = Sizes.of_parts(gathered(read_sizes(images.subset(list(share)), update)))
+    on_main(lambda: save_sizes(file, read, identity))
+    return read

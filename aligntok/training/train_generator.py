@@ -3,6 +3,7 @@
 OUTPUT/generator/config.json, model.safetensors     the averaged weights, what `aligntok sample` reads
 OUTPUT/snapshots/generator-N                        the same after N steps, with generator.snapshot_every
 OUTPUT/checkpoints/generator/step-N                 while it runs
+OUTPUT/picture_sizes.safetensors                    with data.buckets: what the pictures' headers say
 """
 
 from __future__ import annotations

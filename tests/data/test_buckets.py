@@ -15,9 +15,9 @@ from aligntok.data.buckets import (
     assign_buckets,
     bucket_table,
     nearest_bucket,
-    picture_size,
 )
 from aligntok.data.images import Entry, open_images
+from aligntok.data.picture_sizes import Sizes, picture_size, read_sizes, save_sizes, saved_sizes
 from aligntok.errors import UserError
 from aligntok.runtime.world import World
 
@@ -96,9 +96,25 @@ def test_pictures_get_buckets_from_their_headers(tmp_path):
         "  1 too long or too high for any bucket: e.png (400 x 20)",
         "  1 whose size cannot be read: f.jpg (not an image that Pillow knows)",
     ]
-    assert done == [(n, 6) for n in range(1, 7)]
+    assert done == [(6, 6)]
+    sizes = read_sizes(images)
+    parts = [read_sizes(images.subset(part)) for part in ([0, 1], [], [2, 3, 4, 5])]
+    together = Sizes.of_parts(parts)
+    assert torch.equal(together.pixels, sizes.pixels) and together.reasons == sizes.reasons
+    assert torch.equal(assign_buckets(images, table, said.append, sizes=together), buckets) and said[:3] == said[3:]
     with pytest.raises(UserError, match=r"none of the 2 images of .* fits a bucket \(1 too long"):
         assign_buckets(images.subset([4, 5]), table, said.append)
+
+
+def test_sizes_are_kept_for_the_same_set(tmp_path):
+    sizes, file = Sizes(torch.tensor([[3, 4], [0, 0]], dtype=torch.int32), {1: "gone"}), tmp_path / "a" / "sizes"
+    assert saved_sizes(file, "these") is None
+    save_sizes(file, sizes, "these")
+    found = saved_sizes(file, "these")
+    assert found is not None and torch.equal(found.pixels, sizes.pixels) and found.reasons == sizes.reasons
+    assert saved_sizes(file, "others") is None
+    file.write_bytes(file.read_bytes()[:20])
+    assert saved_sizes(file, "these") is None, "damaged: read again"
 
 
 def test_headers_in_tars_long_ones_and_files_that_are_gone(tmp_path):

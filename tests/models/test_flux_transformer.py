@@ -7,7 +7,7 @@ from torch import nn
 from aligntok.config import FluxTransformerConfig
 from aligntok.errors import UserError
 from aligntok.models.blocks import prepare, restore
-from aligntok.models.flux_transformer import FluxTransformer, axes_of, rope_pairs
+from aligntok.models.flux_transformer import GRIDS, FluxTransformer, axes_of, rope_pairs
 
 TINY = FluxTransformerConfig(width=64, heads=2, double_blocks=1, single_blocks=2, pad_to=4)
 
@@ -161,6 +161,16 @@ def test_other_grids_patches_and_dialects_run():
         assert tiny(**options)(wide, t, text, lengths).shape == wide.shape
     with pytest.raises(UserError, match="divisible by the patch size 2"):
         tiny(patch_size=2)(torch.randn(2, 4, 5, 6), t, text, lengths)
+
+
+def test_tables_of_positions_are_kept_for_the_grids_that_occur():
+    model, device = tiny(), torch.device("cpu")
+    first, second = ([model._rope(3, (height, 2), device) for height in range(1, GRIDS + 1)] for _ in range(2))
+    assert all(one[0] is two[0] for one, two in zip(first, second, strict=True))
+    model._rope(3, (1, 9), device)
+    assert len(model._ropes) == GRIDS and model._rope(3, (2, 2), device)[0] is first[1][0]
+    again = model._rope(3, (1, 2), device)
+    assert again[0] is not first[0][0] and torch.equal(again[0], first[0][0]), "the oldest was dropped"
 
 
 def test_patches_go_there_and_back():

@@ -81,6 +81,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(bench, sized, plain, mo
     resumed = interrupted(bench, "text", sized, monkeypatch)
     sound(resumed)
     assert "resumed at step 2" in resumed.said
+    assert "sizes of 17 pictures read from" in resumed.said and "buckets: shapes: 16 of 17" in resumed.said
     same(resumed, plain[0])
 
 

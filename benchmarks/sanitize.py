@@ -52,6 +52,7 @@ EXCEPTIONS: dict[str, str] = {
     "test_adapter_projection.py::test_reference_on_the_cpu_is_the_unfused_path_bit_for_bit": _DEVICES,
     "test_adapter_projection.py::test_refusals[change5-like p]": _DEVICES,
     "test_derivatives.py::test_a_transform_inside_compiled_code_sees_the_reference": _COMPILES,
+    "test_joint_attention.py::test_refusals[change11-one device]": _DEVICES,
     "test_lpips_distance.py::test_refusals[fx6-fy6-head6-one device]": _DEVICES,
     "test_qknorm_rope.py::test_refusals[change7-on cpu]": _DEVICES,
 }

@@ -19,6 +19,7 @@ the blocks of its stream in a fixed order.
 """
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -27,11 +28,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _triton
-from ._dispatch import first_derivative_only, register, select
+from ._dispatch import first_derivative_only, register, select, transformed
 from ._dtypes import check_dtype
 from ._joint_attention_kernels import _joint_dkv_kernel, _joint_dq_kernel, _joint_forward_kernel, _joint_prepare_kernel
 from ._triton import Configuration, configuration, dot_precision, launch, operator, triton, wrap_triton
-from .qknorm_attention import EPS, FLOAT32, LOG2_E, _blocks, _prepared, _rows, _unfit, _unit_stride, parts
+from .qknorm_attention import EPS, FLOAT32, LOG2_E, SHORT, _blocks, _prepared, _rows, _unfit, _unit_stride, parts
 
 # Rows (MAIN + TAIL up to, by architecture); the first that fits is taken. Chosen as those of `qknorm_attention`.
 CONFIGURATIONS: dict[str, list[tuple[int, dict[int, Configuration]]]] = {
@@ -284,7 +285,8 @@ def joint_attention(
 
     Returns:
         for each stream its results [B, N_i, H * D], contiguous, in the streams' dtype, ready for the output projection.
-        The Triton implementation differentiates once, in the streams and the weights.
+        The Triton implementation differentiates once, in the streams and the weights. The reference writes the scores
+        out up to 256 tokens and inside transforms, and leaves the choice of kernels to PyTorch beyond.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit; `implementation` is unknown or cannot run here.
@@ -295,7 +297,9 @@ def joint_attention(
     if select("joint_attention", first.device.type, implementation, unfit) == "triton":
         streams, q_weights, k_weights = list(streams), list(q_weights), list(k_weights)
         return tuple(_forward(streams, q_weights, k_weights, cos, sin, lengths, text_tokens, eps)[:-1])
-    with sdpa_kernel(SDPBackend.MATH):  # the others have neither forward mode nor second derivatives
+    # Written out it has forward mode and second derivatives, which PyTorch's kernels for longer sequences have not
+    written_out = transformed() or cos.shape[0] <= SHORT
+    with sdpa_kernel(SDPBackend.MATH) if written_out else nullcontext():
         return joint_attention_reference(
             streams, q_weights, k_weights, cos, sin, text_tokens=text_tokens, lengths=lengths, eps=eps
         )

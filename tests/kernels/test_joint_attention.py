@@ -115,6 +115,19 @@ def test_without_a_mask_it_is_qknorm_attention():
     )
 
 
+def test_a_long_reference_takes_other_kernels_and_keeps_results_gradients_and_tangents():
+    L, N = 200, 100
+    row = inputs(2, L, N, 1, 32, 2, 15, [0, 130])
+    reference = called(joint_attention, L, implementation="reference")
+    check_kernel(reference, called(joint_attention_reference, L), row, 1e-4)
+    text, *others = (one.detach() for one in row)
+    tangent = torch.func.jvp(lambda text: reference(text, *others), (text,), (torch.ones_like(text),))[1]
+    step = 1e-3 * torch.ones_like(text)
+    above, below = reference(text + step, *others), reference(text - step, *others)
+    for one, up, down in zip(tangent, above, below, strict=True):
+        torch.testing.assert_close(one, (up - down) / 2e-3, atol=2e-3, rtol=2e-2)
+
+
 @pytest.mark.parametrize("streams", [1, 2])
 def test_strided_inputs_and_gradients(streams):
     """Slices of a wider projection, whose rows begin anywhere; gradients of results that were transposed."""

@@ -4,8 +4,8 @@ public function.
 Nothing here knows of the rest of the package. Which implementation runs is decided in `_dispatch`; `aligntok
 doctor` prints the decisions with their reasons.
 
-Imports are absolute: in the root of a checkout other packages find this folder by the name `kernels` alone (transformers
-looks for one), and get the same operators then instead of a second set that nothing knows of.
+Imports are absolute: in the root of a checkout other packages find this folder by the name `kernels` alone
+(transformers looks for one), and get the same operators then instead of a second set that nothing knows of.
 """
 
 import warnings

@@ -156,6 +156,13 @@ CONFIGURATIONS: dict[str, list[tuple[int, int, dict[int, Configuration | None]]]
         (128, 256, {80: _phases((64, 32), (32, 64)), 90: _phases((64, 64), (32, 64)), 100: None}),
     ],
 }
+# With Triton 3.4, whose code of a few of them spills: instead of the rows (kernel, MAIN + TAIL, N).
+WITH_OLDEST: dict[tuple[str, int, int], dict[int, Configuration]] = {
+    ("short_forward", 64, 256): {120: _blocks(64, 32, 4)},
+    ("dkv", 64, ANY): {120: _blocks(32, 64, 4)},
+    ("dkv", 128, ANY): {86: _blocks(32, 64, 8)},
+    ("short_backward", 64, 64): {120: _phases((64, 32), (32, 64), stages=1)},
+}
 # Before this release the compiler lays q's tail out twice, and the tiles of a whole head are spilled.
 ONE_LAYOUT = (3, 8)
 # fp32 runs on the ordinary cores (tf32 on request): tiles that fit in registers, not tuned further.
@@ -170,7 +177,8 @@ def _table(kernel: str, qkv: Tensor) -> dict[int, Any]:
     width, N = sum(parts(qkv.shape[4])), qkv.shape[1]
     if qkv.dtype == torch.float32:
         return dict.fromkeys(_triton.ARCHITECTURES, FLOAT32[kernel])
-    return next(table for most, longest, table in CONFIGURATIONS[kernel] if width <= most and N <= longest)
+    row = next(row for row in CONFIGURATIONS[kernel] if width <= row[0] and N <= row[1])
+    return row[2] | WITH_OLDEST.get((kernel, *row[:2]), {}) if _triton.RELEASE == _triton.OLDEST_TRITON else row[2]
 
 
 def _configured(kernel: str, qkv: Tensor) -> Configuration:

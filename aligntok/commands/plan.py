@@ -48,6 +48,7 @@ from aligntok.training.distributed import check_accumulate
 from aligntok.training.monitoring import cost
 from aligntok.training.monitoring.cost import Cost
 from aligntok.training.monitoring.ledger.assumptions import GPUS
+from aligntok.training.sizes import check_buckets, counted_size, refuse_buckets
 from aligntok.training.train_tokenizer import STAGES, check_stage
 from aligntok.zoo.building import latent_shape as rival_shape
 from aligntok.zoo.building import rival_cost
@@ -98,6 +99,7 @@ def plan(recipe: Recipe, options: PlanConfig, parts: tuple[str, ...], update: Up
         found["parts"].setdefault(part, summary)
         found["rows"] += rows
     found["forward_flops_per_image"] = _forward(recipe, parts)
+    found["counted_size"] = counted_size(recipe.data)
     if update is not None:
         update(len(jobs), len(jobs), "")
     return found
@@ -293,7 +295,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(_memory_table(found))
     console.print(
         "Stages and rivals are counted with the adversarial loss on and frozen networks in the loop; the generator "
-        "reads cached latents. img/s and hours follow from the assumed share of the peak; nothing here was measured.",
+        "reads cached latents. img/s and hours follow from the assumed share of the peak; nothing here was measured."
+        + found["counted_size"],
         highlight=False,
     )
 
@@ -343,6 +346,10 @@ def dry_run(recipe: Recipe, parts: tuple[str, ...]) -> dict[str, Any]:
     Raises:
         UserError: whatever does not fit together.
     """
+    if "generator" in parts:
+        check_buckets(recipe)
+    else:
+        refuse_buckets(recipe.data, "a rival" if "rival" in parts else "a tokenizer")
     options = PlanConfig(gpus=[int(os.environ.get("WORLD_SIZE", "8"))])
     found = plan(recipe, options, parts)
     show(found, Console(width=200))

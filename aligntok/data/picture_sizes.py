@@ -38,7 +38,8 @@ class Sizes:
     @classmethod
     def of_parts(cls, parts: list[Sizes]) -> Sizes:
         """Of a set from those of its parts, in order."""
-        reasons, start = {}, 0
+        reasons: dict[int, str] = {}
+        start = 0
         for part in parts:
             reasons |= {start + number: reason for number, reason in part.reasons.items()}
             start += len(part.pixels)

@@ -52,6 +52,18 @@ def check_buckets(recipe: Recipe) -> None:
         )
 
 
+def counted_size(data: DataConfig) -> str:
+    """What a plan says of the sizes that it does not count; nothing where all are squares."""
+    if data.buckets == "none":
+        return ""
+    table, side = bucket_table(data.buckets, data.image_size), data.image_size
+    most = max(size.height * size.width for size in table) / side**2
+    return (
+        f" Every size of data.buckets={data.buckets} is counted as {side} x {side}; the largest has {most:.2f} times "
+        f"its pixels."
+    )
+
+
 def table_for(data: DataConfig, tokenizer: StoredTokenizer, patch_size: int) -> list[Bucket]:
     """The sizes of a run; nothing but the tokenizer has been read by then.
 

@@ -8,12 +8,13 @@ from helpers import tiny_tokenizer
 from PIL import Image, ImageDraw
 from switches import Bench, interrupted, near, same, sound
 
+from aligntok.cli import main
 from aligntok.config import DataConfig
 from aligntok.errors import UserError
 from aligntok.models.flux_transformer import FluxTransformer
 from aligntok.models.generator import Generator
 from aligntok.training.monitoring.telemetry import PartLog
-from aligntok.training.sizes import table_for
+from aligntok.training.sizes import counted_size, table_for
 
 SHAPES = [(40, 40), (90, 60), (30, 60), (44, 40)]  # width, height: squares, 48 x 32 and 32 x 64
 
@@ -157,6 +158,16 @@ def test_refused_before_anything_is_read(command, fields, message, bench, monkey
         monkeypatch.setattr(f"aligntok.{module}.open_images", opened)
     found = bench.run(command, {"data.buckets": "area"} | fields)
     assert found.status == 2 and message in found.said.splitlines()[-1], found.said
+
+
+def test_a_plan_says_what_it_counts(bench, capsys):
+    assert main(["plan", "--config=t2i_2b_512", "--parts=generator", "--gpus=8"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Every size of data.buckets=area is counted as 512 x 512; the largest has 1.01 times its pixels." in said
+    assert counted_size(DataConfig(image_size=512, buckets="short_side")).endswith("has 2.00 times its pixels.")
+    assert counted_size(DataConfig()) == ""
+    assert main(["train-tokenizer", "--config=t2i_2b_512", "--dry-run"]) == 2
+    assert "but a tokenizer trains on square crops" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_sides_have_to_be_whole_numbers_of_patches():

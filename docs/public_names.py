@@ -20,8 +20,9 @@ def lazy_names() -> dict[str, str]:
 def kernel_names() -> dict[str, str]:
     """Public names of `aligntok.kernels` and the modules of kernels/ that define them."""
     tree = ast.parse((ROOT / "kernels" / "__init__.py").read_text(encoding="utf-8"))
-    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom) and node.module]
-    return {alias.name: str(node.module) for node in imports for alias in node.names}
+    imports = [node for node in tree.body if isinstance(node, ast.ImportFrom)]
+    modules = {node: str(node.module).removeprefix("aligntok.kernels").removeprefix(".") for node in imports}
+    return {alias.name: module for node, module in modules.items() if module for alias in node.names}
 
 
 def operators() -> dict[str, list[str]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aligntok.data.text_features import report_cut
 from aligntok.errors import UserError
 from aligntok.evaluation.asked import Asked, Captions
 from aligntok.evaluation.checks import require_at_least, require_writable
@@ -67,6 +69,7 @@ def sample(
     precision = choose_precision(device)
     network, tok = Generator(generator), load_tokenizer(tokenizer).to(precision.device)
     check_pair(network, tok)
+    telemetry = Telemetry(Path(output).parent, log_every=1)
     texts = _texts(prompt, prompts)
     if texts is None and (negative or text_encoder):
         raise UserError("--negative and --text_encoder belong to captions: give --prompt or --prompts too")
@@ -75,11 +78,10 @@ def sample(
     wanted = (
         _classes(network, labels, per_class)
         if texts is None
-        else _captions(network, texts, negative, text_encoder, per_class, precision)
+        else _captions(network, texts, negative, text_encoder, per_class, precision, telemetry.say)
     )
     overrides: dict[str, Any] = {"steps": steps, "guidance": guidance, "guidance_channels": guidance_channels}
     sampler = replace(network.sampler, **{k: v for k, v in overrides.items() if v is not None})
-    telemetry = Telemetry(Path(output).parent, log_every=1)
     with telemetry.bar("sampling") as update:
         drawn = draw(network, tok, wanted.asked, sampler, precision, seed, update, size)
     write_bytes(output, pictures.grid(list(drawn.split(per_class)), [_short(name) for name in wanted.names]))
@@ -115,7 +117,13 @@ def _classes(network: Generator, labels: list[str | int] | int | str | None, per
 
 
 def _captions(
-    network: Generator, records: list[dict[str, Any]], negative: str, place: str | None, per: int, precision: Precision
+    network: Generator,
+    records: list[dict[str, Any]],
+    negative: str,
+    place: str | None,
+    per: int,
+    precision: Precision,
+    say: Callable[[str], None],
 ) -> Wanted:
     if network.text is None:
         raise UserError(
@@ -125,6 +133,8 @@ def _captions(
     own = network.text.encoder
     encoder = TextEncoder(replace(own, name=place) if place else own, precision)
     texts = [record["prompt"] for record in records]
+    cut = encoder.tokenize(texts).cut
+    report_cut([text for text, over in zip(texts, cut, strict=True) if over], len(texts), encoder, say)
     return Wanted(texts, Captions(encoder, [text for text in texts for _ in range(per)], negative), records)
 
 

@@ -94,7 +94,7 @@ def replicate(parts: Mapping[str, nn.Module]) -> nn.Module:
 def shard(parts: Mapping[str, nn.Module]) -> nn.Module:
     """`parts` behind FSDP2, every process with a share of each weight, block by block.
 
-    A part's `blocks` are gathered one at a time. What lies around them is small and stays whole between forward and
+    A part's blocks are gathered one at a time. What lies around them is small and stays whole between forward and
     backward, so that the adaptive weight can be taken at the decoder's last layer.
     """
     # FSDP2 warns of in-place changes to what a module returns as a view; ours are read only.
@@ -104,12 +104,17 @@ def shard(parts: Mapping[str, nn.Module]) -> nn.Module:
     mesh = init_device_mesh(kind, (current().size,))
     for part in parts.values():
         part.to(memory_format=torch.contiguous_format)  # FSDP2 takes no other layout
-        blocks: Iterable[nn.Module] = getattr(part, "blocks", ())
-        for block in blocks:
+        for block in _blocks(part):
             fully_shard(block, mesh=mesh)
         fully_shard(part, mesh=mesh, reshard_after_forward=False)
     fully_shard(trained, mesh=mesh)
     return trained
+
+
+def _blocks(part: nn.Module) -> Iterable[nn.Module]:
+    """A generator's, of every kind that it has; an encoder's."""
+    of_generator = getattr(part, "transformer_blocks", None)
+    return getattr(part, "blocks", ()) if of_generator is None else of_generator()
 
 
 def is_sharded(mode: str) -> bool:

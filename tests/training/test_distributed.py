@@ -21,6 +21,7 @@ from torch import nn
 from aligntok.config import (
     DiscriminatorConfig,
     FlowConfig,
+    FluxTransformerConfig,
     GeneratorTrainingConfig,
     LightningDiTConfig,
     LossConfig,
@@ -32,6 +33,8 @@ from aligntok.diffusion.flow import training_loss
 from aligntok.errors import UserError
 from aligntok.models.batch_norm import SynchronisedBatchNorm
 from aligntok.models.discriminator import PatchDiscriminator
+from aligntok.models.dit_dh import DiTDH
+from aligntok.models.flux_transformer import FluxTransformer
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.runtime.devices import choose_precision
 from aligntok.runtime.world import Place, World
@@ -59,6 +62,25 @@ def records(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
     found = {(r.pop("part"), r.pop("step")): r for r in lines}
     assert len(found) == len(lines), "a step was recorded twice"
     return {key: {k: v for k, v in r.items() if k not in MACHINE_VALUES} for key, r in found.items()}
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: FluxTransformer(FluxTransformerConfig(32, 2, 2, 3), 4, (4, 4), 8),
+        lambda: DiTDH(LightningDiTConfig("custom", 2, 32, 2, classes=3, head_depth=2, head_heads=2), 4, (4, 4)),
+    ],
+)
+def test_fsdp_gathers_one_block_at_a_time(build, monkeypatch):
+    """Blocks of every kind are units of their own, shared out before what is around them."""
+    units = []
+    monkeypatch.setattr(distributed, "init_device_mesh", lambda *_: None)
+    monkeypatch.setattr(distributed, "fully_shard", lambda module, **_: units.append(module))
+    with torch.device("meta"):
+        model = build()
+    distributed.shard({"model": model})
+    blocks = list(model.transformer_blocks())
+    assert len(blocks) >= 4 and units[: len(blocks)] == blocks and units[len(blocks)] is model
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,14 @@ def test_sampling_by_prompt(trained, bench, tmp_path, capsys):
     assert "4 pictures" in capsys.readouterr().err
 
 
+def test_long_prompts_are_named_and_other_scripts_are_drawn(trained, bench, tmp_path, capsys):
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red cat on the mat under the sky\n\n赤い猫\nكلب أزرق\n🦊\n", encoding="utf-8")
+    assert sample(bench, trained, f"--prompts={prompts}", f"--output={tmp_path / 'a.png'}", "--per_class=1") == 0
+    said = capsys.readouterr().err
+    assert "1 of 4 captions have more than 8 tokens and are cut: 'a red cat on the mat" in said and "4 pictures" in said
+
+
 def test_prompts_decide_and_guidance_leads_away_from_the_negative(trained, bench):
     generator, tokenizer = Generator(trained), load_tokenizer(bench.tokenizer)
     encoder = TextEncoder(generator.text.encoder, FP32)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from aligntok.config import PerceptualConfig, Recipe, SemanticConfig
+from aligntok.data.captions import read_captions
 from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import load_center_crops, open_images, told_before
 from aligntok.diffusion.sampler import check_sampler
@@ -28,7 +29,7 @@ from aligntok.evaluation.features import EfficientNetLite0
 from aligntok.evaluation.generation import Reference, draw, evaluate_generation
 from aligntok.evaluation.probe import FOLDS, can_be_probed
 from aligntok.evaluation.tokenizer import encode_all, encoder_probe, evaluate_probe, evaluate_reconstruction
-from aligntok.evaluation.words import Words
+from aligntok.evaluation.words import Words, check_distinct
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.generator import Generator
 from aligntok.models.tokenizer import AlignTok, load_tokenizer
@@ -92,6 +93,10 @@ def check_evaluation(recipe: Recipe, training: TokenizerTraining) -> None:
         )
     sampler = replace(recipe.generator.sampler, guidance=recipe.evaluation.guidance)
     check_sampler(sampler, recipe.tokenizer.model.adapter.latent_channels)
+    if recipe.generator.condition == "text":
+        images = open_images(recipe.data.path, recipe.data.max_images, say=told_before)
+        read = read_captions(images, recipe.data.captions, say=told_before)
+        check_distinct([texts[0] for texts in read.texts if texts])
 
 
 def overview(results: Results, classes: list[str]) -> bytes:
@@ -139,7 +144,8 @@ def evaluate(
     size, precision, results = recipe.data.image_size, training.precision, Results()
     held_out, _ = load_center_crops(training.held_out if len(training.held_out) else training.images, size)
     images = open_images(recipe.data.path, recipe.data.max_images, say=told_before)
-    everything, labels = load_center_crops(images, size)
+    words = None if generator.text is None else Words(images, recipe, precision)
+    everything, labels = load_center_crops(images, size) if words is None else (words.crops, words.labels)
     training.images.skipped.update(images.skipped)  # a run that had finished its training before read none of them
     probing = can_be_probed(labels)
     if not probing and len(images.classes) > 1:
@@ -168,7 +174,6 @@ def evaluate(
     with torch.no_grad():
         tokens = original.encoder(results.pictures["originals"].to(precision.device))
     results.pictures["encoder_tokens"] = tokens.float().cpu()
-    words = None if generator.text is None else Words(images, recipe, precision)
     reference = Reference.of(everything, labels, extractor, words)
     generation = _generation(generator, reference, words, recipe, extractor, training, results, telemetry)
     protocols["generation"] = generation.pop("protocol")

@@ -114,7 +114,10 @@ class Bench:
         images = open_images(data.path, data.max_images, say=told_before)
         self.words = Words(images, recipe, precision) if recipe.generator.condition == "text" else None
         self.held_out, _ = load_center_crops(images.split(data.held_out)[1], data.image_size)
-        self.images, self.labels = load_center_crops(images, data.image_size)
+        if self.words is None:
+            self.images, self.labels = load_center_crops(images, data.image_size)
+        else:
+            self.images, self.labels = self.words.crops, self.words.labels
         if samples > len(self.images) // 3:
             raise UserError(
                 f"samples is {samples}: expected at most {len(self.images) // 3}, a third of the pictures, since as "

@@ -16,7 +16,7 @@ from aligntok.data.text_features import report_cut
 from aligntok.errors import UserError
 from aligntok.evaluation.asked import Asked, Captions
 from aligntok.evaluation.checks import require_at_least, require_writable
-from aligntok.evaluation.generation import check_pair, describe, draw
+from aligntok.evaluation.generation import check_pair, describe, stream_draw
 from aligntok.evaluation.prompts import read_prompts
 from aligntok.models.generator import Generator
 from aligntok.models.text_encoder import TextEncoder
@@ -28,6 +28,7 @@ from aligntok.training.monitoring.telemetry import Telemetry
 
 PROMPTS = "prompts.jsonl"  # beside single pictures: which belong to which prompt (aligntok evaluate text-to-image)
 SHOWN = 60  # characters of a prompt beside its pictures
+ROWS = 100  # classes or prompts on the sheet where every picture has a file of its own
 
 
 @dataclass(frozen=True)
@@ -66,15 +67,15 @@ def sample(
             f"--separate true writes single pictures into the folder {folder}, which is a file: give --output a name "
             "that ends in .png, and that no file has without it"
         )
-    precision = choose_precision(device)
-    network, tok = Generator(generator), load_tokenizer(tokenizer).to(precision.device)
-    check_pair(network, tok)
-    telemetry = Telemetry(Path(output).parent, log_every=1)
     texts = _texts(prompt, prompts)
     if texts is None and (negative or text_encoder):
         raise UserError("--negative and --text_encoder belong to captions: give --prompt or --prompts too")
     if texts is not None and labels not in (None, []):
         raise UserError("--labels and --prompt were both given: a generator draws classes or captions")
+    precision = choose_precision(device)
+    network, tok = Generator(generator), load_tokenizer(tokenizer).to(precision.device)
+    check_pair(network, tok)
+    telemetry = Telemetry(Path(output).parent, log_every=1)
     wanted = (
         _classes(network, labels, per_class)
         if texts is None
@@ -82,13 +83,23 @@ def sample(
     )
     overrides: dict[str, Any] = {"steps": steps, "guidance": guidance, "guidance_channels": guidance_channels}
     sampler = replace(network.sampler, **{k: v for k, v in overrides.items() if v is not None})
+    each = Files(folder, wanted, per_class) if separate else None
+    names = wanted.names if each is None else wanted.names[:ROWS]
+    shown: list[Tensor] = []
+    done, count = 0, len(wanted.asked)
     with telemetry.bar("sampling") as update:
-        drawn = draw(network, tok, wanted.asked, sampler, precision, seed, update, size)
-    write_bytes(output, pictures.grid(list(drawn.split(per_class)), [_short(name) for name in wanted.names]))
-    if separate:
-        _write_each(folder, drawn, wanted, per_class)
-        telemetry.say(f"{len(drawn)} pictures in {folder}")
-    telemetry.say(f"{output}: {len(drawn)} pictures; {describe(sampler)}, seed {seed}")
+        for images in stream_draw(network, tok, wanted.asked, sampler, precision, seed, size=size):
+            if each is not None:
+                each.write(images)
+            shown += images[: len(names) * per_class - done] if done < len(names) * per_class else []
+            done += len(images)
+            update(done, count)
+    if each is not None:
+        each.finish()
+        telemetry.say(f"{count} pictures in {folder}")
+    write_bytes(output, pictures.grid(list(torch.stack(shown).split(per_class)), [_short(name) for name in names]))
+    told = f"{count} pictures" if len(shown) == count else f"the first {len(shown)} of {count} pictures"
+    telemetry.say(f"{output}: {told}; {describe(sampler)}, seed {seed}")
 
 
 def _texts(prompt: list[str] | str | None, prompts: str | None) -> list[dict[str, Any]] | None:
@@ -157,21 +168,36 @@ def class_numbers(labels: list[str | int] | int | str | None, classes: list[str]
     return numbers
 
 
-def _write_each(folder: Path, drawn: Tensor, wanted: Wanted, per: int) -> None:
-    """Every picture as its own file: CLASS-0000.png, or 00000-0.png with a list of prompts beside them."""
-    written: Counter[str] = Counter()  # by class: one that is named twice has twice as many pictures
-    lines = []
-    for number, (name, images) in enumerate(zip(wanted.names, drawn.split(per), strict=True)):
-        files = []
-        for index, image in enumerate(images):
-            file = f"{number:05d}-{index}.png" if wanted.records else f"{name}-{written[name]:04d}.png"
-            written[name] += 1
-            write_bytes(folder / file, pictures.strip(image[None], gap=0))
-            files.append(file)
-        if wanted.records:
-            lines.append(json.dumps(wanted.records[number] | {"pictures": files}, ensure_ascii=False))
-    if lines:
-        write_bytes(folder / PROMPTS, ("\n".join(lines) + "\n").encode())
+class Files:
+    """Every picture as its own file, as it is drawn: CLASS-0000.png, or 00000-0.png with a list of prompts beside them.
+
+    The list comes last: a folder without one is unfinished.
+    """
+
+    def __init__(self, folder: Path, wanted: Wanted, per: int) -> None:
+        self.folder, self.wanted, self.per = folder, wanted, per
+        self.written: Counter[str] = Counter()  # by class: one that is named twice has twice as many pictures
+        self.files: list[str] = []
+        (folder / PROMPTS).unlink(missing_ok=True)
+
+    def write(self, images: Tensor) -> None:
+        """The next pictures."""
+        for image in images:
+            number, index = divmod(len(self.files), self.per)
+            name = self.wanted.names[number]
+            file = f"{number:05d}-{index}.png" if self.wanted.records else f"{name}-{self.written[name]:04d}.png"
+            self.written[name] += 1
+            write_bytes(self.folder / file, pictures.strip(image[None], gap=0))
+            self.files.append(file)
+
+    def finish(self) -> None:
+        """Write the list of prompts, where there are any."""
+        lines = [
+            json.dumps(record | {"pictures": self.files[self.per * i : self.per * (i + 1)]}, ensure_ascii=False)
+            for i, record in enumerate(self.wanted.records)
+        ]
+        if lines:
+            write_bytes(self.folder / PROMPTS, ("\n".join(lines) + "\n").encode())
 
 
 def _short(name: str) -> str:

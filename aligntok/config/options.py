@@ -29,7 +29,8 @@ class SampleConfig:
         guidance: classifier-free guidance scale, 1 = none; null = the generator's own setting.
         guidance_channels: null = all, 3 = the first three (the reference code's way).
         seed: of the noise.
-        separate: also write every picture as its own file; of captions with a list of them, prompts.jsonl.
+        separate: also write every picture as its own file, as it is drawn; of captions with a list of them at the end,
+            prompts.jsonl. The grid then has the first 100 classes or captions.
         device: auto, cpu, cuda or cuda:N.
     """
 

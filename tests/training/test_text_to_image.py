@@ -10,6 +10,7 @@ from switches import Bench, interrupted, same, sound
 from text_encoders import write_encoder
 
 from aligntok.cli import main
+from aligntok.commands import sample as sample_command
 from aligntok.config import SamplerConfig, TextEncoderConfig
 from aligntok.evaluation.asked import Captions
 from aligntok.evaluation.generation import draw
@@ -123,6 +124,34 @@ def test_sampling_by_prompt(trained, bench, tmp_path, capsys):
     wide = ["--prompt=[a red cat, the sky]", f"--output={tmp_path / 'b.png'}", "--per_class=1", "--size=[32, 48]"]
     assert sample(bench, trained, *wide) == 0 and Image.open(tmp_path / "b.png").size[0] > 2 * 48
     assert "4 pictures" in capsys.readouterr().err
+
+
+def test_pictures_are_written_as_they_are_drawn(trained, bench, tmp_path, capsys, monkeypatch):
+    """Of many prompts a batch is held, the sheet has the first ones, and their list comes last."""
+    prompts, output = tmp_path / "prompts.txt", tmp_path / "a.png"
+    prompts.write_text("a red cat\na blue dog\nthe sky\nthe mat\n")
+    options = [f"--prompts={prompts}", f"--output={output}", "--per_class=2", "--separate=true"]
+    assert sample(bench, trained, *options) == 0
+    whole = {file.name: file.read_bytes() for file in (tmp_path / "a").iterdir()}
+    assert len(whole) == 9 and "a.png: 8 pictures" in capsys.readouterr().err
+    everything = Image.open(output).size
+    monkeypatch.setattr("aligntok.commands.sample.ROWS", 3)
+    monkeypatch.setattr("aligntok.evaluation.generation.SAMPLING_BATCH", 5)
+    drawn, there = sample_command.stream_draw, []
+
+    def watched(*arguments, **named):
+        for images in drawn(*arguments, **named):
+            yield images
+            there.append({file.name for file in (tmp_path / "a").iterdir() if file.stat().st_mtime_ns > start})
+
+    monkeypatch.setattr(sample_command, "stream_draw", watched)
+    start = max(file.stat().st_mtime_ns for file in (tmp_path / "a").iterdir())
+    assert sample(bench, trained, *options) == 0
+    assert [len(files) for files in there] == [5, 8] and all("prompts.jsonl" not in files for files in there)
+    assert {file.name for file in (tmp_path / "a").iterdir()} == set(whole)
+    assert (tmp_path / "a" / "prompts.jsonl").read_bytes() == whole["prompts.jsonl"]
+    assert "a.png: the first 6 of 8 pictures" in capsys.readouterr().err
+    assert Image.open(output).size[1] < everything[1]
 
 
 def test_long_prompts_are_named_and_other_scripts_are_drawn(trained, bench, tmp_path, capsys):

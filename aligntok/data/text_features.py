@@ -20,6 +20,7 @@ from aligntok.errors import UserError
 Progress = Callable[[int, int], None]
 Say = Callable[[str], None]
 BATCH = 64
+_TOKENIZED = 4096  # captions at once, after which it is known whether all will fit
 _NAMED, _LETTERS = 3, 40  # captions in a message, and how much of each
 
 
@@ -147,17 +148,24 @@ def encode_captions(
         UserError: they would take more, or are not finite.
     """
     number = {text: i for i, text in enumerate(dict.fromkeys(["", *captions.flat()]))}
-    tokens = encoder.tokenize(list(number))
-    report_cut([text for text, cut in zip(number, tokens.cut, strict=True) if cut], len(number) - 1, encoder, say)
-    offsets = torch.tensor([0, *map(len, tokens.ids)]).cumsum(0)
-    gib = int(offsets[-1]) * encoder.width * 2 / 2**30
-    if gib > limit_gib:
-        raise UserError(
-            f"the features of {captions.count:,} captions take {gib:.2f} GiB, more than data.memory_limit_gib "
-            f"({limit_gib:g}): cache them with: {command}, and name its folder as generator.text.features"
-        )
-    values = torch.empty(int(offsets[-1]), encoder.width, dtype=torch.bfloat16)
-    for place, features in encode_ragged(encoder, tokens.ids, batch_size, progress):
+    texts, ids, long, total = list(number), list[list[int]](), list[str](), 0
+    for start in range(0, len(texts), _TOKENIZED):
+        part = texts[start : start + _TOKENIZED]
+        tokens = encoder.tokenize(part)
+        ids += tokens.ids
+        long += [text for text, cut in zip(part, tokens.cut, strict=True) if cut]
+        total += sum(map(len, tokens.ids))
+        gib = total * encoder.width * 2 / 2**30
+        if gib > limit_gib:
+            raise UserError(
+                f"the features of {captions.count:,} captions take {gib * len(texts) / len(ids):.2f} GiB, more than "
+                f"data.memory_limit_gib ({limit_gib:g}): cache them with: {command}, and name its folder as "
+                "generator.text.features"
+            )
+    report_cut(long, len(texts) - 1, encoder, say)
+    offsets = torch.tensor([0, *map(len, ids)]).cumsum(0)
+    values = torch.empty(total, encoder.width, dtype=torch.bfloat16)
+    for place, features in encode_ragged(encoder, ids, batch_size, progress):
         values[offsets[place] : offsets[place + 1]] = features
     which = torch.tensor([number[text] for text in captions.flat()], dtype=torch.int64)
     made = fingerprint_of(encoder.fingerprint(), captions.fingerprint())

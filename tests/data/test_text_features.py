@@ -79,6 +79,21 @@ def test_more_than_the_limit_is_refused_before_anything_is_encoded():
     assert encoder.encoded == []
 
 
+def test_captions_are_tokenized_in_parts_until_they_are_too_many(table, monkeypatch):
+    monkeypatch.setattr("aligntok.data.text_features._TOKENIZED", 2)
+    encoder, asked = WordEncoder(), []
+    tokenize = encoder.tokenize
+    monkeypatch.setattr(encoder, "tokenize", lambda captions: asked.append(len(captions)) or tokenize(captions))
+    found = encode_captions(Captions(TEXTS, ""), encoder)
+    assert found.values.equal(table.values) and found.offsets.equal(table.offsets)
+    distinct, least = sum(asked), 3 * 8 * 2 / 2**30  # the first two, "" and one of two words or more, take 4 tokens
+    assert max(asked) == 2 and len(asked) > 2
+    asked.clear()
+    with pytest.raises(UserError, match=r"more than data\.memory_limit_gib"):
+        encode_captions(Captions(TEXTS, ""), encoder, limit_gib=least)
+    assert sum(asked) < distinct
+
+
 def test_features_that_are_not_finite_are_refused(encoder, monkeypatch):
     monkeypatch.setattr(encoder, "encode_ids", lambda ids: (torch.full((7, 6, 8), torch.nan), torch.full((7,), 6)))
     with pytest.raises(UserError, match="features of words are not finite"):

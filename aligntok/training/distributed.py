@@ -133,9 +133,18 @@ def complete(value: Tensor) -> Tensor:
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
-def gather(module: nn.Module) -> dict[str, Tensor]:
-    """The module's state with whole tensors on the CPU, in every process."""
-    return {name: complete(value.detach()).cpu() for name, value in module.state_dict().items()}
+def gather(module: nn.Module, everywhere: bool = True) -> dict[str, Tensor]:
+    """The module's state with whole tensors on the CPU; every process has to ask.
+
+    Args:
+        everywhere: False = the first process alone has it, and the others nothing: the host's memory holds it once.
+    """
+    state: dict[str, Tensor] = {}
+    for name, value in module.state_dict().items():
+        whole = complete(value.detach())
+        if everywhere or current().main:
+            state[name] = whole.cpu()
+    return state
 
 
 def gradients(phase: Phase, batch: Batch) -> tuple[Tensor, Values]:

@@ -76,7 +76,7 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
 
     def keep(place: Path) -> None:
         """Write the averaged weights as a generator."""
-        weights = distributed.gather(objective.ema.module)
+        weights = distributed.gather(objective.ema.module, everywhere=False)
         on_main(lambda: save_generator(place, model, weights, config.sampler, inputs.classes, belongs, made_by))
 
     def snapshot(done: int) -> None:

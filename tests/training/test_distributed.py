@@ -64,6 +64,13 @@ def records(folder: Path) -> dict[tuple[str, int], dict[str, float]]:
     return {key: {k: v for k, v in r.items() if k not in MACHINE_VALUES} for key, r in found.items()}
 
 
+@pytest.mark.parametrize(("rank", "names"), [(0, {"weight", "bias"}), (1, set())])
+def test_weights_to_be_written_are_gathered_in_the_first_process_alone(rank, names, monkeypatch):
+    monkeypatch.setattr(distributed, "current", lambda: World(rank, 2))
+    assert set(distributed.gather(nn.Linear(2, 3), everywhere=False)) == names
+    assert set(distributed.gather(nn.Linear(2, 3))) == {"weight", "bias"}
+
+
 @pytest.mark.parametrize(
     "build",
     [

@@ -7,9 +7,8 @@ A bucket is a size (height, width) whose sides are multiples of 16 and whose rat
 
 A picture goes to the bucket whose ratio is nearest to its own by |log(r / r')|; where even that one would crop away too
 much of it, it fits none, is left out, counted and named. `BucketOrder` gives every batch one bucket, each as often as
-it has pictures. Nothing is decoded here: sizes come from the pictures' headers
-(aligntok.data.picture_sizes). What trains on them is in
-aligntok.data.bucket_sources.
+it has pictures. Nothing is decoded here: sizes come from the pictures' headers (aligntok.data.picture_sizes). What
+trains on them is in aligntok.data.bucket_sources.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def bucket_table(mode: BucketMode, size: int, step: int | None = None) -> list[B
         UserError: another mode, or sides that are no multiples of 16.
     """
     if mode not in ("area", "short_side"):
-        raise UserError(f"bucket_mode is {mode!r}, expected area or short_side")
+        raise UserError(f"data.buckets is {mode!r}, expected area or short_side")
     parts = 256 / STEP if mode == "area" else 4
     step = max(STEP, round(size / parts / STEP) * STEP) if step is None else step
     for name, value in (("size", size), ("step", step)):

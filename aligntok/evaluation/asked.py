@@ -54,7 +54,10 @@ def check_asked(generator: Generator, asked: Asked) -> None:
     """
     if isinstance(asked, Tensor):
         if generator.text is not None:
-            raise UserError("this generator draws what a caption says and knows no classes: give --prompt or --prompts")
+            raise UserError(
+                "this generator draws what a caption says and knows no classes: draw with aligntok sample --prompt or "
+                "--prompts, and measure with aligntok evaluate text-to-image"
+            )
         return
     if generator.text is None:
         raise UserError(
@@ -64,7 +67,7 @@ def check_asked(generator: Generator, asked: Asked) -> None:
     if (found := asked.encoder.fingerprint()) != generator.text.fingerprint:
         raise UserError(
             f"this generator was trained with another text encoder ({generator.text.encoder.name}, fingerprint "
-            f"{generator.text.fingerprint}; given {found}): give its own with --text-encoder"
+            f"{generator.text.fingerprint}; given {found}): give its own with --text_encoder"
         )
 
 

@@ -156,12 +156,15 @@ CONFIGURATIONS: dict[str, list[tuple[int, int, dict[int, Configuration | None]]]
         (128, 256, {80: _phases((64, 32), (32, 64)), 90: _phases((64, 64), (32, 64)), 100: None}),
     ],
 }
-# With Triton 3.4, whose code of a few of them spills: instead of the rows (kernel, MAIN + TAIL, N).
-WITH_OLDEST: dict[tuple[str, int, int], dict[int, Configuration]] = {
+# Before Triton 3.8, whose compilers' code of a few of them spills 8 to 56 bytes: instead of the rows (kernel, MAIN +
+# TAIL, N), found by compiling with 3.4 and 3.6 (docs/kernels.md).
+WITH_OLDER: dict[tuple[str, int, int], dict[int, Configuration]] = {
     ("short_forward", 64, 256): {120: _blocks(64, 32, 4)},
+    ("long_forward", 80, ANY): {100: _blocks(128, 32, 8, 2)},
     ("dkv", 64, ANY): {120: _blocks(32, 64, 4)},
     ("dkv", 128, ANY): {86: _blocks(32, 64, 8)},
-    ("short_backward", 64, 64): {120: _phases((64, 32), (32, 64), stages=1)},
+    ("short_backward", 64, 64): {86: _phases((64, 32), (32, 64), stages=1)},
+    ("short_backward", 64, 256): {80: _phases((128, 32), (32, 128), stages=1)},
 }
 # Before this release the compiler lays q's tail out twice, and the tiles of a whole head are spilled.
 ONE_LAYOUT = (3, 8)
@@ -178,7 +181,7 @@ def _table(kernel: str, qkv: Tensor) -> dict[int, Any]:
     if qkv.dtype == torch.float32:
         return dict.fromkeys(_triton.ARCHITECTURES, FLOAT32[kernel])
     row = next(row for row in CONFIGURATIONS[kernel] if width <= row[0] and N <= row[1])
-    return row[2] | WITH_OLDEST.get((kernel, *row[:2]), {}) if _triton.RELEASE == _triton.OLDEST_TRITON else row[2]
+    return row[2] | WITH_OLDER.get((kernel, *row[:2]), {}) if _triton.RELEASE < ONE_LAYOUT else row[2]
 
 
 def _configured(kernel: str, qkv: Tensor) -> Configuration:

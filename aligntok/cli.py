@@ -38,7 +38,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
 
   quickstart        the whole method at small size, on a laptop: tokenizer, generator, evaluation, a page
   train-tokenizer   a pretrained vision encoder becomes a tokenizer, in three stages
-  train-generator   LightningDiT on the latents of a trained tokenizer
+  train-generator   LightningDiT, or a FLUX-type transformer that reads captions, on the latents of a tokenizer
   cache-latents     latents of an image set, computed once: Stage 3 and the generator then need no encoder
   cache-text        features of an image set's captions, computed once, for text to image
   plan              what a recipe will take: parameters, memory per GPU, FLOPs, hours, before anything runs
@@ -71,7 +71,7 @@ command again; Ctrl-C and SIGTERM write a checkpoint first, a second one stops a
 def _quickstart(arguments: list[str]) -> None:
     text, rest = take_text(arguments)
     default = "t2i_quickstart" if text else "quickstart"
-    recipe = parse_recipe("quickstart", expand_short_options(rest), default_recipe=default)
+    recipe = parse_recipe("quickstart", expand_short_options(rest), default_recipe=default, epilog=QUICKSTART_HELP)
     from aligntok.commands.quickstart import quickstart
 
     quickstart(recipe, " ".join(["aligntok quickstart", *arguments]))
@@ -97,6 +97,11 @@ def expand_short_options(arguments: list[str]) -> list[str]:
     return expanded
 
 
+QUICKSTART_HELP = (
+    "--data FOLDER: your own pictures. --text: text to image (the recipe t2i_quickstart), with captions in files "
+    "beside the pictures or in data.captions; --text 'a green car' 'a sad cat' draws these on the page. --ablation: "
+    "also Stage 2 without its semantic loss."
+)
 DRY_RUN_HELP = (
     "--dry-run builds the full-size networks without memory, takes every phase of a step, prints the plan and ends: "
     "no data is read, no weights are downloaded, nothing is written."

@@ -83,6 +83,10 @@ def sample(
     )
     overrides: dict[str, Any] = {"steps": steps, "guidance": guidance, "guidance_channels": guidance_channels}
     sampler = replace(network.sampler, **{k: v for k, v in overrides.items() if v is not None})
+    if negative and sampler.guidance == 1.0:
+        raise UserError(
+            "--negative is what guidance leads away from, and guidance is 1, which is none: give --guidance 5"
+        )
     each = Files(folder, wanted, per_class) if separate else None
     names = wanted.names if each is None else wanted.names[:ROWS]
     shown: list[Tensor] = []

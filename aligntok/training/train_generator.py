@@ -39,6 +39,7 @@ from aligntok.training.recovery.course import course
 from aligntok.training.sizes import check_buckets
 
 PART = "generator"
+INDIFFERENT_TO_WEIGHTS = {"attention": None}  # of a network's configuration: which kernels run
 
 
 def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
@@ -135,8 +136,10 @@ def start_from(model: Network, folder: str, text: Text | None) -> None:
         UserError: no generator there, or one with another network, other channels or another text encoder.
     """
     given = Generator(folder)
+    configs = [dataclasses.asdict(network.config) | INDIFFERENT_TO_WEIGHTS for network in (given.model, model)]
+    other = [name for name in configs[0] | configs[1] if configs[0].get(name) != configs[1].get(name)]
     same = {
-        "network": (dataclasses.asdict(given.model.config), dataclasses.asdict(model.config)),
+        "network": tuple(", ".join(f"{name} {config.get(name)}" for name in other) for config in configs),
         "latent channels": (given.latent_shape[0], model.latent_channels),
         "text encoder": (given.text and given.text.fingerprint, text and text.made_by.fingerprint),
     }

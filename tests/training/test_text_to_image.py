@@ -205,13 +205,18 @@ def test_training_goes_on_from_a_generator_at_another_size(trained, bench):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"generator.text.model.single_blocks": 2}, "which has another network"),
+        ({"generator.text.model.single_blocks": 2}, "another network: single_blocks 1, expected single_blocks 2"),
         ({"generator.text.encoder.layer": 1}, "which has another text encoder"),
     ],
 )
 def test_a_start_that_does_not_fit(fields, message, trained, bench):
     found = bench.run("text", {"generator.start": str(trained)} | fields)
     assert found.status == 2 and message in found.said.splitlines()[-1]
+
+
+def test_a_start_may_run_by_other_kernels(trained, bench):
+    found = bench.run("text", {"generator.start": str(trained), "generator.text.model.attention": "sdpa"})
+    sound(found)
 
 
 def test_classes_and_captions_are_not_mixed_up(trained, bench, tmp_path, capsys):
@@ -228,6 +233,7 @@ def test_classes_and_captions_are_not_mixed_up(trained, bench, tmp_path, capsys)
         (trained, ["--prompts=none.txt"], "there is no file of prompts"),
         (classes, ["--prompt=a red cat"], "knows 2 classes (disc, square, ...) and reads no captions"),
         (classes, ["--negative=a"], "belong to captions"),
+        (trained, ["--prompt=a", "--negative=b", "--guidance=1"], "guidance is 1, which is none"),
     ]
     for generator, options, message in cases:
         assert sample(bench, generator, f"--output={tmp_path / 'x.png'}", *options) == 2

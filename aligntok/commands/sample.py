@@ -148,8 +148,9 @@ def _captions(
     own = network.text.encoder
     encoder = TextEncoder(replace(own, name=place) if place else own, precision)
     texts = [record["prompt"] for record in records]
-    cut = encoder.tokenize(texts).cut
-    report_cut([text for text, over in zip(texts, cut, strict=True) if over], len(texts), encoder, say)
+    asked = [*texts, *([negative] if negative else [])]
+    cut = encoder.tokenize(asked).cut
+    report_cut([text for text, over in zip(asked, cut, strict=True) if over], len(asked), encoder, say)
     return Wanted(texts, Captions(encoder, [text for text in texts for _ in range(per)], negative), records)
 
 

@@ -51,7 +51,8 @@ class LatentCache:
         if tokenizer_fingerprint not in (None, self.origin.tokenizer):
             raise UserError(
                 f"the latent cache {folder} was made by another tokenizer (fingerprint {self.origin.tokenizer}, "
-                f"expected {tokenizer_fingerprint}); name another folder and make one with: {self.command}"
+                f"expected {tokenizer_fingerprint}); remove it or name another folder, and make one with: "
+                f"{self.command}"
             )
         if not manifest["complete"]:
             raise UserError(f"the latent cache {folder} is unfinished; complete it with: {self.command}")
@@ -105,7 +106,8 @@ class LatentCache:
         if data.image_size != self.origin.image_size:
             raise UserError(
                 f"the latent cache {self.folder} is of {self.origin.image_size} px images, but data.image_size is "
-                f"{data.image_size}: change that, or name another folder and make a cache with: {self.command}"
+                f"{data.image_size}: change that, or remove it or name another folder, and make a cache with: "
+                f"{self.command}"
             )
         if data.flip and not self.origin.flip:
             raise UserError(
@@ -123,7 +125,7 @@ class LatentCache:
             raise UserError(
                 f"the latent cache {self.folder} was made of other images ({self.origin.image_set}, "
                 f"{self.origin.image_count} images) than those of data.path ({images.name}, {len(images)} images); "
-                f"name another folder and make one with: {self.command}"
+                f"remove it or name another folder, and make one with: {self.command}"
             )
 
     def _open(self, record: dict[str, Any]) -> dict[str, MappedTensor]:

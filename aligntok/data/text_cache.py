@@ -53,8 +53,8 @@ class TextCache:
         self.origin = origin_from(Origin, manifest)
         if encoder is not None and (difference := self.origin.differs(encoder)):
             raise UserError(
-                f"the text cache {folder} holds features {difference}: change that, or name another folder and make "
-                f"one with: {self.command}"
+                f"the text cache {folder} holds features {difference}: change that, or remove the cache or name "
+                f"another folder, and make one with: {self.command}"
             )
         if not manifest["complete"]:
             raise UserError(f"the text cache {folder} is unfinished; complete it with: {self.command}")
@@ -64,7 +64,9 @@ class TextCache:
         self._begins = np.cumsum([0] + [record["rows"] for record in manifest["shards"]])
         self.starts = self._captions_before()
         hashes = [record["sha256"] for record in manifest["shards"]]
-        self.fingerprint = hashlib.sha256(repr((self.origin, hashes)).encode()).hexdigest()[:16]
+        # Not of what is for people alone: the same cache made again, of captions that lie elsewhere now, is the same
+        told = (self.origin.encoder, self.origin.images, self.origin.tokens, hashes)
+        self.fingerprint = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     def __len__(self) -> int:
         """Captions."""
@@ -119,8 +121,8 @@ class TextCache:
             told = "" if isinstance(images, str) else f" ({images.name}, {len(images)} images)"
             raise UserError(
                 f"the text cache {self.folder} was made of other images ({self.origin.image_set}, "
-                f"{self.origin.image_count} images) than those of data.path{told}; name another folder and make one "
-                f"with: {self.command}"
+                f"{self.origin.image_count} images) than those of data.path{told}; remove it or name another "
+                f"folder, and make one with: {self.command}"
             )
 
     def _open(self, record: Record) -> dict[str, MappedTensor]:

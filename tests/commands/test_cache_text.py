@@ -262,7 +262,7 @@ def test_other_images_are_refused(cache, tmp_path):
         UserError, match=r"of other images \(pictures, 10 images\) than those of data.path \(others, 4 i"
     ):
         TextCache(cache).check_images(images)
-    with pytest.raises(UserError, match=r"than those of data\.path; name another folder"):
+    with pytest.raises(UserError, match=r"than those of data\.path; remove it or name another"):
         TextCache(cache).check_images("0123456789abcdef")
 
 

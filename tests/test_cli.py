@@ -77,7 +77,10 @@ def test_every_command_explains_itself(command, capsys):
         (["sample", "--generator", "/nowhere", "--tokenizer", "/nowhere"], "no generator at"),
         (["sample"], "generator"),
         (["reconstruct", "--tokenizer", "/nowhere"], "no tokenizer at"),
-        (["evaluate", "--tokenizer", "/nowhere"], "expected one of reconstruction, generation, probe, text-to-image, self-test"),
+        (
+            ["evaluate", "--tokenizer", "/nowhere"],
+            "expected one of reconstruction, generation, probe, text-to-image, self-test",
+        ),
         (["evaluate", "reconstruction", "--tokenizer", "/nowhere"], "no tokenizer at"),
     ],
 )

@@ -89,5 +89,5 @@ $(SANITIZABLE): $(SOURCES)
 	$(SANITIZE_PYTHON) -m venv $(SANITIZER)
 	$(SANITIZER)/bin/python -m pip --disable-pip-version-check install -c constraints.txt torch torchvision setuptools ninja
 	$(SANITIZER)/bin/python -m pip --disable-pip-version-check install -c constraints.txt --no-build-isolation -e .
-	$(SANITIZER)/bin/python -m pip --disable-pip-version-check install -c constraints.txt hypothesis pytest scipy ttsem==0.1.0
+	$(SANITIZER)/bin/python -m pip --disable-pip-version-check install -c constraints.txt hypothesis pytest scipy transformers ttsem==0.1.0
 	@touch $@

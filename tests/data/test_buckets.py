@@ -44,7 +44,7 @@ def test_the_tables_of_512():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("square", 256), "bucket_mode is 'square', expected area or short_side"),
+        (("square", 256), "data.buckets is 'square', expected area or short_side"),
         (("area", 250), "the size of buckets is 250, expected a multiple of 16: use 240 or 256"),
         (("area", 256, 8), "the step of buckets is 8, expected a multiple of 16: use 16"),
     ],

@@ -149,16 +149,15 @@ def test_a_block_that_cannot_be_compiled_is_not_run_uncompiled(monkeypatch):
 def test_every_shape_of_batches_has_graphs_of_its_own(monkeypatch):
     """PyTorch stops behind eight; blocks of one kind share a count."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    for name in ("recompile_limit", "accumulated_recompile_limit"):
-        monkeypatch.setattr(torch._dynamo.config, name, getattr(torch._dynamo.config, name))
     block, inputs = nn.Linear(4, 4), [torch.rand(2, n, 4) for n in range(2, 11)]
-    prepare([block], "none", compile=True)
-    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
-        [block(x) for x in inputs]
-    restore([block])
-    expected = [block(x) for x in inputs]
-    prepare([block], "none", compile=True, shapes=len(inputs))
-    torch.testing.assert_close([block(x) for x in inputs], expected)
+    with torch._dynamo.config.patch(recompile_limit=8, accumulated_recompile_limit=256):  # as they were, afterwards
+        prepare([block], "none", compile=True)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            [block(x) for x in inputs]
+        restore([block])
+        expected = [block(x) for x in inputs]
+        prepare([block], "none", compile=True, shapes=len(inputs))
+        torch.testing.assert_close([block(x) for x in inputs], expected)
 
 
 def test_a_copy_runs_its_own_weights_after_restore():

@@ -130,14 +130,11 @@ CASES = {
 }  # fmt: skip
 
 
-# What ttsem raises where it executes the compiled kernels: programs that write to the same place are named as such
-FAULT = getattr(sys.modules.get("ttsem.sanitize"), "KernelFault", AssertionError)
-
-
 @pytest.mark.parametrize("mistake", CASES)
 def test_a_broken_copy_is_caught_and_a_faithful_one_is_not(mistake, tmp_path):
     files, old, new, check = CASES[mistake]
     number = list(CASES).index(mistake)
     check(_copy(files, f"faithful{number}", old, old, tmp_path))
-    with pytest.raises((AssertionError, FAULT), match=r"relative error|program instances"):
+    # By number, or, where ttsem executes the compiled kernels, as two programs that write to one place
+    with pytest.raises(Exception, match=r"relative error|both touch element"):
         check(_copy(files, f"broken{number}", old, new, tmp_path))

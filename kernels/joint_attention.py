@@ -57,6 +57,16 @@ CONFIGURATIONS: dict[str, list[tuple[int, dict[int, Configuration]]]] = {
 }
 
 
+# Before Triton 3.8, whose compiler (3.6) spills 8 bytes of a few codes for sm_100: instead of the rows (kernel, MAIN +
+# TAIL).
+WITH_OLDER: dict[tuple[str, int], dict[int, Configuration]] = {
+    ("prepare", 128): {100: _rows(32, 4)},
+    ("forward", 80): {100: _blocks(128, 32, 8, 2)},
+    ("dq", 128): {100: _blocks(64, 32, 8, 2)},
+    ("dkv", 128): {100: _blocks(32, 64, 8)},
+}
+
+
 def joint_attention_reference(
     streams: Sequence[Tensor],
     q_weights: Sequence[Tensor],
@@ -96,7 +106,8 @@ def _configured(kernel: str, stream: Tensor) -> Configuration:
     if stream.dtype == torch.float32:
         table = dict.fromkeys(_triton.ARCHITECTURES, FLOAT32["long_forward" if kernel == "forward" else kernel])
     else:
-        table = next(table for most, table in CONFIGURATIONS[kernel] if width <= most)
+        most, table = next(row for row in CONFIGURATIONS[kernel] if width <= row[0])
+        table = table | WITH_OLDER.get((kernel, most), {}) if _triton.RELEASE < (3, 8) else table
     return configuration(f"joint_attention_{kernel}", table, stream.device)
 
 

@@ -32,12 +32,14 @@ from aligntok.evaluation.tokenizer import encode_all, encoder_probe, evaluate_pr
 from aligntok.evaluation.words import Words, check_distinct
 from aligntok.losses.perceptual import build_perceptual
 from aligntok.models.generator import Generator
+from aligntok.models.text_encoder import TextEncoder
 from aligntok.models.tokenizer import AlignTok, load_tokenizer
 from aligntok.report.pictures import contact_sheet
 from aligntok.report.quickstart_page import build_page
 from aligntok.runtime.clock import Clock
 from aligntok.runtime.files import write_bytes
 from aligntok.runtime.machine import processor
+from aligntok.training.generator_inputs import check_width
 from aligntok.training.monitoring.telemetry import Telemetry
 from aligntok.training.train_generator import train_generator
 from aligntok.training.train_tokenizer import STAGES, TokenizerTraining
@@ -94,6 +96,8 @@ def check_evaluation(recipe: Recipe, training: TokenizerTraining) -> None:
     sampler = replace(recipe.generator.sampler, guidance=recipe.evaluation.guidance)
     check_sampler(sampler, recipe.tokenizer.model.adapter.latent_channels)
     if recipe.generator.condition == "text":
+        encoder = recipe.generator.text.encoder
+        check_width(encoder, TextEncoder(encoder, training.precision).width)
         images = open_images(recipe.data.path, recipe.data.max_images, say=told_before)
         read = read_captions(images, recipe.data.captions, say=told_before)
         check_distinct([texts[0] for texts in read.texts if texts])

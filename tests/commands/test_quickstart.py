@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -215,6 +216,20 @@ def test_what_would_end_the_evaluation_is_said_before_training(change, message, 
     change(recipe)
     with pytest.raises(UserError, match=message):
         quickstart(recipe, "aligntok quickstart")
+    assert not list((tmp_path / "run").rglob("stage1"))
+
+
+@pytest.mark.parametrize("missing", [True, False], ids=["no transformers", "another width"])
+def test_a_text_encoder_that_does_not_serve_is_said_before_training(missing, tmp_path, monkeypatch):
+    images = caption(write_pictures(tmp_path / "pictures", 24))
+    recipe = of_text(tiny_recipe(tmp_path / "run", images), write_encoder(tmp_path / "encoder", "bert"))
+    if missing:
+        monkeypatch.setitem(sys.modules, "transformers", None)
+    else:
+        recipe.generator.text.encoder.width = 48
+    message = r"pip install 'aligntok\[t2i\]'" if missing else "generator.text.encoder.width=32"
+    with pytest.raises(UserError, match=message):
+        quickstart(recipe, "aligntok quickstart --text")
     assert not list((tmp_path / "run").rglob("stage1"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -45,8 +46,9 @@ class Condition:
     def to(self, device: torch.device | str) -> Condition:
         return Condition(*(tuple(x.to(device) for x in part) for part in (self.given, self.null)))
 
+    @cached_property
     def guided(self) -> tuple[Tensor, ...]:
-        """Both in a row, what is asked for first."""
+        """Both in a row, what is asked for first; made once for all steps of a sampler."""
         return tuple(torch.cat(pair) for pair in zip(self.given, self.null, strict=True))
 
 

@@ -47,7 +47,7 @@ def evaluate(model: Velocity, z: Tensor, t: float, condition: Condition, config:
     times = torch.full((z.shape[0],), t, device=z.device, dtype=torch.float32)
     if config.guidance == 1.0 or not low <= t <= high:
         return model(z, times, *condition.given), 1.0
-    return model(z.repeat(2, 1, 1, 1), times.repeat(2), *condition.guided()), config.guidance
+    return model(z.repeat(2, 1, 1, 1), times.repeat(2), *condition.guided), config.guidance
 
 
 @torch.no_grad()

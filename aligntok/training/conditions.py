@@ -37,11 +37,11 @@ def by_label(model: LightningDiT) -> ByLabel:
 class ByCaption:
     """Features [B, L, D] and lengths [B] of captions, with the empty string's in the place of a share of them."""
 
-    empty: Tensor  # [L, D]
+    empty: Tensor  # [L, D], where batches are
     empty_length: int
     dropout: float
 
     def __call__(self, batch: Batch, place: Place) -> tuple[Tensor, ...]:
         text, lengths = batch["text"], batch["text_lengths"]
-        nothing = (self.empty[None].to(text.device, text.dtype), lengths.new_full((1,), self.empty_length))
+        nothing = (self.empty[None].to(text.dtype), lengths.new_full((1,), self.empty_length))
         return dropped((text, lengths), nothing, self.dropout, place)

@@ -39,6 +39,9 @@ from aligntok.training.monitoring.previews import CLASSES, PER_CLASS, Shown, cap
 from aligntok.training.monitoring.telemetry import Telemetry
 from aligntok.training.sizes import sort_pictures, table_for
 
+# Of the configuration, to the course of training; see `course`. `condition` and `text`: see `decisive`
+INDIFFERENT = ("tokenizer", "sampler", "training", "latents", "snapshot_every", "start", "condition", "text")
+
 
 @dataclass
 class Text:
@@ -107,7 +110,7 @@ def _from_images(
     count = source.order.count
     if text is not None:
         source = TextBeside(source, text.features, pictures_of(source, images, numbers), training.seed)
-    told = _told(recipe.generator, images.classes, text, numbers)
+    told = _told(recipe.generator, images.classes, text, numbers, precision)
     return GeneratorInputs(source, latents, *told, images.name, count, images.identity(), text=text, sizes=sizes)
 
 
@@ -141,7 +144,7 @@ def _from_cache(
     if text is not None:
         source = TextBeside(source, text.features, None, training.seed)
     origin = cache.origin
-    told = _told(config, origin.classes, text, numbers)
+    told = _told(config, origin.classes, text, numbers, precision)
     known = (origin.image_set, len(numbers), origin.images)
     return GeneratorInputs(source, latents_in_batch, *told, *known, cache.fingerprint, text)
 
@@ -199,7 +202,7 @@ def check_width(config: TextEncoderConfig, found: int) -> None:
 
 
 def _told(
-    config: GeneratorTrainingConfig, classes: list[str], text: Text | None, numbers: Tensor
+    config: GeneratorTrainingConfig, classes: list[str], text: Text | None, numbers: Tensor, precision: Precision
 ) -> tuple[Conditioning, Shown, list[str]]:
     """What the network is told of a batch, what previews show, and the names of the classes."""
     if text is None:
@@ -208,7 +211,8 @@ def _told(
         shown = classes_shown(classes, config.model.classes)
         return ByLabel(config.model.classes, config.model.label_dropout), shown, classes
     empty, length = text.features.empty
-    return ByCaption(empty, length, config.text.dropout), _shown_captions(text, numbers), []
+    by_caption = ByCaption(empty.to(precision.device), length, config.text.dropout)
+    return by_caption, _shown_captions(text, numbers), []
 
 
 def _shown_captions(text: Text, numbers: Tensor) -> Shown:
@@ -243,7 +247,3 @@ def decisive(config: GeneratorTrainingConfig, text: Text | None) -> dict[str, ob
     kept = {key: of_text[key] for key in ("model", "dropout")}
     del values["model"]
     return values | {"condition": "text", "text": kept | {"features": text.features.fingerprint}}
-
-
-# Of the configuration, to the course of training; see `course`. `condition` and `text`: see `decisive`
-INDIFFERENT = ("tokenizer", "sampler", "training", "latents", "snapshot_every", "start", "condition", "text")

@@ -15,13 +15,14 @@ from pathlib import Path
 
 import torch
 
-from aligntok.config import Recipe
+from aligntok.config import GeneratorTrainingConfig, Recipe
 from aligntok.config.ranges import check_ranges
 from aligntok.data.buckets import Bucket, told_sizes
 from aligntok.data.frozen import FrozenNetwork
 from aligntok.diffusion.sampler import check_sampler
 from aligntok.errors import UserError
 from aligntok.models.generator import Generator, Network, network_name, network_of, save_generator
+from aligntok.models.lightning_dit import LightningDiT
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.runtime.collectives import on_main
 from aligntok.runtime.devices import choose_precision
@@ -39,7 +40,6 @@ from aligntok.training.recovery.course import course
 from aligntok.training.sizes import check_buckets
 
 PART = "generator"
-INDIFFERENT_TO_WEIGHTS = {"attention": None}  # of a network's configuration: which kernels run
 
 
 def train_generator(recipe: Recipe, telemetry: Telemetry | None = None) -> Path:
@@ -66,13 +66,14 @@ def _train(recipe: Recipe, telemetry: Telemetry) -> Path:
     precision = choose_precision(training.device, training.precision)
     tokenizer = load_tokenizer(config.tokenizer or output / "tokenizer").to(precision.device).requires_grad_(False)
     check_sampler(config.sampler, tokenizer.latent_channels)  # training does not need it, and would be in vain
+    start = None if config.start is None else open_start(config, config.start, tokenizer.latent_channels)
     inputs = generator_inputs(recipe, tokenizer, precision, telemetry)
     size = recipe.data.image_size
     grid = tokenizer.grid(torch.empty(1, 3, size, size, device="meta"))  # (h, w) of the latents
     torch.manual_seed(training.seed)
     model = network_of(config, tokenizer.latent_channels, grid)
-    if config.start is not None:
-        start_from(model, config.start, inputs.text)
+    if start is not None and config.start is not None:
+        start_from(model, start, config.start, inputs.text)
     model = model.to(precision.device)
 
     def keep(place: Path) -> None:
@@ -129,25 +130,39 @@ def _in_sizes(sizes: dict[Bucket, int] | None) -> str:
     return "" if sizes is None else f" in {told_sizes(sizes)}"
 
 
-def start_from(model: Network, folder: str, text: Text | None) -> None:
-    """Give the network the weights of a trained one; its latents may have another height and width.
+def open_start(config: GeneratorTrainingConfig, folder: str, channels: int) -> Generator:
+    """The generator that training starts from, compared as far as can be before the inputs are there.
 
     Raises:
-        UserError: no generator there, or one with another network, other channels or another text encoder.
+        UserError: no generator there, or one with another network or other channels.
     """
     given = Generator(folder)
-    configs = [dataclasses.asdict(network.config) | INDIFFERENT_TO_WEIGHTS for network in (given.model, model)]
-    other = [name for name in configs[0] | configs[1] if configs[0].get(name) != configs[1].get(name)]
-    same = {
-        "network": tuple(", ".join(f"{name} {config.get(name)}" for name in other) for config in configs),
-        "latent channels": (given.latent_shape[0], model.latent_channels),
-        "text encoder": (given.text and given.text.fingerprint, text and text.made_by.fingerprint),
-    }
-    for what, (found, expected) in same.items():
-        if found != expected:
-            raise UserError(f"generator.start is {folder}, which has another {what}: {found}, expected {expected}")
+    own = dataclasses.asdict(config.text.model if config.condition == "text" else config.model)
+    other = dataclasses.asdict(given.model.config)
+    indifferent = {"attention"} | ({"classes"} if own.get("classes", 0) is None else set())  # open: see `start_from`
+    names = [name for name in other | own if other.get(name) != own.get(name) and name not in indifferent]
+    told = [", ".join(f"{name} {values.get(name)}" for name in names) for values in (other, own)]
+    _refuse_other(folder, "network", *told)
+    _refuse_other(folder, "latent channels", given.latent_shape[0], channels)
+    return given
+
+
+def start_from(model: Network, given: Generator, folder: str, text: Text | None) -> None:
+    """Give the network the weights of `open_start`'s; its latents may have another height and width.
+
+    Raises:
+        UserError: it has another number of classes or another text encoder.
+    """
+    if isinstance(model, LightningDiT) and isinstance(given.model, LightningDiT):
+        _refuse_other(folder, "number of classes", given.model.config.classes, model.config.classes)
+    _refuse_other(folder, "text encoder", given.text and given.text.fingerprint, text and text.made_by.fingerprint)
     own = {name: value for name, value in model.state_dict().items() if name == "positions"}  # a table of its grid
     model.load_state_dict(given.model.state_dict() | own)
+
+
+def _refuse_other(folder: str, what: str, found: object, expected: object) -> None:
+    if found != expected:
+        raise UserError(f"generator.start is {folder}, which has another {what}: {found}, expected {expected}")
 
 
 def snapshot_folder(output: Path, steps: int) -> Path:

@@ -205,12 +205,31 @@ def test_training_goes_on_from_a_generator_at_another_size(trained, bench):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"generator.text.model.single_blocks": 2}, "another network: single_blocks 1, expected single_blocks 2"),
+        (
+            {"generator.text.model.single_blocks": 2, "data.captions": "not_looked_for.jsonl"},
+            "another network: single_blocks 1, expected single_blocks 2",
+        ),
+        ({"generator.condition": "class", "data.captions": "not_looked_for.jsonl"}, "which has another network: "),
         ({"generator.text.encoder.layer": 1}, "which has another text encoder"),
     ],
 )
 def test_a_start_that_does_not_fit(fields, message, trained, bench):
+    """What the configuration says is compared before any caption is read."""
     found = bench.run("text", {"generator.start": str(trained)} | fields)
+    assert found.status == 2 and message in found.said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("started", "fields", "message"),
+    [
+        ({}, {"generator.model.classes": 3}, "another network: classes 2, expected classes 3"),
+        ({}, {"generator.model.depth": 3}, "another network: depth 1, expected depth 3"),
+        ({"generator.model.classes": 3}, {}, "another number of classes: 3, expected 2"),
+    ],
+)
+def test_a_start_of_classes_that_does_not_fit(started, fields, message, bench):
+    start = bench.plain("generator", started).folder / "generator"
+    found = bench.run("generator", {"generator.start": str(start)} | fields)
     assert found.status == 2 and message in found.said.splitlines()[-1]
 
 

@@ -70,6 +70,20 @@ class Job:
     prepare: dict[str, Any] = field(default_factory=dict)
 
 
+# For `run_at_once`: `die_on(n)` has the process killed at its n-th flush of a file to the disk.
+DIES_ON_A_FLUSH = """
+from aligntok.runtime import files
+
+def die_on(number):
+    flush, flushes = files._flush, []
+    def flush_or_die(path):
+        flushes.append(path)
+        if len(flushes) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        flush(path)
+    files._flush = flush_or_die
+"""
+
 AT_ONCE = """
 import json, os, signal, sys
 from aligntok import cli

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, distributed
@@ -59,33 +58,36 @@ def cache_latents(
         telemetry = Telemetry(output, log_every=1)
         found = open_images(images, say=telemetry.say)
         origin = describe(network, found, image_size, flip, chosen.name, shard_size)
-        writer = Writer(Path(output), origin, network, found, chosen, batch_size, workers, telemetry.say)
-        manifest = make_together(writer, world, telemetry, "latents")
+        store = ShardStore(Path(output), LAYOUT, origin, telemetry.say)
+        writer = Writer(store, origin, network, found, chosen, batch_size, workers)
+        manifest = make_together(store, writer.write, writer.summary, world, telemetry, "latents")
         if manifest is not None:
             report(manifest, output, telemetry)
 
 
-class ShardWriter(Protocol):
-    """What makes the shards of a cache."""
+def make_together(
+    store: ShardStore,
+    write: Callable[[World, Progress], None],
+    summarise: Callable[[list[Record]], Record],
+    world: World,
+    telemetry: Telemetry,
+    title: str,
+) -> Record | None:
+    """Have all processes make their shards; the finished cache.json for the first of them, None for the others.
 
-    def claim(self) -> None: ...
-
-    def write(self, world: World, progress: Progress) -> None: ...
-
-    def finish(self) -> Record: ...
-
-
-def make_together(writer: ShardWriter, world: World, telemetry: Telemetry, title: str) -> Record | None:
-    """Have all processes make their shards; the finished cache.json for the first of them, None for the others."""
-    writer.claim()
+    Args:
+        write: makes a process's shards, except those that are there and sound.
+        summarise: see ShardStore.finish.
+    """
+    store.claim()
     if world.main:
         with telemetry.bar(title) as update:
-            writer.write(world, update)
+            write(world, update)
     else:
-        writer.write(world, lambda done, total: None)
+        write(world, lambda done, total: None)
     if world.size > 1:
         distributed.barrier()
-    return writer.finish() if world.main else None
+    return store.finish(summarise) if world.main else None
 
 
 def describe(
@@ -117,21 +119,13 @@ def describe(
 class Writer:
     """Makes the shards of one cache folder."""
 
-    folder: Path
+    store: ShardStore
     origin: Origin
     tokenizer: StoredTokenizer
     images: ImageSet
     precision: Precision
     batch_size: int
     workers: int
-    say: Callable[[str], None]
-
-    def __post_init__(self) -> None:
-        self.store = ShardStore(self.folder, LAYOUT, self.origin, self.say)
-
-    def claim(self) -> None:
-        """See ShardStore.claim."""
-        self.store.claim()
 
     def write(self, world: World, progress: Progress) -> None:
         """Make this process's shards, except those that are there and sound."""
@@ -147,15 +141,8 @@ class Writer:
                 progress(done, total)
             self._save(shard, parts, skipped)
 
-    def finish(self) -> Record:
-        """Put cache.json together from the records of all shards; returns it.
-
-        Raises:
-            UserError: not a single image could be read, or a shard has vanished in the meantime.
-        """
-        return self.store.finish(self._summary)
-
-    def _summary(self, records: list[Record]) -> Record:
+    def summary(self, records: list[Record]) -> Record:
+        """What cache.json says of all shards; UserError where not a single image could be read."""
         skipped = [entry for record in records for entry in record["skipped"]]
         count = sum(record["rows"] for record in records)
         if not count:

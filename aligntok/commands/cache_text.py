@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -17,7 +18,7 @@ from aligntok.config import TextEncoderConfig
 from aligntok.data.captions import Captions, read_captions
 from aligntok.data.images import ImageSet, open_images
 from aligntok.data.latent_format import images_fingerprint
-from aligntok.data.shard_store import Progress, Record, Say, ShardStore
+from aligntok.data.shard_store import Progress, Record, ShardStore
 from aligntok.data.text_features import Encoder, encode_ragged, report_cut
 from aligntok.data.text_format import LAYOUT, Origin
 from aligntok.errors import UserError
@@ -60,8 +61,9 @@ def cache_text(
         config = TextEncoderConfig(name=encoder, revision=revision, layer=layer, tokens=tokens)
         network = TextEncoder(config, chosen)
         origin = describe(config, network, found, read, shard_size)
-        writer = Writer(Path(output), origin, network, read, batch_size, telemetry.say)
-        manifest = make_together(writer, world, telemetry, "text features")
+        store = ShardStore(Path(output), LAYOUT, origin, telemetry.say)
+        writer = Writer(store, origin, network, read, batch_size)
+        manifest = make_together(store, writer.write, _summary, world, telemetry, "text features")
         if manifest is not None:
             report(manifest, network, output, telemetry)
 
@@ -92,22 +94,16 @@ def describe(
 class Writer:
     """Makes the shards of one cache folder."""
 
-    folder: Path
+    store: ShardStore
     origin: Origin
     encoder: Encoder
     captions: Captions
     batch_size: int
-    say: Say
 
     def __post_init__(self) -> None:
-        self.store = ShardStore(self.folder, LAYOUT, self.origin, self.say)
         self.texts = ["", *self.captions.flat()]
         counts = torch.tensor(list(map(len, self.captions.texts)))
         self.pictures = torch.cat([torch.tensor([-1]), torch.arange(len(counts)).repeat_interleave(counts)])
-
-    def claim(self) -> None:
-        """See ShardStore.claim."""
-        self.store.claim()
 
     def write(self, world: World, progress: Progress) -> None:
         """Make this process's shards, except those that are there and sound."""
@@ -120,10 +116,6 @@ class Writer:
 
             self._save(shard, update)
             done += len(self.origin.numbers(shard))
-
-    def finish(self) -> Record:
-        """Put cache.json together from the records of all shards; returns it."""
-        return self.store.finish(_summary)
 
     def _save(self, shard: int, progress: Progress) -> None:
         numbers = self.origin.numbers(shard)
@@ -138,7 +130,7 @@ class Writer:
             "features": features,
             "offsets": offsets,
             "picture": self.pictures[numbers.start : numbers.stop].clone(),
-            "letters": torch.tensor(list(b"".join(letters)), dtype=torch.uint8),
+            "letters": torch.from_numpy(np.frombuffer(bytearray(b"".join(letters)), np.uint8)),
             "letter_offsets": _offsets([len(text) for text in letters]),
         }
         long = [text for text, cut in zip(texts, tokens.cut, strict=True) if cut]

@@ -145,7 +145,9 @@ class ShardStore:
         if manifest is None:
             write_bytes(self.folder / MANIFEST, self._manifest(complete=False))
         else:
-            origin_from(type(self.origin), manifest).check(self.origin, self.folder)
+            found = origin_from(type(self.origin), manifest)
+            found.check(self.origin, self.folder)
+            self.origin = found  # what is for people stays as it was told first: the records of shards hash it too
 
     def missing(self, world: World, progress: Progress) -> tuple[list[int], int, int]:
         """The shards of this process that are not there, or not sound; rows done and all rows of this process."""

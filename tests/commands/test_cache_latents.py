@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import Job, places, run_at_once
+from forked import DIES_ON_A_FLUSH, Job, places, run_at_once
 from helpers import tiny_recipe, tiny_tokenizer, write_pictures
 from safetensors.torch import load_file
 
@@ -29,18 +29,12 @@ from aligntok.training.train_tokenizer import TokenizerTraining
 OPTIONS = {"image_size": 32, "flip": True, "shard_size": 6, "batch_size": 4, "workers": 0}
 OPTIONS |= {"precision": "fp32", "device": "cpu"}
 # A writer may die on its n-th flush to disk (cache.json, then each shard and its record).
-DIES = """
-from aligntok.runtime import files
+SETUP = f"""
+{DIES_ON_A_FLUSH}
 from aligntok.commands import cache_latents
 
 def prepare(dies_on):
-    flush, flushes = files._flush, []
-    def flush_or_die(path):
-        flushes.append(path)
-        if len(flushes) == dies_on:
-            os.kill(os.getpid(), signal.SIGKILL)
-        flush(path)
-    files._flush = flush_or_die
+    die_on(dies_on)
 """
 KILLS = {2: 0, 5: 1}  # flush on which a writer dies -> its finished shards
 
@@ -100,7 +94,13 @@ def processes(tmp_path_factory, tokenizer, pictures) -> tuple[Path, dict[str, in
         jobs[f"killed{kill}"] = Job(command(folder / f"killed{kill}", tokenizer, pictures), prepare={"dies_on": kill})
     for rank, place in enumerate(places(2)):
         jobs[f"rank{rank}"] = Job(command(folder / "shared", tokenizer, pictures), place, {"dies_on": None})
-    return folder, *run_at_once(jobs, DIES)
+    return folder, *run_at_once(jobs, SETUP)
+
+
+def test_images_that_lie_elsewhere_now_are_not_encoded_again(cache, tokenizer, pictures, tmp_path, capsys):
+    moved, again = shutil.copytree(pictures, tmp_path / "moved"), shutil.copytree(cache, tmp_path / "again")
+    make(again, tokenizer, moved)
+    assert contents(again) == contents(cache) and "made anew" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kill", KILLS)

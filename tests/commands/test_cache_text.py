@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked import Job, places, run_at_once
+from forked import DIES_ON_A_FLUSH, Job, places, run_at_once
 from helpers import write_pictures
 from safetensors.torch import load_file, save_file
 from text_stand_in import WordEncoder
@@ -29,20 +29,14 @@ OPTIONS = {"tokens": 6, "shard_size": 5, "batch_size": 3, "device": "cpu", "prec
 REST = {"captions": None, "revision": None, "layer": -1}
 WORDS = TextEncoderConfig(name="words", tokens=6)
 # A writer may die on its n-th flush to disk (cache.json, then each shard and its record).
-STAND_IN = """
+STAND_IN = f"""
+{DIES_ON_A_FLUSH}
 from aligntok.commands import cache_text
-from aligntok.runtime import files
 from text_stand_in import WordEncoder
 
 def prepare(dies_on):
     cache_text.TextEncoder = lambda config, precision: WordEncoder(tokens=config.tokens)
-    flush, flushes = files._flush, []
-    def flush_or_die(path):
-        flushes.append(path)
-        if len(flushes) == dies_on:
-            os.kill(os.getpid(), signal.SIGKILL)
-        flush(path)
-    files._flush = flush_or_die
+    die_on(dies_on)
 """
 KILLS = {2: 0, 5: 1}  # flush on which a writer dies -> its finished shards
 
@@ -130,6 +124,11 @@ def processes(tmp_path_factory, pictures) -> tuple[Path, dict[str, int], str]:
     for rank, place in enumerate(places(2)):
         jobs[f"rank{rank}"] = Job(command("shared"), place, {"dies_on": None})
     return folder, *run_at_once(jobs, STAND_IN)
+
+
+def test_pictures_and_an_encoder_that_lie_elsewhere_now_are_not_encoded_again(cache, copy, pictures, tmp_path, capsys):
+    make(copy, shutil.copytree(pictures, tmp_path / "moved"), encoder="/models/words")
+    assert contents(copy) == contents(cache) and "made anew" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kill", KILLS)

@@ -6,7 +6,7 @@ import torch
 
 from aligntok.config import GeneratorTrainingConfig, LightningDiTConfig, TrainingConfig
 from aligntok.kernels._triton import record_launches
-from aligntok.training.monitoring import cost
+from aligntok.training.monitoring import meta_device
 from aligntok.training.monitoring.ledger.call import Call
 from aligntok.training.monitoring.ledger.kinds import Kind
 from aligntok.training.monitoring.ledger.record import Recorder, Step, record
@@ -23,13 +23,13 @@ def small_generator() -> GeneratorTrainingConfig:
 @cache
 def recorded_step(implementation: str) -> Step:
     """A step of the small generator."""
-    build = partial(cost.build_generator, small_generator(), LATENTS, BATCH, "none")
-    return cost.count("cuda", build, lambda built: record(built, implementation, 90))
+    build = partial(meta_device.build_generator, small_generator(), LATENTS, BATCH, "none")
+    return meta_device.count("cuda", build, lambda built: record(built, implementation, 90))
 
 
 def recorded_calls(*work) -> list[Call]:
     """What functions without arguments do on the meta device; views left out."""
-    with cost.on_meta("cuda"), record_launches(90) as launches, Recorder([], launches) as recorder:
+    with meta_device.on_meta("cuda"), record_launches(90) as launches, Recorder([], launches) as recorder:
         results = [function() for function in work]
     del results
     return [call for call in recorder.calls if call.kind is not Kind.VIEW]

@@ -32,8 +32,7 @@ from aligntok.commands.plan import (
 from aligntok.config import Recipe, TrainingConfig
 from aligntok.errors import UserError
 from aligntok.runtime.files import write_bytes
-from aligntok.training.monitoring import cost
-from aligntok.training.monitoring.cost import Built
+from aligntok.training.monitoring import meta_device
 from aligntok.training.monitoring.ledger import measured, sums
 from aligntok.training.monitoring.ledger.assumptions import GPUS, Assumptions, Gpu
 from aligntok.training.monitoring.ledger.levers import levers
@@ -41,6 +40,7 @@ from aligntok.training.monitoring.ledger.measured import Measured
 from aligntok.training.monitoring.ledger.record import Step, record
 from aligntok.training.monitoring.ledger.sums import Line
 from aligntok.training.monitoring.ledger.variants import FUSED, Setting, Variant, variants
+from aligntok.training.monitoring.meta_device import Built
 
 TOP = 12  # lines that are printed without --all
 MARK = "PREDICTED"
@@ -115,14 +115,14 @@ def _ledger(recipe: Recipe, part: str, mode: str, setting: Setting) -> dict[str,
 
 def _builder(recipe: Recipe, part: str, mode: str, rows: int) -> Callable[[], Built]:
     if part == "generator":
-        return partial(cost.build_generator, generator_alone(recipe), latent_shape(recipe), rows, mode)
+        return partial(meta_device.build_generator, generator_alone(recipe), latent_shape(recipe), rows, mode)
     config, stage = stage_alone(recipe, part)
-    return partial(cost.build_stage, config, stage, recipe.data.image_size, rows, looked_up=False, mode=mode)
+    return partial(meta_device.build_stage, config, stage, recipe.data.image_size, rows, looked_up=False, mode=mode)
 
 
 def _recorded(build: Callable[[], Built], gpu: Gpu, implementation: str) -> Step:
     architecture = gpu.architecture
-    return cost.count("cuda", build, lambda built: record(built, implementation, architecture))
+    return meta_device.count("cuda", build, lambda built: record(built, implementation, architecture))
 
 
 def _variant(variant: Variant, images: int, mfu: float) -> dict[str, Any]:

@@ -19,8 +19,9 @@ from aligntok.models.generator import generator_class
 from aligntok.models.tokenizer import StoredTokenizer, load_tokenizer, tokenizer_without_weights
 from aligntok.runtime.collectives import main_first
 from aligntok.runtime.devices import Precision
-from aligntok.training.monitoring import cost
-from aligntok.training.monitoring.cost import Built, Cost, MetaPrecision
+from aligntok.training.monitoring import cost, meta_device
+from aligntok.training.monitoring.cost import Cost
+from aligntok.training.monitoring.meta_device import Built, MetaPrecision
 from aligntok.training.train_tokenizer import training_perceptual
 from aligntok.zoo.dino_discriminator import DinoDiscriminator
 from aligntok.zoo.finished import network_of
@@ -127,7 +128,7 @@ class Builder:
 def rival_cost(recipe: Recipe, micro_batch: int, checkpointing: str = "none", device_type: str = "cuda") -> Cost:
     """Cost of the first step of a rival's training; frozen networks run in the loop, as with random crops."""
     build = partial(_build, recipe, micro_batch, looked_up=False, mode=checkpointing)
-    return cost.count(device_type, build, cost.measure)
+    return meta_device.count(device_type, build, cost.measure)
 
 
 def rival_flops(recipe: Recipe, looked_up: bool, device_type: str) -> dict[int, float]:
@@ -137,12 +138,12 @@ def rival_flops(recipe: Recipe, looked_up: bool, device_type: str) -> dict[int, 
         looked_up: whether outputs of frozen networks come from a table; else they run in the loop.
     """
     rows, mode = recipe.rival.training.batch_size, recipe.rival.training.checkpointing
-    return cost.count(device_type, partial(_build, recipe, rows, looked_up, mode), cost.step_flops)
+    return meta_device.count(device_type, partial(_build, recipe, rows, looked_up, mode), cost.step_flops)
 
 
 def latent_shape(config: RivalConfig, image_size: int) -> tuple[int, int, int]:
     """(d, h, w) of a rival's latents for images of a size; UserError if it does not take them."""
-    with cost.on_meta("cpu"):
+    with meta_device.on_meta("cpu"):
         tokenizer = build_rival(config)
         check_size(image_size, tokenizer, config)
         return (tokenizer.latent_channels, *tokenizer.grid(torch.empty(1, 3, image_size, image_size)))
@@ -157,15 +158,17 @@ def check_size(size: int, tokenizer: StoredTokenizer, config: RivalConfig) -> No
 
 
 def _build(recipe: Recipe, rows: int, looked_up: bool, mode: str) -> Built:
-    """A rival's objective with a batch of `rows` images; inside `cost.on_meta`."""
-    config = replace(recipe.rival, training=cost.settings(recipe.rival.training, rows))
+    """A rival's objective with a batch of `rows` images; inside `meta_device.on_meta`."""
+    config = replace(recipe.rival, training=meta_device.settings(recipe.rival.training, rows))
     size, precision = recipe.data.image_size, MetaPrecision(config.training.precision)
-    batch = cost.make_batch(torch.empty(rows, 3, size, size), classes=recipe.generator.model.classes or 1)
-    builder = Builder(replace(recipe, rival=config), precision, cost.freezer(precision, batch if looked_up else None))
+    batch = meta_device.make_batch(torch.empty(rows, 3, size, size), classes=recipe.generator.model.classes or 1)
+    builder = Builder(
+        replace(recipe, rival=config), precision, meta_device.freezer(precision, batch if looked_up else None)
+    )
     tokenizer = build_rival(config).eval()
     check_size(size, tokenizer, config)
     objective = builder.objective(tokenizer)
-    cost.recompute(objective, precision, mode)
+    meta_device.recompute(objective, precision, mode)
     parts = dict(objective.tokenizer.named_children()) | {"discriminator": objective.discriminator}
     parts |= objective.trained | {} if looked_up else objective.trained | builder.frozen
     if isinstance(objective.discriminator, DinoDiscriminator):

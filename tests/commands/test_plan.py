@@ -31,7 +31,7 @@ from aligntok.runtime.autocast import MetaAutocast
 from aligntok.runtime.devices import choose_precision
 from aligntok.training.conditions import by_label
 from aligntok.training.generator_objective import GeneratorObjective
-from aligntok.training.monitoring import cost
+from aligntok.training.monitoring import cost, meta_device
 
 LATENTS = (8, 16, 16)
 
@@ -68,7 +68,7 @@ def test_a_generators_memory_is_what_a_cpu_allocates(precision):
     objective = GeneratorObjective(
         model, lambda b: b["latents"], by_label(model), config, choose_precision("cpu", precision)
     )
-    measured = _allocated(objective, cost.make_batch(torch.randn(8, *LATENTS), classes=5))
+    measured = _allocated(objective, meta_device.make_batch(torch.randn(8, *LATENTS), classes=5))
     assert predicted.activations + predicted.gradients == pytest.approx(measured, rel=0.1)
     assert predicted.activations > 5 * predicted.gradients, "the sizes must tell activations from gradients"
 
@@ -78,8 +78,8 @@ def test_stage_2s_memory_is_what_a_cpu_allocates(precision):
     config, stage = _stage2(precision)
     predicted = cost.tokenizer_cost(config, stage, image_size=64, micro_batch=48, device_type="cpu")
     networks = AlignTok(config.model), PatchDiscriminator(config.losses.discriminator), None, AlignTok(config.model)
-    objective = cost.stage_objective(config, stage, *networks, choose_precision("cpu", precision))
-    measured = _allocated(objective, cost.make_batch(torch.rand(48, 3, 64, 64) * 2 - 1, classes=1))
+    objective = meta_device.stage_objective(config, stage, *networks, choose_precision("cpu", precision))
+    measured = _allocated(objective, meta_device.make_batch(torch.rand(48, 3, 64, 64) * 2 - 1, classes=1))
     if precision == "bf16" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         # Convolutions of bf16 then unfold their input into a workspace, which no prediction has
         assert predicted.activations + predicted.gradients < measured
@@ -108,7 +108,7 @@ def test_flops_are_those_of_pytorchs_counter():
     )
     [phase] = objective.phases(0)
     with FlopCounterMode(display=False) as counter:
-        phase.loss(cost.make_batch(torch.randn(2, *LATENTS), classes=5))[0].backward()
+        phase.loss(meta_device.make_batch(torch.randn(2, *LATENTS), classes=5))[0].backward()
     assert counted.flops == counter.get_total_flops()
 
 

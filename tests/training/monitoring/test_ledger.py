@@ -20,7 +20,7 @@ from aligntok.config import (
     TrainingConfig,
 )
 from aligntok.kernels._triton import record_launches
-from aligntok.training.monitoring import cost
+from aligntok.training.monitoring import cost, meta_device
 from aligntok.training.monitoring.ledger import fusion, kinds, update
 from aligntok.training.monitoring.ledger.call import Call, Touch
 from aligntok.training.monitoring.ledger.kinds import Kind
@@ -57,8 +57,8 @@ def test_flops_are_those_that_the_plan_counts(implementation, steps):
 @pytest.mark.parametrize("implementation", ["reference", "auto"])
 def test_a_stages_flops_too(implementation):
     config, stage = _stage2()
-    build = partial(cost.build_stage, config, stage, 64, 4, looked_up=False, mode="none")
-    step = cost.count("cuda", build, lambda built: record(built, implementation, 90))
+    build = partial(meta_device.build_stage, config, stage, 64, 4, looked_up=False, mode="none")
+    step = meta_device.count("cuda", build, lambda built: record(built, implementation, 90))
     assert sum(call.flops for call in step.calls) == cost.tokenizer_cost(config, stage, 64, 4).flops
     assert {update.CLIP, update.ADAM, update.AVERAGE} <= {call.op for call in step.calls}
     assert sum(call.sync for call in step.calls) == 2  # two phases, one guard each
@@ -67,9 +67,9 @@ def test_a_stages_flops_too(implementation):
 
 
 def test_every_launch_of_our_operators_is_in_the_ledger(steps):
-    build = partial(cost.build_generator, small_generator(), LATENTS, BATCH, "none")
+    build = partial(meta_device.build_generator, small_generator(), LATENTS, BATCH, "none")
     with record_launches(90) as launches:
-        cost.count("cuda", build, cost.measure)
+        meta_device.count("cuda", build, cost.measure)
     own = [call for call in steps[1].calls if call.kind in kinds.OWN]
     assert sum(call.launches for call in own) == len(launches) > 10
     assert not any(call.kind in kinds.OWN for call in steps[0].calls)

@@ -23,10 +23,10 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from aligntok.kernels import use_implementation
 from aligntok.kernels._triton import Launch, record_launches
-from aligntok.training.monitoring.cost import Built
 from aligntok.training.monitoring.ledger import kinds, update
 from aligntok.training.monitoring.ledger.call import Call, Touch
 from aligntok.training.monitoring.ledger.kinds import Kind, Scope
+from aligntok.training.monitoring.meta_device import Built
 from aligntok.training.monitoring.meter import Flops, formula_of
 
 FORWARD, BACKWARD = "forward", "backward"
@@ -44,7 +44,7 @@ class Step:
 
 
 def record(built: Built, implementation: str, architecture: int) -> Step:
-    """Record the first step of an objective; inside `cost.on_meta`.
+    """Record the first step of an objective; inside `meta_device.on_meta`.
 
     Args:
         implementation: of our operators: "auto", which on a GPU is Triton, or "reference".

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from aligntok.kernels import qknorm_attention
-from aligntok.kernels.qknorm_attention import SHORT, fits_on_chip, qknorm_attention_reference
+from aligntok.kernels._qknorm_attention_configurations import SHORT, fits_on_chip
+from aligntok.kernels.qknorm_attention import qknorm_attention_reference
 from aligntok.models.attention import Rope, attention, refusal
 from aligntok.models.lightning_dit import rope_table
 from benchmarks.aot import compile_launch, launches_of

@@ -31,28 +31,29 @@ from . import _triton
 from ._dispatch import first_derivative_only, register, select, transformed
 from ._dtypes import check_dtype
 from ._joint_attention_kernels import _joint_dkv_kernel, _joint_dq_kernel, _joint_forward_kernel, _joint_prepare_kernel
+from ._qknorm_attention_configurations import FLOAT32, SHORT, parts, row_block, tiles
 from ._triton import Configuration, configuration, dot_precision, launch, operator, triton, wrap_triton
-from .qknorm_attention import EPS, FLOAT32, LOG2_E, SHORT, _blocks, _prepared, _rows, _unfit, _unit_stride, parts
+from .qknorm_attention import EPS, LOG2_E, _prepared, _unfit, _unit_stride
 
 # Rows (MAIN + TAIL up to, by architecture); the first that fits is taken. Chosen as those of `qknorm_attention`.
 CONFIGURATIONS: dict[str, list[tuple[int, dict[int, Configuration]]]] = {
-    "prepare": [(128, {80: _rows(64, 4), 90: _rows(64, 4)})],
+    "prepare": [(128, {80: row_block(64, 4), 90: row_block(64, 4)})],
     "forward": [
-        (48, {80: _blocks(64, 64, 4, 2), 90: _blocks(128, 64, 8, 2)}),
-        (80, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)}),
-        (128, {80: _blocks(128, 32, 8, 2), 90: _blocks(128, 64, 8, 2)}),
+        (48, {80: tiles(64, 64, 4, 2), 90: tiles(128, 64, 8, 2)}),
+        (80, {80: tiles(128, 64, 8, 2), 90: tiles(128, 64, 8, 2)}),
+        (128, {80: tiles(128, 32, 8, 2), 90: tiles(128, 64, 8, 2)}),
     ],
     "dq": [
-        (80, {80: _blocks(128, 32, 8, 2), 90: _blocks(128, 64, 8, 2)}),
-        (96, {80: _blocks(64, 32, 8, 2), 90: _blocks(64, 64, 8, 2)}),
-        (128, {80: _blocks(64, 64, 8, 2), 86: _blocks(64, 32, 8, 2), 90: _blocks(64, 64, 8, 2)}),
+        (80, {80: tiles(128, 32, 8, 2), 90: tiles(128, 64, 8, 2)}),
+        (96, {80: tiles(64, 32, 8, 2), 90: tiles(64, 64, 8, 2)}),
+        (128, {80: tiles(64, 64, 8, 2), 86: tiles(64, 32, 8, 2), 90: tiles(64, 64, 8, 2)}),
     ],
     "dkv": [
-        (48, {80: _blocks(32, 64, 8, 2), 90: _blocks(32, 64, 4, 2)}),
-        (64, {80: _blocks(32, 64, 4, 2), 90: _blocks(32, 64, 4, 2)}),
-        (80, {80: _blocks(16, 64, 4, 1), 90: _blocks(64, 64, 8, 2)}),
-        (96, {80: _blocks(16, 64, 8, 2), 90: _blocks(32, 64, 8, 2)}),
-        (128, {80: _blocks(32, 64, 8, 2), 90: _blocks(32, 64, 8, 2)}),
+        (48, {80: tiles(32, 64, 8, 2), 90: tiles(32, 64, 4, 2)}),
+        (64, {80: tiles(32, 64, 4, 2), 90: tiles(32, 64, 4, 2)}),
+        (80, {80: tiles(16, 64, 4, 1), 90: tiles(64, 64, 8, 2)}),
+        (96, {80: tiles(16, 64, 8, 2), 90: tiles(32, 64, 8, 2)}),
+        (128, {80: tiles(32, 64, 8, 2), 90: tiles(32, 64, 8, 2)}),
     ],
 }
 
@@ -60,10 +61,10 @@ CONFIGURATIONS: dict[str, list[tuple[int, dict[int, Configuration]]]] = {
 # Before Triton 3.8, whose compiler (3.6) spills 8 bytes of a few codes for sm_100: instead of the rows (kernel, MAIN +
 # TAIL).
 WITH_OLDER: dict[tuple[str, int], dict[int, Configuration]] = {
-    ("prepare", 128): {100: _rows(32, 4)},
-    ("forward", 80): {100: _blocks(128, 32, 8, 2)},
-    ("dq", 128): {100: _blocks(64, 32, 8, 2)},
-    ("dkv", 128): {100: _blocks(32, 64, 8)},
+    ("prepare", 128): {100: row_block(32, 4)},
+    ("forward", 80): {100: tiles(128, 32, 8, 2)},
+    ("dq", 128): {100: tiles(64, 32, 8, 2)},
+    ("dkv", 128): {100: tiles(32, 64, 8)},
 }
 
 

@@ -34,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import _triton
 from ._dispatch import first_derivative_only, register, select
 from ._dtypes import check_dtype
+from ._qknorm_attention_configurations import HEAD_WIDTHS, configured, fits_on_chip, parts, whole_head
 from ._qknorm_attention_kernels import (
     _dkv_kernel,
     _dq_kernel,
@@ -42,23 +43,10 @@ from ._qknorm_attention_kernels import (
     _short_backward_kernel,
     _short_forward_kernel,
 )
-from ._triton import Configuration, configuration, dot_precision, launch, operator, triton, wrap_triton
+from ._triton import dot_precision, launch, operator, triton, wrap_triton
 
-HEAD_WIDTHS = (32, 48, 64, 72, 96, 128)  # of the kernels; any even width works in the reference
-SHORT = 256  # tokens up to which a program owns a whole (batch, head)
-ON_CHIP = 80 * 1024  # bytes: k' and v of 256 tokens of 64 + 16 columns; tiles and scratch come on top of it
-ANY = 2**62  # tokens
 EPS = 1e-6
 LOG2_E = 1 / math.log(2)
-
-
-def parts(D: int) -> tuple[int, int]:
-    """(MAIN, TAIL): D's largest power of two, and the rest padded to a power of two >= 16 (0: no rest).
-
-    Triton's tiles have sides that are powers of two; 72 as 64 + 16 has 80 columns where one tile has 128.
-    """
-    main = 1 << (D.bit_length() - 1)
-    return main, max(16, triton.next_power_of_2(D - main)) if D > main else 0
 
 
 def qknorm_attention_reference(
@@ -87,119 +75,6 @@ def _prepared(x: Tensor, weight: Tensor | None, cos: Tensor | None, sin: Tensor 
         even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
         x = x * wide_cos + torch.stack((-odd, even), dim=-1).flatten(-2) * wide_sin
     return x.to(dtype)
-
-
-def _blocks(q: int, k: int, warps: int, stages: int = 1) -> Configuration:
-    return {"BLOCK_Q": q, "BLOCK_K": k, "num_warps": warps, "num_stages": stages}
-
-
-def _rows(block: int, warps: int) -> Configuration:
-    return {"BLOCK": block, "num_warps": warps, "num_stages": 1}
-
-
-def _phases(
-    dq: tuple[int, int], dkv: tuple[int, int], rows: int = 64, warps: int = 8, stages: int = 2
-) -> Configuration:
-    """Tiles (queries, keys) of dq and of dk and dv, and the rows that are prepared at a time."""
-    tiles = {"BLOCK": rows, "DQ_Q": dq[0], "DQ_K": dq[1], "DKV_Q": dkv[0], "DKV_K": dkv[1]}
-    return tiles | {"num_warps": warps, "num_stages": stages}
-
-
-# Rows (MAIN + TAIL up to, N up to, by architecture); the first that fits is taken. None: not in one launch, since no
-# tiles were found that leave nothing spilled. Chosen from the machine code (benchmarks.aot) of every compiler and
-# architecture in docs/kernels.md, not from timings.
-CONFIGURATIONS: dict[str, list[tuple[int, int, dict[int, Configuration | None]]]] = {
-    "short_forward": [
-        (64, 256, {80: _blocks(64, 64, 4), 90: _blocks(64, 64, 4)}),
-        (80, 256, {80: _blocks(128, 32, 8), 86: _blocks(64, 32, 4), 90: _blocks(64, 64, 4)}),
-        (128, 256, {80: _blocks(64, 64, 4), 90: _blocks(64, 64, 4)}),
-    ],
-    "prepare": [(128, ANY, {80: _rows(64, 4), 90: _rows(64, 4)})],
-    "long_forward": [
-        (80, ANY, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)}),
-        (128, ANY, {80: _blocks(128, 32, 8, 2), 90: _blocks(128, 64, 8, 2)}),
-    ],
-    "dq": [
-        (64, ANY, {80: _blocks(128, 64, 8, 2), 90: _blocks(128, 64, 8, 2)}),
-        (80, ANY, {80: _blocks(128, 32, 8, 2), 90: _blocks(128, 64, 8, 2)}),
-        (128, ANY, {80: _blocks(64, 64, 8, 2), 90: _blocks(64, 64, 8, 2)}),
-    ],
-    "dkv": [
-        (64, ANY, {80: _blocks(32, 64, 4, 2), 90: _blocks(64, 64, 4, 2)}),
-        (80, ANY, {80: _blocks(16, 64, 4, 1), 90: _blocks(64, 64, 8, 2)}),
-        (128, ANY, {80: _blocks(64, 64, 8, 2), 90: _blocks(64, 64, 8, 2)}),
-    ],
-    # Eight warps throughout; one stage where the addresses of a second would be spilled
-    "short_backward": [
-        (64, 64, {80: _phases((64, 32), (32, 64)), 90: _phases((64, 64), (64, 64))}),
-        (64, 256, {80: _phases((128, 32), (32, 128)), 90: _phases((128, 64), (64, 64))}),
-        (
-            80,
-            64,
-            {
-                80: _phases((64, 32), (16, 64)),
-                86: _phases((64, 32), (16, 64), stages=1),
-                90: _phases((64, 64), (64, 64)),
-                100: None,
-            },
-        ),
-        (
-            80,
-            256,
-            {
-                80: _phases((128, 32), (16, 128)),
-                86: _phases((128, 32), (16, 128), stages=1),
-                90: _phases((128, 32), (32, 64)),
-                100: None,
-            },
-        ),
-        (128, 256, {80: _phases((64, 32), (32, 64)), 90: _phases((64, 64), (32, 64)), 100: None}),
-    ],
-}
-# Before Triton 3.8, whose compilers' code of a few of them spills 8 to 56 bytes: instead of the rows (kernel, MAIN +
-# TAIL, N), found by compiling with 3.4 and 3.6 (docs/kernels.md).
-WITH_OLDER: dict[tuple[str, int, int], dict[int, Configuration]] = {
-    ("short_forward", 64, 256): {120: _blocks(64, 32, 4)},
-    ("long_forward", 80, ANY): {100: _blocks(128, 32, 8, 2)},
-    ("dkv", 64, ANY): {120: _blocks(32, 64, 4)},
-    ("dkv", 128, ANY): {86: _blocks(32, 64, 8)},
-    ("short_backward", 64, 64): {86: _phases((64, 32), (32, 64), stages=1)},
-    ("short_backward", 64, 256): {80: _phases((128, 32), (32, 128), stages=1)},
-}
-# Before this release the compiler lays q's tail out twice, and the tiles of a whole head are spilled.
-ONE_LAYOUT = (3, 8)
-# fp32 runs on the ordinary cores (tf32 on request): tiles that fit in registers, not tuned further.
-FLOAT32 = dict.fromkeys(CONFIGURATIONS, _blocks(32, 32, 4)) | {
-    "prepare": _rows(32, 4),
-    "short_backward": _phases((32, 32), (32, 32), 32, 4, 1),
-}
-
-
-def _table(kernel: str, qkv: Tensor) -> dict[int, Any]:
-    """The configurations of a kernel by architecture, for the number type, width and length of qkv."""
-    width, N = sum(parts(qkv.shape[4])), qkv.shape[1]
-    if qkv.dtype == torch.float32:
-        return dict.fromkeys(_triton.ARCHITECTURES, FLOAT32[kernel])
-    row = next(row for row in CONFIGURATIONS[kernel] if width <= row[0] and N <= row[1])
-    return row[2] | WITH_OLDER.get((kernel, *row[:2]), {}) if _triton.RELEASE < ONE_LAYOUT else row[2]
-
-
-def _configured(kernel: str, qkv: Tensor) -> Configuration:
-    """The pinned configuration of a kernel for qkv."""
-    return configuration(f"qknorm_attention_{kernel}", _table(kernel, qkv), qkv.device)
-
-
-def _whole_head(kernel: str, qkv: Tensor) -> bool:
-    """Whether a program of `kernel` can own a whole (batch, head) of qkv on its device, with this compiler."""
-    _, tail = parts(qkv.shape[4])
-    if qkv.shape[1] > SHORT or (tail and qkv.dtype != torch.float32 and _triton.RELEASE < ONE_LAYOUT):
-        return False
-    return _triton.pinned(_table(kernel, qkv), qkv.device) is not None
-
-
-def fits_on_chip(N: int, D: int, itemsize: int) -> bool:
-    """Whether k' and v of a head fit on the chip beside the tiles that pass by."""
-    return N <= SHORT and 2 * N * sum(parts(D)) * itemsize <= ON_CHIP
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -260,16 +135,16 @@ def _forward(
     weights = {"q_weight": q_weight, "k_weight": k_weight}
     common = _common(qkv, eps, _dense(cos), _dense(sin))
     results = {"out": out, "lse": lse, "PRECISION": dot_precision(qkv.dtype)}
-    if fits_on_chip(N, D, qkv.element_size()) and _whole_head("short_forward", qkv):
-        config = _configured("short_forward", qkv)
+    if fits_on_chip(N, D, qkv.element_size()) and whole_head("short_forward", qkv):
+        config = configured("short_forward", qkv)
         blocks = {"EVEN": N % config["BLOCK_K"] == 0, "BLOCKS": triton.cdiv(N, config["BLOCK_K"])}
         launch(wrap_triton(_short_forward_kernel), (B * H,), **common, **weights, **results, **blocks, **config)
         return out, lse
     keys = torch.empty((1, B, H, N, D), dtype=qkv.dtype, device=qkv.device)
-    config = _configured("prepare", qkv)
+    config = configured("prepare", qkv)
     grid = (B * H * triton.cdiv(N, config["BLOCK"]), 1)
     launch(wrap_triton(_prepare_kernel), grid, prepared=keys, **common, **weights, **config)
-    config = _configured("long_forward", qkv)
+    config = configured("long_forward", qkv)
     programs = B * H * triton.cdiv(N, config["BLOCK_Q"])
     inputs = {"prepared": keys, "q_weight": q_weight, "EVEN": N % config["BLOCK_K"] == 0}
     launch(wrap_triton(_long_forward_kernel), (programs,), **common, **inputs, **results, **config)
@@ -298,23 +173,23 @@ def _backward(
     dout_b, dout_n, _ = dout.stride()
     upstream = {"lse": lse, "dout": dout, "dout_b": dout_b, "dout_n": dout_n, "scale": D**-0.5}
     results = {"dqkv": dqkv, "delta": torch.empty_like(lse), "PRECISION": dot_precision(qkv.dtype)}
-    if _whole_head("short_backward", qkv):
-        config = _configured("short_backward", qkv)
+    if whole_head("short_backward", qkv):
+        config = configured("short_backward", qkv)
         dq_weight = _partials(q_weight, B * H * triton.cdiv(N, config["DQ_Q"]), qkv)
         dk_weight = _partials(q_weight, B * H * triton.cdiv(N, config["DKV_K"]), qkv)
         results |= {"dq_weight": dq_weight, "dk_weight": dk_weight}
         inputs = {**weights, "out": out, "EVEN": N % config["DQ_K"] == 0}
         launch(wrap_triton(_short_backward_kernel), (B * H,), **common, **inputs, **upstream, **results, **config)
         return dqkv, torch.stack((dq_weight.sum(0), dk_weight.sum(0)))
-    config = _configured("prepare", qkv)
+    config = configured("prepare", qkv)
     grid = (B * H * triton.cdiv(N, config["BLOCK"]), 2)
     launch(wrap_triton(_prepare_kernel), grid, **common, **weights, **config)
-    config = _configured("dq", qkv)
+    config = configured("dq", qkv)
     programs = B * H * triton.cdiv(N, config["BLOCK_Q"])
     dq_weight = _partials(q_weight, programs, qkv)
     inputs = {"q_weight": q_weight, "out": out, "EVEN": N % config["BLOCK_K"] == 0}
     launch(wrap_triton(_dq_kernel), (programs,), dweight=dq_weight, **common, **inputs, **upstream, **results, **config)
-    config = _configured("dkv", qkv)
+    config = configured("dkv", qkv)
     programs = B * H * triton.cdiv(N, config["BLOCK_K"])
     dk_weight = _partials(q_weight, programs, qkv)
     inputs = {"k_weight": k_weight, "dweight": dk_weight}

@@ -13,14 +13,13 @@ from torch import Tensor
 
 from aligntok.config import DataConfig
 from aligntok.data.buckets import Bucket, BucketOrder, Buckets
-from aligntok.data.geometry import to_unit_range
 from aligntok.data.images import ImageSet, each_crop
-from aligntok.data.sources import Batch, StreamSource, flip_images
+from aligntok.data.sources import InMemory, StreamSource
 from aligntok.runtime.world import World
 
 
-class BucketsInMemory:
-    """Crops that were decoded once and lie in memory as uint8, those of a size together.
+class BucketsInMemory(InMemory):
+    """Crops in memory, those of a size together.
 
     `index` counts the pictures that could be read, as with MemorySource.
 
@@ -33,6 +32,8 @@ class BucketsInMemory:
     Raises:
         UserError: not a single picture could be read.
     """
+
+    order: BucketOrder
 
     def __init__(
         self,
@@ -53,20 +54,8 @@ class BucketsInMemory:
         self.order = BucketOrder(self.buckets, batch_size, seed, world)
         self.sizes = sizes_of(self.order, buckets.table)
 
-    def __str__(self) -> str:
-        return "decoded once and kept in memory (centre crops within data.memory_limit_gib)"
-
-    def batch(self, step: int) -> Batch:
-        index = self.order.indices(step)
-        flip = (self.order.uniforms(step)[:, 0] < 0.5) & self.flip
-        crops = self.parts[self.order.bucket(step)][self.places[index]]
-        return {
-            "images": flip_images(to_unit_range(crops), flip),
-            "labels": self.labels[index],
-            "index": index,
-            "flip": flip,
-            "rows": self.order.rows,
-        }
+    def crops(self, step: int, index: Tensor) -> Tensor:
+        return self.parts[self.order.bucket(step)][self.places[index]]
 
 
 class BucketStream(StreamSource):

@@ -89,8 +89,34 @@ def generator_for(seed: int, purpose: int, number: int) -> torch.Generator:
     return torch.Generator().manual_seed(int(state[0]) << 31 | int(state[1]) >> 1)
 
 
-class MemorySource:
-    """Centre crops that were decoded once and lie in memory as uint8."""
+class InMemory:
+    """Crops that were decoded once and lie in memory as uint8; subclasses say where."""
+
+    order: Order
+    labels: Tensor
+    flip: bool
+
+    def __str__(self) -> str:
+        return "decoded once and kept in memory (centre crops within data.memory_limit_gib)"
+
+    def crops(self, step: int, index: Tensor) -> Tensor:
+        """Pictures `index` of a step, uint8 [B, 3, H, W]."""
+        raise NotImplementedError
+
+    def batch(self, step: int) -> Batch:
+        index = self.order.indices(step)
+        flip = (self.order.uniforms(step)[:, 0] < 0.5) & self.flip
+        return {
+            "images": flip_images(to_unit_range(self.crops(step, index)), flip),
+            "labels": self.labels[index],
+            "index": index,
+            "flip": flip,
+            "rows": self.order.rows,
+        }
+
+
+class MemorySource(InMemory):
+    """Squares in memory."""
 
     def __init__(
         self, images: Tensor, labels: Tensor, batch_size: int, seed: int, flip: bool, world: World | None = None
@@ -98,19 +124,8 @@ class MemorySource:
         self.images, self.labels, self.flip = images, labels, flip
         self.order = Order(len(images), batch_size, seed, world)
 
-    def __str__(self) -> str:
-        return "decoded once and kept in memory (centre crops within data.memory_limit_gib)"
-
-    def batch(self, step: int) -> Batch:
-        index = self.order.indices(step)
-        flip = (self.order.uniforms(step)[:, 0] < 0.5) & self.flip
-        return {
-            "images": flip_images(to_unit_range(self.images[index]), flip),
-            "labels": self.labels[index],
-            "index": index,
-            "flip": flip,
-            "rows": self.order.rows,
-        }
+    def crops(self, step: int, index: Tensor) -> Tensor:
+        return self.images[index]
 
 
 class StreamSource:

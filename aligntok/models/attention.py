@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from aligntok.errors import UserError
 from aligntok.kernels import device_type, explain, qknorm_attention, qknorm_rope, select, transformed
-from aligntok.kernels.qknorm_attention import HEAD_WIDTHS
+from aligntok.kernels._qknorm_attention_configurations import HEAD_WIDTHS
 
 BACKENDS = ("auto", "fused", "flash-attn", "xformers", "sdpa")
 # Tokens up to which PyTorch's CPU flash attention is slower than three plain calls (docs/decisions.md)

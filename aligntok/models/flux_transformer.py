@@ -21,7 +21,7 @@ the output is the velocity z_1 - z_0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -110,7 +110,7 @@ def _gelu(x: Tensor) -> Tensor:
     return F.gelu(x, approximate="tanh")
 
 
-def activation_of(config: FluxTransformerConfig):  # type: ignore[no-untyped-def]
+def activation_of(config: FluxTransformerConfig) -> Callable[[Tensor], Tensor]:
     return swiglu if config.mlp == "swiglu" else _gelu
 
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from aligntok.kernels import _dispatch, _triton
+from aligntok.kernels._qknorm_attention_configurations import ONE_LAYOUT
 from aligntok.kernels._triton import ARCHITECTURES, record_launches
-from aligntok.kernels.qknorm_attention import ONE_LAYOUT, qknorm_attention
+from aligntok.kernels.qknorm_attention import qknorm_attention
 from aligntok.models.attention import choose
 
 # What computes heads of 72 channels over 256 tokens: the launches, and the queries at a time in the forward pass

@@ -8,8 +8,9 @@ from kernel_checks import DEVICE, TOLERANCE, check_kernel, normal, outputs_and_g
 from torch import Tensor
 
 from aligntok.kernels import explain, joint_attention
+from aligntok.kernels._qknorm_attention_configurations import HEAD_WIDTHS
 from aligntok.kernels.joint_attention import joint_attention_reference
-from aligntok.kernels.qknorm_attention import HEAD_WIDTHS, qknorm_attention_reference
+from aligntok.kernels.qknorm_attention import qknorm_attention_reference
 
 # As in test_qknorm_attention.py
 LOOSE = {torch.float32: 1e-4, torch.float16: 2 * TOLERANCE[torch.float16]}

@@ -11,7 +11,8 @@ from kernel_checks import DEVICE, TOLERANCE, check_kernel, normal
 
 import aligntok.kernels
 from aligntok.kernels import explain, qknorm_attention
-from aligntok.kernels.qknorm_attention import HEAD_WIDTHS, SHORT, parts, qknorm_attention_reference
+from aligntok.kernels._qknorm_attention_configurations import HEAD_WIDTHS, SHORT, parts
+from aligntok.kernels.qknorm_attention import qknorm_attention_reference
 from aligntok.models.lightning_dit import rope_table
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from aligntok import kernels
-from aligntok.kernels.qknorm_attention import parts
+from aligntok.kernels._qknorm_attention_configurations import parts
 
 
 class Kind(enum.Enum):

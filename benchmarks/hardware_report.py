@@ -32,7 +32,7 @@ import triton
 
 from aligntok import kernels
 from aligntok.runtime.files import write_bytes
-from benchmarks import bench_qknorm_attention, cuda_report
+from benchmarks import bench_qknorm_attention, cuda_report, step_counts
 from benchmarks.aot import ARCHITECTURES, LIMITS, PASSES, compile_launch, distinct_launches
 
 RESULTS = Path(__file__).parent / "results"
@@ -208,7 +208,13 @@ def _padding_table(rows: list[dict]) -> list[str]:
 
 
 def markdown(
-    code: list[dict], traffic: list[dict], cuda: list[dict], padding: list[dict], broken: list[str], command: str
+    code: list[dict],
+    traffic: list[dict],
+    cuda: list[dict],
+    padding: list[dict],
+    counts: list[dict],
+    broken: list[str],
+    command: str,
 ) -> str:
     """The report as a page."""
     machine = f"{platform.machine()}, torch {torch.__version__}, triton {triton.__version__}"
@@ -237,6 +243,11 @@ def markdown(
         "of 128 columns, which is compiled for this comparison only. An HGMMA instruction covers more columns in the "
         "wider tile: compare HMMA.",
         "\n".join(_padding_table(padding)) if padding else "Left out.",
+        "## Launches and waits of a step",
+        "What the host launches in a step of the recipes' generators on one GPU, and how often it waits for a number "
+        "from there (`python -m benchmarks.step_counts`). A sampler's step is replayed from a CUDA graph as one launch "
+        "and `flow_step`.",
+        "\n".join(step_counts.table(counts)) if counts else "Left out.",
         "## CUDA sources",
         "\n".join(_cuda_table(cuda)) if cuda else "nvcc was not found.",
     ]
@@ -262,13 +273,14 @@ def main() -> int:
     padding = []
     if "qknorm_attention" in wanted:
         padding = [row for arch in DEVICES for row in bench_qknorm_attention.padding_comparison(arch)]
+    counts = [] if options.op else [row for name in step_counts.RECIPES for row in step_counts.rows_of(name)]
     broken = problems(code, traffic, cuda)
     chosen = ["--op", *options.op] if options.op else []
     command = " ".join(["python -m benchmarks.hardware_report", *chosen, *(["--quick"] if options.quick else [])])
     options.output.mkdir(parents=True, exist_ok=True)
-    page = markdown(code, traffic, cuda, padding, broken, command)
+    page = markdown(code, traffic, cuda, padding, counts, broken, command)
     write_bytes(options.output / "hardware_report.md", page.encode())
-    data = {"code": code, "traffic": traffic, "cuda": cuda, "padding": padding, "broken": broken}
+    data = {"code": code, "traffic": traffic, "cuda": cuda, "padding": padding, "steps": counts, "broken": broken}
     write_bytes(options.output / "hardware_report.json", json.dumps(data, indent=1).encode())
     print(f"wrote {options.output / 'hardware_report.md'}")
     print("\n".join(broken) or "no rule is broken")

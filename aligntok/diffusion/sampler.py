@@ -32,8 +32,8 @@ Progress = Callable[[int, int], None]  # (steps done, steps in all)
 
 
 def time_grid(steps: int, shift: float, end: float = 0.0) -> Tensor:
-    """Times from 1 to the shifted `end`, [steps + 1], float64."""
-    return shift_time(torch.linspace(1, end, steps + 1, dtype=torch.float64), shift)
+    """Times from 1 to the shifted `end`, [steps + 1], float64, on the host whatever the default device."""
+    return shift_time(torch.linspace(1, end, steps + 1, dtype=torch.float64, device="cpu"), shift)
 
 
 def evaluate(model: Velocity, z: Tensor, t: float, condition: Condition, config: SamplerConfig) -> tuple[Tensor, float]:

@@ -211,6 +211,7 @@ class Event:
 
     def synchronize(self) -> None:
         assert self.recorded
+        _seen["event waited for"] += 1
 
 
 class Graph:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from aligntok.config import TrainingConfig
 from aligntok.data.sources import Batch, Source
@@ -101,15 +101,30 @@ def run_phase(objective: Objective, phase: Phase, batch: Batch, guard: Guard, wa
     loss, values = gradients(phase, batch)
     norm = nn.utils.get_total_norm([p.grad for p in phase.parameters if p.grad is not None])
     whole = complete(norm)  # of all processes, as the loss is, so that all decide alike
-    if not guard.passes(phase, batch, loss, whole, values, warn):
+    sound = guard.ask(loss, whole)
+    if phase.skips_itself:  # and the device works on while the host waits for the guard's numbers
+        _update(phase, whole.nan_to_num(0.0, 0.0), sound)
+    if not guard.passes(phase, batch, values, warn):
         phase.clear()
         return {}
-    if phase.gradient_clip:
-        nn.utils.clip_grads_with_norm_(phase.parameters, phase.gradient_clip, norm)
-    phase.optimizer.step()
+    if not phase.skips_itself:
+        _update(phase, whole, sound)
     if phase.taken is not None:
         phase.taken()
     return {"loss": loss} | values | {f"grad_norm_{phase.name}": whole}
+
+
+def _update(phase: Phase, norm: Tensor, sound: Tensor) -> None:
+    """Clip by the gradients' norm (0: as they are) and take the optimizer's step; one that can leaves it out itself
+    where `sound`, on the device, is false."""
+    if phase.gradient_clip:
+        nn.utils.clip_grads_with_norm_(phase.parameters, phase.gradient_clip, norm)
+    if not phase.skips_itself:
+        phase.optimizer.step()
+        return
+    phase.optimizer.found_inf = (~sound).float()  # type: ignore[attr-defined]  # what GradScaler gives to fused ones
+    phase.optimizer.step()
+    del phase.optimizer.found_inf  # type: ignore[attr-defined]
 
 
 def step_seed(seed: int, step: int) -> int:

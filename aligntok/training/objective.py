@@ -44,6 +44,11 @@ class Phase:
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    @property
+    def skips_itself(self) -> bool:
+        """Whether the optimizer leaves a step out where a number on the device says so: PyTorch's fused ones."""
+        return all(group.get("fused") for group in self.optimizer.param_groups)
+
     def clear(self) -> None:
         """Forget all gradients. Not by the optimizer's zero_grad, whose arguments differ: apex's takes none."""
         for parameter in self.parameters:

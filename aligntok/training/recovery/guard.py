@@ -36,7 +36,8 @@ COUNTERS = {"skipped": 0, "in_a_row": 0, "offset": 0, "rewinds": 0, "rewound_to"
 class Guard:
     """Decides for each phase whether its step may be taken.
 
-    One copy from the device to the host per phase, of two numbers: (1 if finite, loss). Where there are several
+    One copy from the device to the host per phase, of two numbers: (1 if finite, loss). It is begun by `ask` and
+    waited for by `passes`; what is queued between the two, the device does meanwhile. Where there are several
     processes, loss and norm have to be those of all of them, so that all decide alike.
 
     Args:
@@ -58,6 +59,7 @@ class Guard:
         self._buffers = [b for part, m in objective.modules().items() if part != "ema" for b in m.buffers()]
         self._kept = [buffer.clone() for buffer in self._buffers]
         self._step, self._phases, self._refused = 0, 0, False
+        self._copied: torch.cuda.Event | None = None  # reached when what was asked is on the host
 
     @property
     def can_rewind(self) -> bool:
@@ -83,28 +85,32 @@ class Guard:
             torch._foreach_copy_(self._kept, self._buffers)
         return True
 
-    def passes(
-        self,
-        phase: Phase,
-        batch: Batch,
-        loss: Tensor,
-        norm: Tensor,
-        values: Values,
-        warn: Callable[[str], None],
-    ) -> bool:
-        """Whether the phase's optimizer may step, by its loss and its gradients' norm; they must not be clipped yet.
+    def ask(self, loss: Tensor, norm: Tensor) -> Tensor:
+        """Whether a phase's loss and its gradients' norm are finite, as a bool [] on their device."""
+        self._loss, self._norm = loss.detach(), norm
+        sound = torch.isfinite(self._loss) & torch.isfinite(norm)
+        self._told = torch.stack((sound.float(), self._loss.float())).to("cpu", non_blocking=True)
+        if loss.is_cuda:
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+        return sound
+
+    def passes(self, phase: Phase, batch: Batch, values: Values, warn: Callable[[str], None]) -> bool:
+        """Whether the phase's step is taken, by what was asked; until then its gradients must not be clipped where
+        they are not finite.
 
         Raises:
             UserError: the limit of skipped steps is reached.
             Spike: the loss is a spike and the run is to go back.
         """
-        sound = torch.isfinite(loss) & torch.isfinite(norm)
-        sound, value = torch.stack((sound.float(), loss.float())).tolist()
+        if self._copied is not None:
+            self._copied.synchronize()
+        sound, loss = self._told.tolist()
         if not sound:
-            self._refuse(phase, batch, loss, norm, values, warn)
+            self._refuse(phase, batch, values, warn)
             return False
         if self._phases == 1:
-            self._judge(value, values, warn)
+            self._judge(loss, values, warn)
         return True
 
     def finish(self) -> None:
@@ -147,19 +153,19 @@ class Guard:
             raise Spike(f"{message}, in step {self._step}", self._step)
         warn(f"{message}, in step {self._step}")
 
-    def _refuse(
-        self, phase: Phase, batch: Batch, loss: Tensor, norm: Tensor, values: Values, warn: Callable[[str], None]
-    ) -> None:
+    def _refuse(self, phase: Phase, batch: Batch, values: Values, warn: Callable[[str], None]) -> None:
         self._refused = True
         self.skipped += 1
         self.in_a_row += 1
-        what = "gradient" if torch.isfinite(loss) else "loss"
+        what = "gradient" if torch.isfinite(self._loss) else "loss"
         worst = worst_gradients(self.objective, phase)
         found, pictures = to_blame(locate(self.objective, phase, batch, self._random), batch["index"].tolist())
         if self._buffers:
             torch._foreach_copy_(self._buffers, self._kept)
         message = f"non-finite {what} in phase {phase.name} of step {self._step}, first at {found}; step skipped"
-        file = self._dump(phase, pictures, found, what, values | {"loss": loss, "gradient_norm": norm}, worst)
+        file = self._dump(
+            phase, pictures, found, what, values | {"loss": self._loss, "gradient_norm": self._norm}, worst
+        )
         if self.in_a_row >= self.config.nonfinite_limit:
             raise UserError(
                 f"{message}; {self.in_a_row} in a row, so training stops. The last checkpoint is intact. "

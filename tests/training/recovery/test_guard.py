@@ -59,9 +59,12 @@ class Injection:
         monkeypatch.setattr(loop, "take_step", take_step)
 
     def changed(self) -> list[str]:
-        """Names in the state that the last poisoned step changed (NaN equals NaN)."""
-        assert self.before.keys() == self.after.keys()
-        return [k for k in self.before if not torch.equal(self.before[k].nan_to_num(7), self.after[k].nan_to_num(7))]
+        """Names in the state that the last poisoned step changed (NaN equals NaN). Moments that an optimizer made for
+        a first step that it then left out are zero."""
+        assert self.before.keys() <= self.after.keys()
+        zero = torch.zeros(())
+        pairs = {k: (self.before.get(k, zero.expand(after.shape)), after) for k, after in self.after.items()}
+        return [k for k, pair in pairs.items() if not torch.equal(*(x.nan_to_num(7) for x in pair))]
 
 
 def poison_weight(name: str, module: str):

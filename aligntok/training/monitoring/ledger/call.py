@@ -34,6 +34,7 @@ class Call:
         launches: kernels.
         dtype: of the operands of a matrix product: bf16, fp32 or fp8.
         tensors: of an operator on lists, else 0.
+        mark: whether the next `sync` waits for what the device has to do up to here, and not for all of it.
         sync: whether the host waits for the device.
     """
 
@@ -49,6 +50,7 @@ class Call:
     launches: int = 1
     dtype: str = "bf16"
     tensors: int = 0
+    mark: bool = False
     sync: bool = False
 
     @cached_property

@@ -116,15 +116,16 @@ def accumulation(trained: int, accumulate: int) -> list[Call]:
 
 def step_seconds(machine: Machine, calls: Iterable[Call]) -> float:
     """Predicted seconds of a step of one process, without communication; see the module's docstring."""
-    prices = [(machine.price(call), call.sync) for call in calls]
-    ends, host, device = [], 0.0, 0.0
+    prices = [(machine.price(call), call) for call in calls]
+    ends, host, device, marked = [], 0.0, 0.0, None
     for _ in range(2):
         host += machine.assumed.replay_us * 1e-6 if machine.launcher == GRAPH else 0.0
-        for price, sync in prices:
+        for price, call in prices:
             host += price.host
             if price.bound != NOTHING:
                 device = max(device, host) + price.device
-            if sync:
-                host = max(host, device)
+            marked = device if call.mark else marked
+            if call.sync:
+                host, marked = max(host, device if marked is None else marked), None
         ends.append(max(device, host))
     return ends[1] - ends[0]

@@ -28,12 +28,13 @@ def of_phase(phase: Phase) -> list[Call]:
     calls = [
         _on_lists(NORM, weights, lists=1, read=1, written=0),
         *_small("norm of norms", 2),
-        *_small("is it finite", 6),
-        Call("read back by the guard", "", PHASE, UPDATE, Kind.OTHER, sync=True),
+        *_small("is it finite", 8),
+        Call("copied for the guard", "", PHASE, UPDATE, Kind.OTHER, mark=True),
     ]
     if phase.gradient_clip:
-        calls += [*_small("clip factor", 3), _on_lists(CLIP, weights, lists=1, read=1, written=1)]
-    return [*calls, _on_lists(ADAM, weights, lists=4, read=4, written=3)]
+        calls += [*_small("clip factor", 4), _on_lists(CLIP, weights, lists=1, read=1, written=1)]
+    calls += [_on_lists(ADAM, weights, lists=4, read=4, written=3), *_small("steps of fused Adam", 2)]
+    return [*calls, Call("waited for by the guard", "", PHASE, UPDATE, Kind.OTHER, launches=0, sync=True)]
 
 
 def of_averages(averages: AveragedModel) -> list[Call]:

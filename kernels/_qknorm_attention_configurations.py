@@ -66,7 +66,15 @@ CONFIGURATIONS: dict[str, list[tuple[int, int, dict[int, Configuration | None]]]
     # Eight warps throughout; one stage where the addresses of a second would be spilled
     "short_backward": [
         (64, 64, {80: phases((64, 32), (32, 64)), 90: phases((64, 64), (64, 64))}),
-        (64, 256, {80: phases((128, 32), (32, 128)), 90: phases((128, 64), (64, 64))}),
+        (
+            64,
+            256,
+            {
+                80: phases((128, 32), (32, 128)),
+                90: phases((128, 64), (64, 64)),
+                100: phases((128, 64), (64, 64), stages=1),
+            },
+        ),
         (
             80,
             64,

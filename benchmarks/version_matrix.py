@@ -1,11 +1,13 @@
 """Which releases of PyTorch and Triton the kernels work with.
 
     python -m benchmarks.version_matrix [--versions 2.8.0 2.14.1/3.9.0 ...] [--folder .matrix] [--keep]   (make matrix)
+    python -m benchmarks.version_matrix --versions 2.8.0 --op swiglu --tests tests/kernels/test_swiglu.py
 
 A pair is a release of torch with the Triton that it asks for, or, after a slash, with another. For each, one after the
 other: a virtual environment is made in the folder and what it installs is printed; the tracked sources are copied
 beside it and installed with their C++ extension; every kernel is compiled for every architecture as the hardware report
-does; tests/kernels run in Triton's interpreter. Then the environment (about 6 GB) is removed, unless --keep is given.
+does; tests/kernels run in Triton's interpreter. Less of that with --op, --architectures and --tests. Then the
+environment (about 6 GB) is removed, unless --keep is given.
 
 Exit status 1 if in any of them a kernel does not compile, spills or asks for too much shared memory, or a test fails.
 """
@@ -132,15 +134,15 @@ def _figures(launch: Any, arch: int) -> dict[str, Any]:
     return figures | {"shared_limit": limit, "configuration": code.configuration}
 
 
-def compile_all(architectures: list[int], output: Path, jobs: int) -> None:
-    """Inside an environment: write an `Outcome` without tests, of every Triton kernel, as JSON."""
+def compile_all(operators: list[str] | None, architectures: list[int], output: Path, jobs: int) -> None:
+    """Inside an environment: write an `Outcome` without tests, of the operators' Triton kernels, as JSON; None: all."""
     import torch
     import triton
 
     from benchmarks.hardware_report import triton_operators
 
     with ProcessPoolExecutor(jobs) as pool:
-        parts = pool.map(partial(code_of, architectures=architectures), triton_operators())
+        parts = pool.map(partial(code_of, architectures=architectures), operators or triton_operators())
         code = [row for part in parts for row in part]
     output.write_text(json.dumps({"torch": torch.__version__, "triton": triton.__version__, "code": code}))
 
@@ -176,24 +178,25 @@ def _pip(python: Path, *arguments: str, **environment: str) -> None:
     subprocess.run(command, env={**os.environ, **environment}, check=True)
 
 
-def examined(pair: Pair, folder: Path, architectures: list[int], jobs: int, keep: bool) -> Outcome:
-    """Install, compile, test; the environment is removed afterwards unless `keep`."""
+def examined(pair: Pair, folder: Path, options: argparse.Namespace) -> Outcome:
+    """Install, compile, test; the environment is removed afterwards unless `options.keep`."""
     home, sources, result = folder / pair.name, folder / f"{pair.name}-sources", folder / f"{pair.name}.json"
     try:
         python = _install(pair, home, sources)
         environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
         environment |= {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(folder / f"{pair.name}-cache")}
         command = [str(python), "-W", "ignore", "-m", "benchmarks.version_matrix", "--compile-here", str(result)]
-        command += ["--jobs", str(jobs), "--architectures", *map(str, architectures)]
+        command += ["--jobs", str(options.jobs), "--architectures", *map(str, options.architectures)]
+        command += ["--op", *options.op] if options.op else []
         subprocess.run(command, cwd=sources, env=environment, check=True)
         outcome = Outcome(**json.loads(result.read_text()))
-        tests = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels"]
+        tests = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", *options.tests]
         done = subprocess.run(tests, cwd=sources, env=environment, capture_output=True, text=True, check=False)
         print(done.stdout[-3000:], flush=True)
         outcome.tests = counts_of(done.stdout)
         return outcome
     finally:
-        if not keep:
+        if not options.keep:
             for path in (home, sources, folder / f"{pair.name}-cache"):
                 shutil.rmtree(path, ignore_errors=True)
 
@@ -205,13 +208,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--versions", nargs="+", default=list(VERSIONS), metavar="TORCH[/TRITON]")
     parser.add_argument("--architectures", type=int, nargs="+", choices=ARCHITECTURES, default=list(ARCHITECTURES))
+    parser.add_argument("--op", nargs="+", default=None, help="operators to compile (default: all)")
+    parser.add_argument("--tests", nargs="+", default=["tests/kernels"], help="what pytest runs")
     parser.add_argument("--folder", type=Path, default=ROOT / ".matrix", help="for environments and results")
     parser.add_argument("--keep", action="store_true", help="leave the environments there, to be used again")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="operators compiled at once")
     parser.add_argument("--compile-here", type=Path, default=None, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.compile_here:
-        compile_all(options.architectures, options.compile_here, options.jobs)
+        compile_all(options.op, options.architectures, options.compile_here, options.jobs)
         return 0
     try:
         pairs = [parsed(text) for text in options.versions]
@@ -221,7 +226,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for pair in pairs:
-        outcomes.append(examined(pair, folder, options.architectures, options.jobs, options.keep))
+        outcomes.append(examined(pair, folder, options))
         (folder / "matrix.md").write_text(table(outcomes) + "\n")
     for row in (row for outcome in outcomes for row in outcome.code if broken(row)):
         print(json.dumps(row))

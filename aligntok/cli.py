@@ -23,6 +23,7 @@ from aligntok.config.options import (
     EvaluateGenerationConfig,
     EvaluateProbeConfig,
     EvaluateReconstructionConfig,
+    ExportConfig,
     ReconstructConfig,
     SampleConfig,
     StatisticsConfig,
@@ -44,6 +45,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   plan              what a recipe will take: parameters, memory per GPU, FLOPs, hours, before anything runs
   train-rival       VAE, VA-VAE, FLUX's, RAE, MAETok or REPA-E instead, in the same loop on the same images
   convert           published weights of VA-VAE, LightningDiT, RAE, DiT^DH, FLUX, SD become folders for all commands
+  export            a tokenizer or a generator as a folder of diffusers, for its pipelines and tools
   study             every rival and ablation at a laptop's size, with tables and plots; hours on two cores
   sample            pictures from a trained generator
   reconstruct       pictures through a tokenizer and back
@@ -209,6 +211,13 @@ def expand_convert_options(arguments: list[str]) -> list[str]:
     return expanded
 
 
+def _export(arguments: list[str]) -> None:
+    options = parse_options("export", ExportConfig, arguments)
+    from aligntok.commands.export import export
+
+    print(export(options))
+
+
 def _cache_latents(arguments: list[str]) -> None:
     options = parse_options("cache-latents", CacheLatentsConfig, arguments)
     from aligntok.commands.cache_latents import cache_latents
@@ -352,6 +361,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "reconstruct": _reconstruct,
     "evaluate": _evaluate,
     "statistics": _statistics,
+    "export": _export,
     "study": _study,
     "doctor": _doctor,
 }

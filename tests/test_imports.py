@@ -22,7 +22,7 @@ ORDER = (
     ("aligntok.training",),
     ("aligntok.zoo",),
     ("aligntok.evaluation",),
-    ("aligntok.study",),
+    ("aligntok.study", "aligntok.diffusers"),
     ("aligntok.commands",),
     ("aligntok.cli",),
     ("aligntok.__main__",),

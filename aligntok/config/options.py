@@ -208,7 +208,8 @@ class ConvertConfig:
     """`aligntok convert`: published weights become a tokenizer or generator folder; every tensor is accounted for.
 
     Args:
-        layout: hustvl-vavae, hustvl-lightningdit, rae-decoder, rae-ditdh, flux-ae or diffusers-vae.
+        layout: hustvl-vavae, hustvl-lightningdit, rae-decoder, rae-ditdh, flux-ae, diffusers-vae, or diffusers-aligntok
+            for a folder of aligntok export: it becomes a tokenizer's, or one with `tokenizer` and `generator` inside.
         file: the published checkpoint: .pt, .ckpt (read without executing anything) or .safetensors.
         output: folder to write.
         statistics: published latent statistics of a tokenizer: mean and std or var. Without them, aligntok statistics
@@ -228,6 +229,28 @@ class ConvertConfig:
     preset: str | None = None
     encoder: str | None = None
     encoder_weights: str | None = None
+
+
+@dataclass
+class ExportConfig:
+    """`aligntok export`: a tokenizer, or a generator with its tokenizer, as a folder of diffusers.
+
+    Args:
+        to: diffusers: an AutoencoderAlignTok, or with a generator an AlignTokPipeline or AlignTokTextToImagePipeline
+            with FlowMatchEulerDiscreteScheduler. They are loaded with aligntok installed beside diffusers.
+        tokenizer: folder of a tokenizer, AlignTok's or a rival's.
+        output: folder to write.
+        generator: folder of a generator that was trained on its latents.
+        dtype: of the weights: fp32, or fp16 or bf16, which are a variant of that name.
+        shard_size: of a file of weights at most.
+    """
+
+    to: Literal["diffusers"]
+    tokenizer: str
+    output: str
+    generator: str | None = None
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    shard_size: str = "10GB"
 
 
 @dataclass

@@ -58,6 +58,8 @@ class TextEncoder:
     Args:
         config: which one, which layer, how many tokens.
         precision: device, and bf16 for weights and products where it says so ("minilm-l6" stays in float32).
+        loaded: its tokenizer and model, of transformers, where they are there already; such an encoder has no
+            fingerprint, since it knows no files.
 
     Attributes:
         name: as in `config`.
@@ -71,12 +73,16 @@ class TextEncoder:
             not fit, no such layer, or a number of tokens that the model cannot take.
     """
 
-    def __init__(self, config: TextEncoderConfig, precision: Precision) -> None:
+    def __init__(self, config: TextEncoderConfig, precision: Precision, loaded: tuple[Any, Any] | None = None) -> None:
         self.config, self.name, self.tokens, self.cut = config, config.name, config.tokens, 0
         self.device = precision.device
         self.precision = "fp32" if config.name == SMALL and precision.name == "bf16" else precision.name
+        files: Files = ([], [])
         with _transformers(config.name) as transformers:
-            if config.name == SMALL:
+            if loaded is not None:
+                self._tokenizer, self._model = loaded
+                _unpadded(self._tokenizer)
+            elif config.name == SMALL:
                 self._tokenizer, self._model, files = _minilm(transformers)
             else:
                 dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
@@ -89,6 +95,7 @@ class TextEncoder:
 
     def fingerprint(self) -> str:
         """Short hash of what decides features: contents of weights and tokenizer, layer, tokens, dialect."""
+        assert self._weights, "an encoder that was handed over has no files"
         if self._fingerprint is None:
             files = [[digest(file) for file in kind] for kind in (self._weights, self._vocabulary)]
             told = repr((files, self._layer(), self.tokens, DIALECT))
@@ -116,6 +123,11 @@ class TextEncoder:
             shorter = iter(self._tokenizer(long, truncation=True, max_length=self.tokens)["input_ids"])
             whole = [next(shorter) if over else ids for ids, over in zip(whole, cut, strict=True)]
         return Tokens([list(ids) or [self._nothing] for ids in whole], cut)
+
+    @property
+    def parts(self) -> tuple[Any, Any]:
+        """Tokenizer and model, of transformers."""
+        return self._tokenizer, self._model
 
     @torch.no_grad()
     def encode_ids(self, ids: Sequence[list[int]]) -> tuple[Tensor, Tensor]:

@@ -141,8 +141,8 @@ def unfinished_folder(folder: str | Path, replaces_any: bool = False) -> Iterato
     try:
         unfinished.mkdir(parents=True)
         yield unfinished
-        for file in unfinished.iterdir():
-            _flush(file)
+        for entry in unfinished.rglob("*"):
+            (_flush_names if entry.is_dir() else _flush)(entry)
         check_destination(folder, None if replaces_any else [file.name for file in unfinished.iterdir()])
         if folder.exists():
             os.replace(folder, retired)

@@ -22,10 +22,11 @@ CONVERTERS = {
     "rae-ditdh": "aligntok.zoo.converters.ditdh",
     "flux-ae": "aligntok.zoo.converters.flux",
     "diffusers-vae": "aligntok.zoo.converters.diffusers",
+    "diffusers-aligntok": "aligntok.diffusers.folders",
 }
 
 
-def convert(layout: str, file: str, output: str, **options: str | None) -> Report:
+def convert(layout: str, file: str, output: str, **options: str | None) -> Report | str:
     """Convert the published checkpoint `file` into the folder `output`; returns what to report.
 
     Args:

@@ -24,6 +24,7 @@ from aligntok.config.options import (
     EvaluateProbeConfig,
     EvaluateReconstructionConfig,
     ExportConfig,
+    PushConfig,
     ReconstructConfig,
     SampleConfig,
     StatisticsConfig,
@@ -46,6 +47,7 @@ usage: aligntok COMMAND [options]        aligntok COMMAND --help explains its op
   train-rival       VAE, VA-VAE, FLUX's, RAE, MAETok or REPA-E instead, in the same loop on the same images
   convert           published weights of VA-VAE, LightningDiT, RAE, DiT^DH, FLUX, SD become folders for all commands
   export            a tokenizer or a generator as a folder of diffusers, for its pipelines and tools
+  push              a tokenizer's or a generator's folder to the Hugging Face hub, with a card
   study             every rival and ablation at a laptop's size, with tables and plots; hours on two cores
   sample            pictures from a trained generator
   reconstruct       pictures through a tokenizer and back
@@ -218,6 +220,32 @@ def _export(arguments: list[str]) -> None:
     print(export(options))
 
 
+PUSH_USAGE = """\
+aligntok push FOLDER USER/NAME [options]
+
+  aligntok push runs/quickstart/tokenizer me/emoji-tokenizer --data "Fluent emoji" --metrics reconstruction.json
+  aligntok sample --tokenizer me/emoji-tokenizer --generator me/emoji-generator@v2"""
+
+
+def _push(arguments: list[str]) -> None:
+    arguments = in_place(arguments, ["folder", "name"])
+    given = {argument.partition("=")[0] for argument in arguments}
+    if not {"--folder", "--name"} <= given and not {"-h", "--help"} & given:
+        raise UserError("what to push where is missing: give FOLDER USER/NAME; aligntok push --help has examples")
+    shown = {"--folder FOLDER": "FOLDER", "--folder": "FOLDER", "--name NAME": "USER/NAME", "--name": "USER/NAME"}
+    options = parse_options("push", PushConfig, arguments, PUSH_USAGE, shown)
+    from aligntok.commands.push import push
+
+    print(push(options))
+
+
+def in_place(arguments: list[str], names: list[str]) -> list[str]:
+    """The first arguments, as far as they are no options, as the options of these names."""
+    found = list(takewhile(lambda word: not word.startswith("-"), arguments))[: len(names)]
+    named = [word for name, value in zip(names, found, strict=False) for word in (f"--{name}", value)]
+    return named + arguments[len(found) :]
+
+
 def _cache_latents(arguments: list[str]) -> None:
     options = parse_options("cache-latents", CacheLatentsConfig, arguments)
     from aligntok.commands.cache_latents import cache_latents
@@ -362,6 +390,7 @@ COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "evaluate": _evaluate,
     "statistics": _statistics,
     "export": _export,
+    "push": _push,
     "study": _study,
     "doctor": _doctor,
 }

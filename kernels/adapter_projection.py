@@ -40,12 +40,21 @@ FORWARD = {
 # 16 warps are resident on a multiprocessor in each case, and PROGRAMS fill an A100 (108 of them) or an H100 (132) once.
 # sm_90 takes the 64 rows of wgmma. On sm_80 two blocks of 8 warps hide each other's barriers, but a snapshot or more
 # than 32 channels need too many registers for two. The next block of rows is loaded while this one is worked on, by the
-# source itself, and nothing is left to num_stages.
+# source itself, and nothing is left to num_stages. Code of 16 warps is spilled on sm_100, and by all but Triton 3.8 on
+# sm_90 where it is wide: two blocks of 8 warps are resident instead.
 _SM90 = {"BLOCK_M": 64, "BLOCK_C": 128, "PROGRAMS": 132, "num_warps": 16, "num_stages": 1}
-BACKWARD = {80: {"BLOCK_M": 32, "BLOCK_C": 128, "PROGRAMS": 216, "num_warps": 8, "num_stages": 1}, 90: _SM90}
-BACKWARD_WIDE = {80: {"BLOCK_M": 32, "BLOCK_C": 128, "PROGRAMS": 108, "num_warps": 16, "num_stages": 1}, 90: _SM90}
-if _triton.RELEASE != (3, 8):  # 3.4, 3.6 and 3.9 spill in code of 16 warps: two blocks of 8 are resident instead
-    BACKWARD_WIDE |= {90: {"BLOCK_M": 64, "BLOCK_C": 64, "PROGRAMS": 264, "num_warps": 8, "num_stages": 1}}
+_TWO = {"BLOCK_M": 64, "BLOCK_C": 64, "PROGRAMS": 264, "num_warps": 8, "num_stages": 1}
+_SM100 = _TWO | {"BLOCK_M": 32}
+BACKWARD = {
+    80: {"BLOCK_M": 32, "BLOCK_C": 128, "PROGRAMS": 216, "num_warps": 8, "num_stages": 1},
+    90: _SM90,
+    100: _SM100,
+}
+BACKWARD_WIDE = {
+    80: {"BLOCK_M": 32, "BLOCK_C": 128, "PROGRAMS": 108, "num_warps": 16, "num_stages": 1},
+    90: _SM90 if _triton.RELEASE == (3, 8) else _TWO,
+    100: _SM100,
+}
 
 
 def adapter_projection_reference(

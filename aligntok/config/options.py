@@ -254,6 +254,33 @@ class ExportConfig:
 
 
 @dataclass
+class PushConfig:
+    """`aligntok push FOLDER USER/NAME`: a tokenizer's or a generator's folder as a repository on the hub, with a card.
+
+    Where a tokenizer or a generator is asked for, USER/NAME or USER/NAME@REVISION does instead of a folder.
+
+    Args:
+        folder: of a tokenizer or of a generator.
+        name: of the repository: USER/NAME. It is made where there is none.
+        private: make it visible to you alone, where it is made.
+        revision: branch to write to; it is made where there is none. null = main.
+        message: of the commit.
+        data: what it was trained on, for the card.
+        license: of the weights, as the hub calls it (apache-2.0, cc-by-nc-4.0), for the card.
+        metrics: files that aligntok evaluate --output has written, for the card.
+    """
+
+    folder: str
+    name: str
+    private: bool = False
+    revision: str | None = None
+    message: str = "Upload with aligntok"
+    data: str | None = None
+    license: str | None = None
+    metrics: list[str] | None = None
+
+
+@dataclass
 class CacheLatentsConfig:
     """`aligntok cache-latents`: encode an image set once, for training Stage 3 and generators without the encoder.
 

@@ -22,6 +22,7 @@ from aligntok.models.text_encoder import TextEncoder
 from aligntok.models.tokenizer import load_tokenizer
 from aligntok.runtime.devices import Precision
 from aligntok.runtime.files import check_destination, unfinished_folder
+from aligntok.runtime.hub import located
 from aligntok.runtime.manifest import Manifest
 from aligntok.runtime.weights import in_short
 
@@ -74,7 +75,9 @@ def _cast(what: AutoencoderAlignTok | Pipeline, dtype: torch.dtype) -> None:
 
 def autoencoder_of(folder: str) -> AutoencoderAlignTok:
     """The autoencoder of a tokenizer's folder."""
-    return AutoencoderAlignTok.of(load_tokenizer(folder), Manifest(folder, "tokenizer").values["config"])
+    return AutoencoderAlignTok.of(
+        load_tokenizer(folder), Manifest(located(folder, "tokenizer"), "tokenizer").values["config"]
+    )
 
 
 def pipeline_of(vae: AutoencoderAlignTok, folder: str) -> Pipeline:
@@ -86,7 +89,7 @@ def pipeline_of(vae: AutoencoderAlignTok, folder: str) -> Pipeline:
             f"{folder} draws with sampler.solver={generator.sampler.solver} and sampler.end={generator.sampler.end:g}, "
             "and diffusers' FlowMatchEulerDiscreteScheduler is Euler's method down to 0: it cannot be exported"
         )
-    values = Manifest(folder, "generator").values
+    values = Manifest(located(folder, "generator"), "generator").values
     scheduler = FlowMatchEulerDiscreteScheduler(shift=generator.sampler.time_shift)
     own = {"network_config": values["config"], "in_channels": generator.latent_shape[0]}
     own["sample_size"] = tuple(generator.latent_shape[1:])

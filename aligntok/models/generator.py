@@ -25,6 +25,7 @@ from aligntok.models.dit_dh import DiTDH
 from aligntok.models.flux_transformer import FluxTransformer
 from aligntok.models.lightning_dit import LightningDiT
 from aligntok.runtime.files import write_folder
+from aligntok.runtime.hub import located
 from aligntok.runtime.manifest import VERSION, Manifest
 from aligntok.runtime.weights import load_strictly, read_tensors
 
@@ -98,14 +99,16 @@ def save_generator(
 
 
 class Generator:
-    """A trained generator read from its folder: the network, what it can be asked for and its sampler's defaults.
+    """A trained generator read from its folder, or from a repository on the hub, USER/NAME or USER/NAME@REVISION: the
+    network, what it can be asked for and its sampler's defaults.
 
     Raises:
         UserError: no such folder, a damaged one, another format or version, or weights that do not fit.
     """
 
     def __init__(self, folder: str | Path) -> None:
-        manifest, weights = Manifest(folder, "generator"), Path(folder) / "model.safetensors"
+        folder = located(folder, "generator")
+        manifest, weights = Manifest(folder, "generator"), folder / "model.safetensors"
         if manifest.format != FORMAT:
             raise UserError(f"{manifest.file} says format {manifest.format!r}, expected {FORMAT!r}")
         manifest.check_version()

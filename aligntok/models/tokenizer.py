@@ -26,6 +26,7 @@ from aligntok.models.decoder import Decoder
 from aligntok.models.encoder import Encoder
 from aligntok.models.half_precision import KeepsFloat32, weight_dtype
 from aligntok.runtime.files import write_folder
+from aligntok.runtime.hub import located
 from aligntok.runtime.manifest import VERSION, Manifest
 from aligntok.runtime.weights import load_strictly, read_tensors
 
@@ -229,7 +230,7 @@ def tokenizer_without_weights(folder: str | Path) -> StoredTokenizer:
     Raises:
         UserError: as `load_tokenizer`, but for the weights.
     """
-    manifest = Manifest(folder, "tokenizer")
+    manifest = Manifest(located(folder, "tokenizer"), "tokenizer")
     kind = tokenizer_class(manifest.format, manifest.file)
     manifest.check_version()
     config = kind.offline(manifest.value("config", kind.config_class))
@@ -239,11 +240,15 @@ def tokenizer_without_weights(folder: str | Path) -> StoredTokenizer:
 def load_tokenizer(folder: str | Path, require_statistics: bool = True) -> StoredTokenizer:
     """Read a tokenizer folder, of AlignTok or of a rival in aligntok.zoo, in eval mode on the CPU.
 
+    Args:
+        folder: or the name of a repository on the hub, USER/NAME or USER/NAME@REVISION.
+
     Raises:
-        UserError: no such folder, a damaged one, an unknown format or version, weights that do not fit the
-            configuration, or no latent statistics (unless `require_statistics` is False).
+        UserError: no such folder or repository, a damaged one, an unknown format or version, weights that do not fit
+            the configuration, or no latent statistics (unless `require_statistics` is False).
     """
-    weights = Path(folder) / "model.safetensors"
+    folder = located(folder, "tokenizer")
+    weights = folder / "model.safetensors"
     tokenizer = tokenizer_without_weights(folder)
     load_strictly(tokenizer, read_tensors(weights), weights)
     if require_statistics:

@@ -8,15 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import tiny_tokenizer, write_pictures
+from helpers import tiny_tokenizer
 from hub_stand_in import Hub, hub_stand_in
 from torch import nn
 
 from aligntok.cli import main
 from aligntok.commands.push import card_of
-from aligntok.config import LightningDiTConfig, SamplerConfig, TextEncoderConfig
+from aligntok.config import LightningDiTConfig, SamplerConfig
 from aligntok.config.options import PushConfig
-from aligntok.models.generator import TextSource, build_network, save_generator
+from aligntok.errors import UserError
+from aligntok.models.generator import build_network, save_generator
+from aligntok.models.tokenizer import load_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +71,7 @@ def test_what_is_pushed_is_taken_by_name(hub, folders, tmp_path):
     named = _run(hub, tmp_path, *drawing, "hub.png", "--tokenizer", "me/discs", "--generator", "me/drawn@v2")
     assert named.returncode == 0, named.stderr
     here = ("--tokenizer", str(folders / "tokenizer"), "--generator", str(folders / "generator"))
-    assert _run(hub, tmp_path, *drawing, "here.png", *here).returncode == 0
+    assert main([*drawing, str(tmp_path / "here.png"), *here]) == 0
     assert (tmp_path / "hub.png").read_bytes() == (tmp_path / "here.png").read_bytes()
     # what has been fetched is there without a network
     hub.asked.clear()
@@ -77,36 +79,38 @@ def test_what_is_pushed_is_taken_by_name(hub, folders, tmp_path):
     assert offline.returncode == 0 and not hub.asked, offline.stderr
 
 
-def test_a_folder_of_the_same_name_comes_first(hub, folders, tmp_path):
+def test_a_folder_of_the_same_name_comes_first(folders, tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("the hub was asked"))
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "me").mkdir()
     (tmp_path / "me" / "unknown").symlink_to(folders / "tokenizer")
-    pictures = write_pictures(tmp_path / "pictures", 2)
-    hub.asked.clear()
-    done = _run(
-        hub, tmp_path, "reconstruct", "--tokenizer", "me/unknown", "--images", str(pictures), "--output", "r.png"
-    )
-    assert not hub.asked and "hub" not in done.stderr, done.stderr
+    assert load_tokenizer("me/unknown").latent_channels == 8
+    with pytest.raises(UserError, match=r"no tokenizer at a/b/c: config\.json is missing"):
+        load_tokenizer("a/b/c")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sample", "--tokenizer", "me/nothing", "--generator", "me/nothing"), "no generator at me/nothing: there is"),
-        (("push", "{tokenizer}", "nowhere"), "'nowhere' is no name of a repository: expected USER/NAME"),
-        (("push", "{tokenizer}"), "give FOLDER USER/NAME"),
-        (("push", "{tokenizer}/none", "me/x"), "config.json is missing"),
-        (("push", "{tokenizer}", "me/x", "--metrics", '["{tokenizer}/config.json"]'), "cannot be read"),
-        (("push", "{tokenizer}", "me/x", "--metrics", '["{tokenizer}/none.json"]'), "cannot be read"),
+        (("{tokenizer}", "nowhere"), "'nowhere' is no name of a repository: expected USER/NAME"),
+        (("{tokenizer}",), "give FOLDER USER/NAME"),
+        (("{tokenizer}/none", "me/x"), "config.json is missing"),
+        (("{tokenizer}", "me/x", "--metrics", '["{tokenizer}/config.json"]'), "cannot be read"),
+        (("{tokenizer}", "me/x", "--metrics", '["{tokenizer}/none.json"]'), "cannot be read"),
     ],
 )
-def test_mistakes_are_one_line(hub, folders, tmp_path, arguments, message):
+def test_mistakes_are_one_line_before_anything_is_sent(folders, arguments, message, capsys, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", lambda *_, **__: pytest.fail("the hub was asked"))
     filled = [word.replace("{tokenizer}", str(folders / "tokenizer")) for word in arguments]
-    done = _run(hub, tmp_path, *filled)
-    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
-    assert "me/x" not in hub.repositories
+    assert main(["push", *filled]) == 2
+    told = capsys.readouterr().err
+    assert message in told and told.count("\n") == 1, told
 
 
 def test_a_refusal_of_the_hub_and_no_network_are_one_line(hub, folders, tmp_path):
+    done = _run(hub, tmp_path, "sample", "--tokenizer", "me/nothing", "--generator", "me/nothing")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "no generator at me/nothing: there is no such folder, and no repository of that name" in done.stderr
     push = ("push", str(folders / "tokenizer"), "me/refused")
     for change in ({"HF_TOKEN": "hf_another"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         done = _run(hub, tmp_path, *push, **change)
@@ -117,8 +121,6 @@ def test_a_refusal_of_the_hub_and_no_network_are_one_line(hub, folders, tmp_path
 def test_the_card_of_a_generator_names_what_it_can_be_asked_for(folders, tmp_path):
     told = card_of(PushConfig(str(folders / "generator"), "me/drawn"))
     assert "2 classes (disc, square)" in told and "license" not in told and "## Data" not in told
-    network = build_network(LightningDiTConfig(size="custom", depth=1, width=32, heads=2, classes=2), 8, (2, 2), None)
-    assert TextSource(TextEncoderConfig("x"), "f").encoder.name == "x" and network.null_class == 2
 
 
 def test_help_names_the_arguments(capsys):

@@ -15,6 +15,7 @@ import dataclasses
 from collections.abc import Callable
 from functools import cached_property, partial
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -60,7 +61,11 @@ class TokenizerTraining:
     Args:
         recipe: everything; `recipe.output` is created.
         telemetry: None = a new one in the output folder.
+
+    A subclass with another `objective` trains with losses of its own (examples/another_loss.py).
     """
+
+    objective: ClassVar[type[TokenizerObjective]] = TokenizerObjective
 
     def __init__(self, recipe: Recipe, telemetry: Telemetry | None = None) -> None:
         self.config, self.data = recipe.tokenizer, recipe.data
@@ -116,7 +121,7 @@ class TokenizerTraining:
         if (rank := self._lora_rank(stage)) is not None:
             lora.add(tokenizer.encoder, rank)
         sharded = distributed.is_sharded(self.config.training.parallel)
-        objective = TokenizerObjective(
+        objective = self.objective(
             copy.deepcopy(tokenizer) if sharded else tokenizer,
             discriminator,
             self._perceptual(),

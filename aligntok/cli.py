@@ -184,7 +184,8 @@ aligntok convert --from LAYOUT FILE --output FOLDER [options]
       --output rae
   aligntok convert --from rae-ditdh stage2_model.pt --tokenizer rae --output generator
   aligntok convert --from flux-ae ae.safetensors --output flux
-  aligntok convert --from diffusers-vae stable-diffusion/vae --output sd"""
+  aligntok convert --from diffusers-vae stable-diffusion/vae --output sd
+  aligntok convert --from diffusers-aligntok exported --output folders"""
 
 
 def _convert(arguments: list[str]) -> None:

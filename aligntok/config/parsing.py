@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from difflib import get_close_matches
-from os import PathLike
 from os.path import expanduser
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -52,7 +51,7 @@ def _parse(
     from jsonargparse import ArgumentParser
 
     from aligntok.config.from_dict import from_dict
-    from aligntok.config.recipes import recipe_path
+    from aligntok.config.recipes import read_recipe, recipe_path
 
     class Parser(ArgumentParser):
         def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -61,18 +60,18 @@ def _parse(
         def format_help(self, *formatter: Any, **named: Any) -> str:
             return _renamed(super().format_help(*formatter, **named), shown)
 
-    files: list[str | PathLike[Any]] = [str(recipe_path(default_recipe))] if default_recipe else []
     description = (cls.__doc__ or "").split("\n")[0]
     parser = Parser(
         prog=f"aligntok {command}",
         usage=usage,
-        default_config_files=files,
         description=f"{description} {epilog or ''}".strip(),
     )
     if config_files:
         parser.add_argument("--config", action="config", help="a recipe: YAML file, or the name of one that ships")
         arguments = _resolve_recipes(arguments)
     parser.add_class_arguments(cls)
+    if default_recipe is not None:
+        parser.set_defaults(_dotted(read_recipe(recipe_path(default_recipe))))
     values = parser.parse_args(arguments).as_dict()
     values.pop("config", None)
     given = {key: value for key, value in values.items() if not key.startswith("__")}
@@ -96,6 +95,14 @@ def _renamed(text: str, names: dict[str, str] | None) -> str:
     for old, new in (names or {}).items():
         text = text.replace(f"{old}  ", f"{new:{len(old)}}  ").replace(old, new)
     return text
+
+
+def _dotted(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Nested values by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= _dotted(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
+    return found
 
 
 def _resolve_recipes(arguments: list[str]) -> list[str]:

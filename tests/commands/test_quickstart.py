@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from helpers import caption, of_text, tiny_recipe, write_pictures
 from PIL import Image
 from text_encoders import WORDS, write_encoder
@@ -15,6 +16,7 @@ from text_encoders import WORDS, write_encoder
 from aligntok.cli import main, take_text
 from aligntok.commands.quickstart import ABLATION, quickstart
 from aligntok.config.parsing import parse_recipe
+from aligntok.config.recipes import read_recipe, recipe_path
 from aligntok.errors import UserError
 from aligntok.evaluation.generation import draw
 from aligntok.models.generator import Generator
@@ -240,3 +242,18 @@ def test_classes_too_small_for_a_probe_and_guidance_that_is_none(tmp_path, capsy
     results = json.loads((quickstart(recipe, "aligntok quickstart").parent / "results.json").read_text())
     assert results["probe"] == {} and set(results["generation"]) == {"no guidance"}
     assert "no linear probe: it needs two classes of at least 5 pictures each" in capsys.readouterr().err
+
+
+def test_text_through_the_real_command_is_the_recipe_of_text(capsys):
+    """Its recipe stands on another one, as any default recipe may."""
+    for given, base in ((["--text", "a green car"], "t2i_quickstart"), ([], "quickstart")):
+        with pytest.raises(SystemExit) as ended:
+            main(["quickstart", *given, "--data", "pictures", "--generator.steps", "7", "--print_config"])
+        assert ended.value.code == 0
+        printed = yaml.safe_load(capsys.readouterr().out)
+        expected = read_recipe(recipe_path(base))
+        assert printed["generator"]["sampler"]["steps"] == expected["generator"]["sampler"]["steps"]
+        assert printed["tokenizer"]["training"]["batch_size"] == expected["tokenizer"]["training"]["batch_size"]
+        assert printed["generator"]["condition"] == ("text" if given else "class")
+        assert (printed["evaluation"]["prompts"] == ["a green car"]) == bool(given)
+        assert printed["data"]["path"] == "pictures" and printed["generator"]["steps"] == 7
